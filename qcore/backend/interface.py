@@ -1,0 +1,144 @@
+"""The abstract backend: one class, one method an op.
+
+The frontend validates every argument, makes tensors contiguous and allocates every output; a backend writes into the
+outputs that it is given. What each op computes is in ``docs/spec/``, cited by clause. A backend leaves an op out by not
+overriding it: the method then raises :class:`~qcore.errors.Unsupported`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, device
+
+from qcore.errors import Unsupported
+
+# Op name -> version of its meaning in the spec. A backend's ops are a subset.
+OPS: Mapping[str, int] = {
+    "quantize_blockwise": 1,
+    "dequantize_blockwise": 1,
+    "quantize_4bit": 1,
+    "dequantize_4bit": 1,
+    "quantize_absmax": 1,
+    "dequantize_absmax": 1,
+    "gemm_4bit": 1,
+    "int8_quantize_rows": 1,
+    "int8_quantize_cols": 1,
+    "int8_gemm": 1,
+    "int8_dequantize_gemm": 1,
+    "int8_scaled_gemm": 1,
+    "int8_dequantize_rows": 1,
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a backend says of itself and of one device: the fingerprint in every report."""
+
+    name: str
+    device: str  # human-readable name of the device
+    arch: str  # "avx512+amx", "sm_90", "gfx1100", ...
+    driver: str = ""
+    runtime: str = ""
+    library: str = ""  # path of the shared library or module
+    library_sha256: str = ""
+    abi: str = ""  # "1.0" for a native library
+    ops: Mapping[str, int] = field(default_factory=dict)
+    declarations: Mapping[str, Any] = field(default_factory=dict)  # see describe() in qcore_backend.h
+
+
+@dataclass(frozen=True, eq=False)
+class Weight4bit:
+    """A 4-bit tensor as its parts (QC-4BIT-002, QC-NEST-003); validated by the frontend.
+
+    ``packed`` uint8 ``(ceil(numel/2),)``; ``absmax`` float32 ``(blocks,)``, or uint8 when nested; ``nested_absmax``
+    float32 ``(ceil(blocks/nested_blocksize),)``; ``nested_code`` float32 ``(256,)``; ``nested_offset`` float32 ``(1,)``.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    quant_type: str  # "nf4" | "fp4"
+    blocksize: int
+    shape: tuple[int, ...]
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+    nested_blocksize: int = 0
+
+
+# (A[M,K], bias[N] or None, out[M,N]) -> None; everything about the weight was checked and packed when it was made.
+PreparedGemm = Callable[[Tensor, "Tensor | None", Tensor], None]
+
+
+class Backend(ABC):
+    """Computes ops on the tensors of ``device_types``. Subclass it, or load a shared library with ``CffiBackend``."""
+
+    name: str
+    device_types: frozenset[str] = frozenset({"cpu"})
+
+    @abstractmethod
+    def describe(self, device: device) -> Description:
+        """Describe the backend on ``device``; raises ``BackendUnavailable`` if there is no such device."""
+
+    def supports(self, op: str) -> bool:
+        """Whether this backend serves ``op``."""
+        return getattr(type(self), op) is not getattr(Backend, op)
+
+    def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
+        raise self._unsupported("quantize_blockwise")
+
+    def dequantize_blockwise(self, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor) -> None:
+        raise self._unsupported("dequantize_blockwise")
+
+    def quantize_4bit(self, A: Tensor, quant_type: str, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
+        raise self._unsupported("quantize_4bit")
+
+    def dequantize_4bit(self, weight: Weight4bit, *, out: Tensor) -> None:
+        raise self._unsupported("dequantize_4bit")
+
+    def quantize_absmax(
+        self, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor, nested_absmax: Tensor, offset: Tensor
+    ) -> None:
+        raise self._unsupported("quantize_absmax")
+
+    def dequantize_absmax(
+        self, A: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, blocksize: int, *, out: Tensor
+    ) -> None:
+        raise self._unsupported("dequantize_absmax")
+
+    def gemm_4bit(self, A: Tensor, weight: Weight4bit, bias: Tensor | None, *, out: Tensor) -> None:
+        raise self._unsupported("gemm_4bit")
+
+    def prepare_gemm_4bit(self, weight: Weight4bit) -> PreparedGemm:
+        """Pack a weight once; the result costs one short call per forward pass."""
+        return lambda A, bias, out: self.gemm_4bit(A, weight, bias, out=out)
+
+    def int8_quantize_rows(
+        self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None
+    ) -> None:
+        raise self._unsupported("int8_quantize_rows")
+
+    def int8_quantize_cols(self, A: Tensor, threshold: float, *, out: Tensor, col_stats: Tensor) -> None:
+        raise self._unsupported("int8_quantize_cols")
+
+    def int8_gemm(self, A: Tensor, B: Tensor, *, out: Tensor) -> None:
+        raise self._unsupported("int8_gemm")
+
+    def int8_dequantize_gemm(
+        self, C: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
+    ) -> None:
+        raise self._unsupported("int8_dequantize_gemm")
+
+    def int8_scaled_gemm(
+        self, A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
+    ) -> None:
+        raise self._unsupported("int8_scaled_gemm")
+
+    def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
+        raise self._unsupported("int8_dequantize_rows")
+
+    def _unsupported(self, op: str) -> Unsupported:
+        return Unsupported(f"{op}: backend {self.name!r} does not serve this op; `qcore info` lists those that do")
