@@ -1,0 +1,312 @@
+"""Any shared library with the C ABI of ``qcore_backend.h`` as a :class:`~qcore.backend.interface.Backend`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcore.backend.abi import constants as QC
+from qcore.backend.abi import ffi
+from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, Weight4bit
+from qcore.errors import (
+    BackendError,
+    BackendUnavailable,
+    DeviceError,
+    InternalError,
+    InvalidArgument,
+    OutOfMemory,
+    Unsupported,
+)
+
+_DTYPES = {torch.float32: QC.QC_F32, torch.float16: QC.QC_F16, torch.bfloat16: QC.QC_BF16}
+_FORMATS = {"nf4": QC.QC_NF4, "fp4": QC.QC_FP4}
+_ERRORS: dict[int, type[Exception]] = {
+    QC.QC_INVALID_ARGUMENT: InvalidArgument,
+    QC.QC_UNSUPPORTED: Unsupported,
+    QC.QC_NO_DEVICE: BackendUnavailable,
+    QC.QC_OUT_OF_MEMORY: OutOfMemory,
+    QC.QC_DEVICE_ERROR: DeviceError,
+    QC.QC_INTERNAL: InternalError,
+}
+
+
+def _open(name: str, path: Path) -> tuple[Any, Any]:
+    """Load the library; returns it (to keep it loaded) and its table, checked as far as a table can be."""
+    where = f"backend {name!r}: {path}"
+    if not path.is_file():
+        raise BackendUnavailable(f"{where}: no such file")
+    try:
+        library = ffi.dlopen(str(path), os.RTLD_NOW | os.RTLD_LOCAL)
+        api = library.qcore_backend_open(QC.QC_ABI_MAJOR)
+    except OSError as error:
+        raise BackendUnavailable(f"{where}: cannot be loaded: {error}") from error
+    except AttributeError as error:
+        raise BackendUnavailable(f"{where}: exports no qcore_backend_open; it is not a qcore backend") from error
+    if api == ffi.NULL:
+        raise BackendUnavailable(f"{where}: does not serve ABI {QC.QC_ABI_MAJOR}; install a matching version")
+    version = f"ABI {api.abi_major}.{api.abi_minor}"
+    if api.abi_major != QC.QC_ABI_MAJOR:
+        raise BackendUnavailable(f"{where}: built for {version}, this qcore needs {QC.QC_ABI_MAJOR}.x")
+    ours = ffi.sizeof("qc_api")
+    if api.size < ffi.offsetof("qc_api", "quantize_blockwise"):
+        raise BackendUnavailable(f"{where}: its table has {api.size} bytes, too few for its own header")
+    if api.abi_minor == QC.QC_ABI_MINOR and api.size != ours:
+        raise BackendUnavailable(f"{where}: {version} has a table of {ours} bytes, this one says {api.size}")
+    return library, api
+
+
+class CffiBackend(Backend):
+    """A backend behind the C ABI.
+
+    Parameters
+    ----------
+    name : str
+        Name under which it was asked for.
+    path : str or Path
+        The shared library.
+    device_types : frozenset of str, optional
+        torch device types that it serves; by default the one that its ``describe`` names.
+
+    Raises
+    ------
+    BackendUnavailable
+        The file is missing, cannot be loaded, is no qcore backend, was built for another ABI, or finds no device.
+    """
+
+    def __init__(self, name: str, path: str | os.PathLike[str], device_types: frozenset[str] | None = None) -> None:
+        self.name = name
+        self.path = Path(path).resolve()
+        self._library, self._api = _open(name, self.path)
+        count = ffi.new("int32_t *")
+        self._check(self._api.device_count(count))
+        self.device_count: int = count[0]
+        if self.device_count < 1:
+            raise BackendUnavailable(f"backend {name!r}: {self.path} found no device")
+        self._functions = {op: self._function(op) for op in OPS}
+        torch_device = str(self._describe(0).get("torch_device", "cpu"))
+        self.device_types = device_types or frozenset({torch_device})
+        self._host = torch_device == "cpu"
+        self._workspace_bytes = lru_cache(maxsize=4096)(self._query_workspace)
+
+    def _function(self, op: str) -> Any:
+        """The table's entry, or None where the library is older than the entry or leaves it NULL."""
+        if self._api.size < ffi.offsetof("qc_api", op) + ffi.sizeof("void *"):
+            return None
+        entry = getattr(self._api, op)
+        return None if entry == ffi.NULL else entry
+
+    def _check(self, status: int) -> None:
+        if status != QC.QC_OK:
+            text = ffi.string(self._api.last_error()).decode("utf-8", "replace")
+            raise _ERRORS.get(status, BackendError)(text or f"backend {self.name!r}: status {status}")
+
+    def _describe(self, index: int) -> dict[str, Any]:
+        text = ffi.new("const char **")
+        self._check(self._api.describe(index, text))
+        description: dict[str, Any] = json.loads(ffi.string(text[0]).decode("utf-8"))
+        return description
+
+    def describe(self, device: torch.device) -> Description:
+        said = self._describe(device.index or 0)
+        return Description(
+            name=self.name,
+            device=said.get("name", ""),
+            arch=said.get("arch", ""),
+            driver=said.get("driver", ""),
+            runtime=said.get("runtime", ""),
+            library=str(self.path),
+            library_sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            abi=f"{self._api.abi_major}.{self._api.abi_minor}",
+            ops={op: version for op, version in OPS.items() if self.supports(op)},
+            declarations=said.get("declarations", {}),
+        )
+
+    def supports(self, op: str) -> bool:
+        return self._functions[op] is not None
+
+    def _where(self, tensor: Tensor) -> tuple[int, int]:
+        """The ABI's (device, stream): the current stream of the tensor's device, or the thread limit on a host."""
+        if self._host:
+            return 0, torch.get_num_threads()
+        index = tensor.device.index
+        return index, torch._C._cuda_getCurrentRawStream(index)
+
+    def _call(self, op: str, *arguments: Any) -> None:
+        function = self._functions[op]
+        if function is None:
+            raise self._unsupported(op)
+        self._check(function(*arguments))
+
+    def _query_workspace(self, op: int, device: int, stream: int, dtype: int, m: int, n: int, k: int) -> int:
+        count = ffi.new("int64_t *")
+        self._check(self._api.workspace(op, device, stream, dtype, m, n, k, count))
+        return int(count[0])
+
+    def _workspace(
+        self, op: int, device: int, stream: int, dtype: int, m: int, n: int, k: int, like: Tensor
+    ) -> tuple[Tensor | None, int, int]:
+        """Scratch for one call: the tensor to keep alive, its address and its size."""
+        # The size may depend on the number of threads, never on which stream of a GPU is current.
+        size = self._workspace_bytes(op, device, stream if self._host else 0, dtype, m, n, k)
+        if size == 0:
+            return None, 0, 0
+        scratch = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return scratch, scratch.data_ptr(), size
+
+    def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
+        where = (*self._where(A), _DTYPES[A.dtype])
+        n = A.numel()
+        self._call("quantize_blockwise", *where, _ptr(A), _ptr(code), n, blocksize, _ptr(absmax), _ptr(out))
+
+    def dequantize_blockwise(self, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor) -> None:
+        where = (*self._where(A), _DTYPES[out.dtype])
+        n = A.numel()
+        self._call("dequantize_blockwise", *where, _ptr(A), _ptr(absmax), _ptr(code), n, blocksize, _ptr(out))
+
+    def quantize_4bit(self, A: Tensor, quant_type: str, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
+        where = (*self._where(A), _DTYPES[A.dtype], _FORMATS[quant_type])
+        self._call("quantize_4bit", *where, _ptr(A), A.numel(), blocksize, _ptr(absmax), _ptr(out))
+
+    def dequantize_4bit(self, weight: Weight4bit, *, out: Tensor) -> None:
+        where = (*self._where(out), _DTYPES[out.dtype])
+        self._call("dequantize_4bit", *where, _pack(weight), _ptr(out))
+
+    def quantize_absmax(
+        self, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor, nested_absmax: Tensor, offset: Tensor
+    ) -> None:
+        pointers = (_ptr(out), _ptr(nested_absmax), _ptr(offset))
+        n = absmax.numel()
+        self._call("quantize_absmax", *self._where(absmax), _ptr(absmax), _ptr(code), n, blocksize, *pointers)
+
+    def dequantize_absmax(
+        self, A: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, blocksize: int, *, out: Tensor
+    ) -> None:
+        pointers = (_ptr(A), _ptr(nested_absmax), _ptr(code), _ptr(offset))
+        self._call("dequantize_absmax", *self._where(A), *pointers, A.numel(), blocksize, _ptr(out))
+
+    def gemm_4bit(self, A: Tensor, weight: Weight4bit, bias: Tensor | None, *, out: Tensor) -> None:
+        self.prepare_gemm_4bit(weight)(A, bias, out)
+
+    def prepare_gemm_4bit(self, weight: Weight4bit) -> PreparedGemm:
+        function = self._functions["gemm_4bit"]
+        if function is None:
+            raise self._unsupported("gemm_4bit")
+        packed = _pack(weight)
+        n, k = weight.shape
+        where, workspace_of, check, host = self._where, self._workspace, self._check, self._host
+        scratch_free: set[tuple[int, int, int]] = set()  # (stream, dtype, m) known to need no workspace
+        threads: Callable[[], int] = torch.get_num_threads
+        op = QC.QC_OP_GEMM_4BIT
+
+        def gemm(A: Tensor, bias: Tensor | None, out: Tensor) -> None:
+            dtype = _DTYPES[A.dtype]
+            m = out.numel() // n if n else 0
+            device, stream = (0, threads()) if host else where(A)
+            key = (stream, dtype, m)
+            scratch, address, size = None, 0, 0
+            if not (host and key in scratch_free):
+                scratch, address, size = workspace_of(op, device, stream, dtype, m, n, k, A)
+                if size == 0 and host and len(scratch_free) < 4096:
+                    scratch_free.add(key)
+            bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
+            status = function(
+                device,
+                stream,
+                dtype,
+                m,
+                n,
+                k,
+                A.data_ptr(),
+                packed,
+                bias_dtype,
+                bias_ptr,
+                out.data_ptr(),
+                address,
+                size,
+            )
+            if status:
+                check(status)
+
+        # The struct holds bare addresses: the tensors behind them live as long as the prepared call.
+        gemm.weight = weight  # type: ignore[attr-defined]
+        return gemm
+
+    def int8_quantize_rows(
+        self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None
+    ) -> None:
+        where = (*self._where(A), _DTYPES[A.dtype])
+        m, k = A.shape
+        pointers = (_ptr(out), _ptr(row_stats), _ptr(outlier_cols))
+        self._call("int8_quantize_rows", *where, _ptr(A), m, k, threshold, *pointers)
+
+    def int8_quantize_cols(self, A: Tensor, threshold: float, *, out: Tensor, col_stats: Tensor) -> None:
+        where = (*self._where(A), _DTYPES[A.dtype])
+        m, k = A.shape
+        self._call("int8_quantize_cols", *where, _ptr(A), m, k, threshold, _ptr(out), _ptr(col_stats))
+
+    def int8_gemm(self, A: Tensor, B: Tensor, *, out: Tensor) -> None:
+        device, stream = self._where(A)
+        sizes = (A.shape[0], B.shape[0], A.shape[1])
+        scratch, *workspace = self._workspace(QC.QC_OP_INT8_GEMM, device, stream, QC.QC_F32, *sizes, A)
+        self._call("int8_gemm", device, stream, *sizes, _ptr(A), _ptr(B), _ptr(out), *workspace)
+
+    def int8_dequantize_gemm(
+        self, C: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
+    ) -> None:
+        where = (*self._where(C), _DTYPES[out.dtype])
+        pointers = (_ptr(C), _ptr(row_stats), _ptr(col_stats))
+        self._call("int8_dequantize_gemm", *where, *C.shape, *pointers, *_bias(bias, out), _ptr(out))
+
+    def int8_scaled_gemm(
+        self, A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
+    ) -> None:
+        device, stream = self._where(A)
+        dtype = _DTYPES[out.dtype]
+        sizes = (A.shape[0], B.shape[0], A.shape[1])
+        scratch, *workspace = self._workspace(QC.QC_OP_INT8_SCALED_GEMM, device, stream, dtype, *sizes, A)
+        pointers = (_ptr(A), _ptr(B), _ptr(row_stats), _ptr(col_stats))
+        self._call(
+            "int8_scaled_gemm", device, stream, dtype, *sizes, *pointers, *_bias(bias, out), _ptr(out), *workspace
+        )
+
+    def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
+        where = (*self._where(A), _DTYPES[out.dtype])
+        self._call("int8_dequantize_rows", *where, *A.shape, _ptr(A), _ptr(row_stats), _ptr(out))
+
+
+def _ptr(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bias(bias: Tensor | None, out: Tensor) -> tuple[int, int]:
+    """(bias_dtype, bias) of the ABI; the dtype of an absent bias is never read but has to be a known one."""
+    return (_DTYPES[out.dtype], 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
+
+
+def _pack(weight: Weight4bit) -> Any:
+    numel = 1
+    for size in weight.shape:
+        numel *= size
+    return ffi.new(
+        "qc_weight_4bit *",
+        {
+            "packed": _ptr(weight.packed),
+            "absmax": _ptr(weight.absmax),
+            "nested_absmax": _ptr(weight.nested_absmax),
+            "nested_code": _ptr(weight.nested_code),
+            "nested_offset": _ptr(weight.nested_offset),
+            "numel": numel,
+            "blocksize": weight.blocksize,
+            "nested_blocksize": weight.nested_blocksize,
+            "format": _FORMATS[weight.quant_type],
+            "layout": 0,
+        },
+    )
