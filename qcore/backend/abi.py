@@ -51,7 +51,7 @@ def _load() -> Any:
         generated = import_module(_GENERATED)
     except ModuleNotFoundError:
         return _parse(header)
-    return generated.ffi if generated.HEADER_SHA256 == _digest(header) else _parse(header)
+    return generated.ffi if _digest(header) == generated.HEADER_SHA256 else _parse(header)
 
 
 ffi: Any = _load()

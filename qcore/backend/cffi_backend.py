@@ -211,9 +211,9 @@ class CffiBackend(Backend):
             m = out.numel() // n if n else 0
             device, stream = (0, threads()) if host else where(A)
             key = (stream, dtype, m)
-            scratch, address, size = None, 0, 0
+            _scratch, address, size = None, 0, 0
             if not (host and key in scratch_free):
-                scratch, address, size = workspace_of(op, device, stream, dtype, m, n, k, A)
+                _scratch, address, size = workspace_of(op, device, stream, dtype, m, n, k, A)
                 if size == 0 and host and len(scratch_free) < 4096:
                     scratch_free.add(key)
             bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
@@ -255,7 +255,7 @@ class CffiBackend(Backend):
     def int8_gemm(self, A: Tensor, B: Tensor, *, out: Tensor) -> None:
         device, stream = self._where(A)
         sizes = (A.shape[0], B.shape[0], A.shape[1])
-        scratch, *workspace = self._workspace(QC.QC_OP_INT8_GEMM, device, stream, QC.QC_F32, *sizes, A)
+        _scratch, *workspace = self._workspace(QC.QC_OP_INT8_GEMM, device, stream, QC.QC_F32, *sizes, A)
         self._call("int8_gemm", device, stream, *sizes, _ptr(A), _ptr(B), _ptr(out), *workspace)
 
     def int8_dequantize_gemm(
@@ -271,7 +271,7 @@ class CffiBackend(Backend):
         device, stream = self._where(A)
         dtype = _DTYPES[out.dtype]
         sizes = (A.shape[0], B.shape[0], A.shape[1])
-        scratch, *workspace = self._workspace(QC.QC_OP_INT8_SCALED_GEMM, device, stream, dtype, *sizes, A)
+        _scratch, *workspace = self._workspace(QC.QC_OP_INT8_SCALED_GEMM, device, stream, dtype, *sizes, A)
         pointers = (_ptr(A), _ptr(B), _ptr(row_stats), _ptr(col_stats))
         self._call(
             "int8_scaled_gemm", device, stream, dtype, *sizes, *pointers, *_bias(bias, out), _ptr(out), *workspace

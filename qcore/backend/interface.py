@@ -55,7 +55,8 @@ class Weight4bit:
     """A 4-bit tensor as its parts (QC-4BIT-002, QC-NEST-003); validated by the frontend.
 
     ``packed`` uint8 ``(ceil(numel/2),)``; ``absmax`` float32 ``(blocks,)``, or uint8 when nested; ``nested_absmax``
-    float32 ``(ceil(blocks/nested_blocksize),)``; ``nested_code`` float32 ``(256,)``; ``nested_offset`` float32 ``(1,)``.
+    float32 ``(ceil(blocks/nested_blocksize),)``; ``nested_code`` float32 ``(256,)``; ``nested_offset`` float32, one
+    value.
     """
 
     packed: Tensor

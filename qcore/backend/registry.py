@@ -7,10 +7,10 @@
 - an importable class or factory: ``acme.backend:AcmeBackend``;
 - any of these per torch device type: ``cuda=hip,cpu=cpu_reference``.
 
-A bare name serves the device types that the backend declares (the reference: every one); the others keep the default,
-which goes by the tensor's device: ``cuda`` tensors take ``hip`` on a ROCm build of torch and ``cuda`` elsewhere, ``cpu``
-tensors take ``cpu``, or ``cpu_reference`` with a warning where no native CPU backend can be loaded. The variable is read
-once, when the first backend is needed.
+A bare name serves the device types that the backend declares (the reference: every one); the others keep the
+default, which goes by the tensor's device: ``cuda`` tensors take ``hip`` on a ROCm build of torch and ``cuda``
+elsewhere, ``cpu`` tensors take ``cpu``, or ``cpu_reference`` with a warning where no native CPU backend can be loaded.
+The variable is read once, when the first backend is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class BackendStatus:
 
 _loaded: dict[str, Backend] = {}
 _failed: dict[str, BackendUnavailable] = {}
-_lock = Lock()
+_lock = RLock()  # a factory may ask for another backend
 
 
 @cache
