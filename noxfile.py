@@ -1,0 +1,149 @@
+"""Developer commands. `make` prepares the environment and calls these; `nox -l` lists them.
+
+Every session runs in the environment that holds nox (one install of torch, not one per session). Results that CI keeps
+land in build/reports.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "tests"]
+
+ROOT = Path(__file__).parent
+BIN = Path(sys.executable).parent
+REPORTS = ROOT / "build" / "reports"
+# The paths through the native CPU backend that CI walks: what this processor has, AVX2 alone, plain C++.
+CPU_PATHS = {"cpu": {}, "cpu-avx2": {"QCORE_CPU_ISA": "avx2"}, "cpu-portable": {"QCORE_CPU_ISA": "portable"}}
+
+
+def _python(session: nox.Session, *args: str, **env: str) -> None:
+    session.run(sys.executable, *args, env=env, external=True)
+
+
+def _tool(session: nox.Session, name: str, *args: str, **env: str) -> None:
+    session.run(str(BIN / name), *args, env=env, external=True)
+
+
+def _pytest(session: nox.Session, report: str, *args: str, **env: str) -> None:
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    junit = REPORTS / f"{report}.xml"
+    _python(session, "-m", "pytest", f"--junitxml={junit}", *args, **env)
+
+
+def _conformance(session: nox.Session, backend: str, report: str, *args: str, **env: str) -> None:
+    target = str(REPORTS / f"conformance-{report}")
+    _tool(session, "qcore-conformance", "run", "--backend", backend, "--report", target, *args, **env)
+
+
+def _c_sources() -> list[str]:
+    """C and C++ files that are written by hand."""
+    made = {"qcore_codebooks.h"}
+    folders = ("backends", "qcore/include", "tests")
+    files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
+    wanted = (path for path in files if path.suffix in {".c", ".cpp", ".h", ".hpp"} and path.name not in made)
+    return [str(path.relative_to(ROOT)) for path in wanted if "build" not in path.relative_to(ROOT).parts]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style: ruff on Python, clang-format on C and C++."""
+    _tool(session, "ruff", "check", ".")
+    _tool(session, "ruff", "format", "--check", ".")
+    _tool(session, "clang-format", "--dry-run", "--Werror", *_c_sources())
+
+
+@nox.session
+def format(session: nox.Session) -> None:  # noqa: A001, RUF100
+    """Mend what ruff and clang-format can mend."""
+    _tool(session, "ruff", "check", "--fix", ".")
+    _tool(session, "ruff", "format", ".")
+    _tool(session, "clang-format", "-i", *_c_sources())
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: mypy --strict on qcore/."""
+    _tool(session, "mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the frontend's tests on cpu_reference and cpu; arguments go to pytest."""
+    args = session.posargs or ["-n", "2", "--dist", "worksteal"]
+    _pytest(session, "tests", *args, QCORE_REQUIRE_NATIVE="1")
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Run the conformance suite on cpu_reference and on each path through cpu."""
+    _conformance(session, "cpu_reference", "cpu_reference")
+    for report, env in CPU_PATHS.items():
+        _conformance(session, "cpu", report, **env)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Run the suite on backends that are wrong on purpose: every one has to be found out."""
+    _tool(session, "qcore-conformance", "mutants")
+
+
+@nox.session
+def templates(session: nox.Session) -> None:
+    """Build the backends to copy and run the conformance suite on them."""
+    folder = ROOT / "backends" / "template"
+    session.run("make", "-s", "-C", str(folder / "c_backend"), external=True)
+    library = folder / "c_backend" / "build" / "libqcore_template.so"
+    _conformance(session, str(library), "template-c")
+    _conformance(session, "python_backend:TemplateBackend", "template-python", PYTHONPATH=str(folder))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Quantize a real language model to each format and let it write."""
+    _python(session, "-m", "qcore.cli.demo", *session.posargs)
+
+
+@nox.session
+def smoke(session: nox.Session) -> None:
+    """Run the demo in its short form."""
+    _python(session, "-m", "qcore.cli.demo", "--smoke")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time the ops and the host cost of a layer beside bitsandbytes."""
+    _python(session, "benchmarks/host_cost.py", *session.posargs)
+    _python(session, "benchmarks/ops.py", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheels and the source distribution into dist/."""
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    wheel = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist")
+    _python(session, *wheel, ".")
+    _python(session, *wheel, "./backends/cpu")
+    _tool(session, "hatchling", "build", "-t", "sdist")
+
+
+@nox.session
+def summary(session: nox.Session) -> None:
+    """Add up the JUnit reports of build/reports; fails if nothing ran."""
+    passed = failed = skipped = 0
+    for path in sorted(REPORTS.rglob("*.xml")):
+        for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+            count, bad, left_out = (int(suite.get(key, 0)) for key in ("tests", "failures", "skipped"))
+            bad += int(suite.get("errors", 0))
+            session.log(f"{path.relative_to(REPORTS)}: {count - bad - left_out} passed, {bad} failed, {left_out} skipped")
+            passed, failed, skipped = passed + count - bad - left_out, failed + bad, skipped + left_out
+    print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
+    if failed or not passed:
+        session.error("tests failed" if failed else "no test ran")
