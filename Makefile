@@ -13,7 +13,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMPS := $(VENV)/stamps
-NOX = $(VENV)/bin/python -m nox --no-color -s
+NOX = $(VENV)/bin/python -m nox -s
 COMPILER := $(shell command -v $(firstword $(CXX)) 2>/dev/null)
 NATIVE_SOURCES := $(shell find backends/cpu qcore/include -type f -not -path '*/build/*' -not -name '*.pyc' \
 	-not -name '*.so' 2>/dev/null)
@@ -27,6 +27,7 @@ demo: env $(if $(COMPILER),native,no-compiler)
 	$(NOX) demo -- $(ARGS)
 
 test: compiler env native
+	@rm -rf build/reports
 	$(NOX) lint types tests conformance mutants templates smoke summary -- $(ARGS)
 
 lint: env
@@ -54,6 +55,7 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/requirements: requirements/dev.txt | $(STAMPS)/venv
+	@echo "Installing requirements/dev.txt into $(VENV): once, a few minutes."
 	$(VENV)/bin/python -m pip install --quiet -r requirements/dev.txt
 	@touch $@
 

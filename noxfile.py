@@ -142,8 +142,9 @@ def summary(session: nox.Session) -> None:
         for suite in ElementTree.parse(path).getroot().iter("testsuite"):
             count, bad, left_out = (int(suite.get(key, 0)) for key in ("tests", "failures", "skipped"))
             bad += int(suite.get("errors", 0))
-            session.log(f"{path.relative_to(REPORTS)}: {count - bad - left_out} passed, {bad} failed, {left_out} skipped")
-            passed, failed, skipped = passed + count - bad - left_out, failed + bad, skipped + left_out
+            good = count - bad - left_out
+            session.log(f"{path.relative_to(REPORTS)}: {good} passed, {bad} failed, {left_out} skipped")
+            passed, failed, skipped = passed + good, failed + bad, skipped + left_out
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
     if failed or not passed:
         session.error("tests failed" if failed else "no test ran")
