@@ -1,0 +1,134 @@
+// The library's table, what it says of itself, and its only export.
+#include <cstdio>
+#include <fstream>
+#include <string>
+
+#include "abi.h"
+#include "dispatch.h"
+#include "ops.h"
+#include "parallel.h"
+#include "qcore_backend.h"
+
+namespace qcore::cpu {
+namespace {
+
+// `text` as a JSON string, quotes included.
+std::string json_string(const std::string &text) {
+    std::string out = "\"";
+    for (const char c : text) {
+        if (c == '"' || c == '\\') {
+            out += '\\';
+            out += c;
+        } else if (static_cast<unsigned char>(c) < 0x20) {
+            char escaped[8];
+            std::snprintf(escaped, sizeof escaped, "\\u%04x", static_cast<unsigned>(c));
+            out += escaped;
+        } else {
+            out += c;
+        }
+    }
+    return out + "\"";
+}
+
+// The processor's name as Linux gives it; aarch64 kernels give none.
+std::string processor_name() {
+    std::ifstream file("/proc/cpuinfo");
+    for (std::string line; std::getline(file, line);) {
+        const size_t colon = line.find(": ");
+        if (line.compare(0, 10, "model name") == 0 && colon != std::string::npos) {
+            return line.substr(colon + 2);
+        }
+    }
+    return "unknown processor";
+}
+
+std::string architecture() {
+#if defined(__x86_64__)
+    return "x86-64";
+#elif defined(__aarch64__)
+    return "aarch64";
+#else
+    return "unknown";
+#endif
+}
+
+std::string description() {
+    return "{\"name\": " + json_string(processor_name()) +
+           ", \"arch\": " + json_string(architecture() + " " + isa_name(isa_choice().isa)) +
+           ", \"driver\": \"\", \"runtime\": " + json_string(threading_description()) +
+           ", \"torch_device\": \"cpu\", \"declarations\": {}}";
+}
+
+qc_status device_count(int32_t *count) {
+    if (count == nullptr) {
+        return fail(QC_INVALID_ARGUMENT, "device_count: count: expected an address, got 0");
+    }
+    *count = 0;
+    const Arguments arguments("device_count", 0);
+    if (arguments.ok()) {
+        *count = 1;
+    }
+    return arguments.status();
+}
+
+qc_status describe(int32_t device, const char **json) {
+    return guarded("describe", [&] {
+        const Arguments arguments("describe", device);
+        if (!arguments.ok()) {
+            return arguments.status();
+        }
+        if (json == nullptr) {
+            return fail(QC_INVALID_ARGUMENT, "describe: json: expected an address, got 0");
+        }
+        static const std::string text = description();
+        *json = text.c_str();
+        return QC_OK;
+    });
+}
+
+qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
+    Arguments arguments("workspace", device);
+    arguments.count("m", m).count("n", n).count("k", k);
+    if (!arguments.ok()) {
+        return arguments.status();
+    }
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_DEQUANTIZE_ROWS, op);
+    }
+    if (bytes == nullptr) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
+    }
+    *bytes = 0;
+    return QC_OK;
+}
+
+constexpr qc_api kApi = {
+    sizeof(qc_api),
+    QC_ABI_MAJOR,
+    QC_ABI_MINOR,
+    "cpu",
+    last_error,
+    device_count,
+    describe,
+    workspace,
+    /* quantize_blockwise */ nullptr,
+    /* dequantize_blockwise */ nullptr,
+    /* quantize_4bit */ nullptr,
+    /* dequantize_4bit */ nullptr,
+    /* quantize_absmax */ nullptr,
+    /* dequantize_absmax */ nullptr,
+    /* gemm_4bit */ nullptr,
+    /* int8_quantize_rows */ nullptr,
+    /* int8_quantize_cols */ nullptr,
+    /* int8_gemm */ nullptr,
+    /* int8_dequantize_gemm */ nullptr,
+    /* int8_scaled_gemm */ nullptr,
+    /* int8_dequantize_rows */ nullptr,
+};
+
+}  // namespace
+}  // namespace qcore::cpu
+
+extern "C" __attribute__((visibility("default"))) const qc_api *qcore_backend_open(uint32_t abi_major) {
+    return abi_major == QC_ABI_MAJOR ? &qcore::cpu::kApi : nullptr;
+}

@@ -1,0 +1,171 @@
+#include "parallel.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#ifdef __x86_64__
+#include <xmmintrin.h>
+#endif
+
+namespace qcore::cpu {
+namespace {
+
+// IEEE arithmetic for the life of the object, on the thread that made it.
+class IeeeArithmetic {
+   public:
+#if defined(__x86_64__)
+    IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(kDefault); }
+    ~IeeeArithmetic() { _mm_setcsr(saved_); }
+
+   private:
+    static constexpr unsigned kDefault = 0x1F80;  // all exceptions masked, nearest even, no FTZ, no DAZ
+    unsigned saved_;
+#elif defined(__aarch64__)
+    IeeeArithmetic() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+    }
+    ~IeeeArithmetic() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+   private:
+    uint64_t saved_;
+#endif
+   public:
+    IeeeArithmetic(const IeeeArithmetic &) = delete;
+    IeeeArithmetic &operator=(const IeeeArithmetic &) = delete;
+};
+
+// A team of any size works through the chunks: each thread takes the next one until there is none.
+struct Work {
+    ChunkFunction function;
+    const void *context;
+    int64_t n_chunks;
+    std::atomic<int64_t> next{0};
+
+    void run() {
+        const IeeeArithmetic ieee;
+        for (int64_t chunk = next.fetch_add(1, std::memory_order_relaxed); chunk < n_chunks;
+             chunk = next.fetch_add(1, std::memory_order_relaxed)) {
+            function(context, chunk);
+        }
+    }
+    static void run_member(void *work) { static_cast<Work *>(work)->run(); }
+};
+
+using GompParallel = void (*)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+struct OpenMp {
+    GompParallel parallel = nullptr;
+    std::string path;
+};
+
+// dlsym on torch's own handle searches torch's dependencies, so it finds the runtime that torch is bound to whatever
+// its file is called, and no other that happens to be loaded.
+OpenMp find_openmp() {
+    std::string torch;
+    dl_iterate_phdr(
+        [](dl_phdr_info *info, size_t, void *found) {
+            const char *slash = std::strrchr(info->dlpi_name, '/');
+            const char *file = slash == nullptr ? info->dlpi_name : slash + 1;
+            if (std::strncmp(file, "libtorch_cpu.so", 15) == 0) {
+                *static_cast<std::string *>(found) = info->dlpi_name;
+                return 1;
+            }
+            return 0;
+        },
+        &torch);
+    OpenMp openmp;
+    if (torch.empty()) {
+        return openmp;
+    }
+    void *handle = dlopen(torch.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == nullptr) {
+        return openmp;
+    }
+    void *symbol = dlsym(handle, "GOMP_parallel");
+    Dl_info info;
+    if (symbol != nullptr && dladdr(symbol, &info) != 0) {
+        openmp.parallel = reinterpret_cast<GompParallel>(symbol);
+        openmp.path = info.dli_fname;
+    }
+    dlclose(handle);  // torch is never unloaded; the count goes back to what it was
+    return openmp;
+}
+
+std::atomic<bool> &forked() {
+    static std::atomic<bool> flag{false};
+    return flag;
+}
+
+const OpenMp &openmp() {
+    static const OpenMp found = [] {
+        OpenMp result = find_openmp();
+        if (result.parallel != nullptr) {
+            pthread_atfork(nullptr, nullptr, [] { forked().store(true, std::memory_order_relaxed); });
+        }
+        return result;
+    }();
+    return found;
+}
+
+void run_on_new_threads(Work &work, int64_t threads) {
+    std::vector<std::thread> helpers;
+    try {
+        helpers.reserve(static_cast<size_t>(threads - 1));
+        for (int64_t i = 1; i < threads; ++i) {
+            helpers.emplace_back([&work] { work.run(); });
+        }
+    } catch (const std::exception &) {
+        // Fewer threads than asked for do the same work (QC-NUM-007).
+    }
+    work.run();
+    for (std::thread &helper : helpers) {
+        helper.join();
+    }
+}
+
+}  // namespace
+
+int64_t thread_limit(uintptr_t stream) {
+    constexpr uintptr_t kMax = 1024;
+    if (stream != 0) {
+        return static_cast<int64_t>(stream < kMax ? stream : kMax);
+    }
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        return CPU_COUNT(&allowed);
+    }
+    return 1;
+}
+
+void run_chunks(int64_t n_chunks, int64_t max_threads, ChunkFunction function, const void *context) {
+    Work work{function, context, n_chunks};
+    if (n_chunks <= 1 || max_threads <= 1) {
+        work.run();
+        return;
+    }
+    const OpenMp &omp = openmp();
+    if (omp.parallel != nullptr && !forked().load(std::memory_order_relaxed)) {
+        // Always the full team, even for two chunks: libgomp ends the threads that a smaller region leaves out, and
+        // starts new ones for torch's next.
+        omp.parallel(&Work::run_member, &work, static_cast<unsigned>(max_threads), 0);
+        return;
+    }
+    run_on_new_threads(work, n_chunks < max_threads ? n_chunks : max_threads);
+}
+
+std::string threading_description() {
+    const OpenMp &omp = openmp();
+    return omp.parallel != nullptr ? "OpenMP team of torch (" + omp.path + ")"
+                                   : "own threads per call (torch's OpenMP not found)";
+}
+
+}  // namespace qcore::cpu

@@ -1,0 +1,43 @@
+// Threads: a loop over independent chunks on the OpenMP team that torch already has.
+//
+// torch's CPU kernels run on the OpenMP runtime that its wheel brings (a private copy of libgomp, or Intel's). Its
+// threads spin for a while after each parallel region. A second pool beside it, our own or a second libgomp, would make
+// twice as many threads as cores take turns: on two cores that costs a factor of two and more on both sides. So this
+// library links no OpenMP. It asks the dynamic linker for the GOMP_parallel that libtorch_cpu.so itself is bound to and
+// runs on the very same team; where torch is not loaded, or in a forked child (a team does not survive fork), it starts
+// plain threads for the one call, which costs more per call but holds no state.
+#ifndef QCORE_CPU_PARALLEL_H
+#define QCORE_CPU_PARALLEL_H
+
+#include <cstdint>
+#include <string>
+
+namespace qcore::cpu {
+
+// Work below about this much single-thread time is done faster inline than by waking a team, so cut chunks at least
+// this big.
+inline constexpr int64_t kMinChunkNanoseconds = 10000;
+
+using ChunkFunction = void (*)(const void *context, int64_t chunk);
+
+// The number of threads that a call may use: `stream` as qcore_backend.h defines it for a host.
+int64_t thread_limit(uintptr_t stream);
+
+// Calls function(context, chunk) once for each chunk from 0 to n_chunks - 1, in any order, on at most max_threads
+// threads, and returns when all are done. Each runs under IEEE arithmetic: nearest even, denormals kept, whatever the
+// caller's control register says (torch.set_flush_denormal; QC-NUM-001). The function must not throw.
+void run_chunks(int64_t n_chunks, int64_t max_threads, ChunkFunction function, const void *context);
+
+template <class Function>
+void parallel_for(int64_t n_chunks, int64_t max_threads, const Function &function) {
+    run_chunks(
+        n_chunks, max_threads,
+        [](const void *context, int64_t chunk) { (*static_cast<const Function *>(context))(chunk); }, &function);
+}
+
+// "libgomp.so.1 of torch (/path)" or "threads per call (torch's OpenMP not found)"; for describe().
+std::string threading_description();
+
+}  // namespace qcore::cpu
+
+#endif  // QCORE_CPU_PARALLEL_H
