@@ -56,15 +56,15 @@ $(STAMPS)/venv:
 
 $(STAMPS)/requirements: requirements/dev.txt | $(STAMPS)/venv
 	@echo "Installing requirements/dev.txt into $(VENV): once, a few minutes."
-	$(VENV)/bin/python -m pip install --quiet -r requirements/dev.txt
+	$(VENV)/bin/python -m pip install -qq -r requirements/dev.txt
 	@touch $@
 
 $(STAMPS)/qcore: pyproject.toml hatch_build.py qcore/include/qcore_backend.h $(STAMPS)/requirements
-	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(VENV)/bin/python -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/qcore
-	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation ./backends/cpu
+	$(VENV)/bin/python -m pip install -qq --no-deps --no-build-isolation ./backends/cpu
 	@touch $@
 
 .PHONY: no-compiler
