@@ -1,0 +1,118 @@
+"""Ops that a backend leaves out, made of others that it serves: only where the result is the one the spec asks for.
+
+Each composition is logged once a backend, at WARNING, and ``composed_ops`` names them for ``qcore info``. The
+conformance suite calls backends directly and never sees one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qcore.backend.interface import Backend, PreparedGemm, Weight4bit
+from qcore.errors import Unsupported
+
+log = logging.getLogger("qcore")
+_logged: set[tuple[Backend, str]] = set()
+
+# op -> (what it is made of, the text for people)
+_RECIPES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "int8_scaled_gemm": (
+        ("int8_gemm", "int8_dequantize_gemm"),
+        "int8_gemm, then int8_dequantize_gemm (QC-INT8-007)",
+    ),
+    "dequantize_absmax": (
+        ("dequantize_blockwise",),
+        "dequantize_blockwise to float32, then the offset added in float32 (QC-NEST-003)",
+    ),
+    "gemm_4bit": (
+        ("dequantize_4bit",),
+        "dequantize_4bit to float32, then torch.matmul in float32: slow (QC-GEMM4-001 to -003)",
+    ),
+}
+
+
+def composed_ops(backend: Backend) -> dict[str, str]:
+    """The ops that ``backend`` leaves out and qcore makes of others: op name to how."""
+    return {
+        op: how
+        for op, (parts, how) in _RECIPES.items()
+        if not backend.supports(op) and all(backend.supports(part) for part in parts)
+    }
+
+
+def _announce(backend: Backend, op: str) -> None:
+    how = composed_ops(backend).get(op)
+    if how is None:
+        raise backend._unsupported(op)
+    if (backend, op) not in _logged:
+        _logged.add((backend, op))
+        log.warning("backend %s does not serve %s; it is composed of %s", backend.name, op, how)
+
+
+def int8_scaled_gemm(
+    backend: Backend, A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
+) -> None:
+    """QC-INT8-007: the fused product is bit for bit these two."""
+    _announce(backend, "int8_scaled_gemm")
+    product = torch.empty(out.shape, dtype=torch.int32, device=out.device)
+    backend.int8_gemm(A, B, out=product)
+    backend.int8_dequantize_gemm(product, row_stats, col_stats, bias, out=out)
+
+
+def dequantize_absmax(
+    backend: Backend, A: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, blocksize: int, *, out: Tensor
+) -> None:
+    """QC-NEST-003: ``(c[code] * nested_absmax) + offset``, each operation rounded once."""
+    _announce(backend, "dequantize_absmax")
+    backend.dequantize_blockwise(A, nested_absmax, code, blocksize, out=out)
+    out.add_(offset)
+
+
+def flat_weight(backend: Backend, weight: Weight4bit) -> Weight4bit:
+    """``weight`` with its absmax decoded, for a backend whose op takes no nested one (QC-4BIT-003)."""
+    if weight.nested_absmax is None or weight.nested_code is None or weight.nested_offset is None:
+        raise ValueError("flat_weight: the weight is not nested")
+    absmax = torch.empty(weight.absmax.numel(), dtype=torch.float32, device=weight.absmax.device)
+    arguments = (weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_offset, weight.nested_blocksize)
+    if backend.supports("dequantize_absmax"):
+        backend.dequantize_absmax(*arguments, out=absmax)
+    else:
+        dequantize_absmax(backend, *arguments, out=absmax)
+    if (backend, "nested") not in _logged:
+        _logged.add((backend, "nested"))
+        log.warning("backend %s takes no nested absmax; it is decoded first (QC-4BIT-003)", backend.name)
+    return Weight4bit(weight.packed, absmax, weight.quant_type, weight.blocksize, weight.shape)
+
+
+def dequantize_4bit(backend: Backend, weight: Weight4bit, *, out: Tensor) -> None:
+    """``backend.dequantize_4bit``, with nested absmax decoded first where the backend refuses it."""
+    try:
+        backend.dequantize_4bit(weight, out=out)
+    except Unsupported:
+        if weight.nested_absmax is None or not backend.supports("dequantize_4bit"):
+            raise
+        backend.dequantize_4bit(flat_weight(backend, weight), out=out)
+
+
+def prepare_gemm_4bit(backend: Backend, weight: Weight4bit) -> PreparedGemm:
+    """The product over weights decoded to float32 once a call; exact in the sense of QC-GEMM4-001 to -006."""
+    _announce(backend, "gemm_4bit")
+
+    def gemm(A: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if torch.get_float32_matmul_precision() != "highest":
+            raise Unsupported(
+                f"gemm_4bit: backend {backend.name!r} does not serve this op, and composing it needs exact float32 "
+                "products; call torch.set_float32_matmul_precision('highest')"
+            )
+        decoded = torch.empty(weight.shape, dtype=torch.float32, device=A.device)
+        dequantize_4bit(backend, weight, out=decoded)
+        product = A.reshape(-1, weight.shape[1]).float() @ decoded.t()
+        if bias is not None:
+            product += bias.float()
+        out.copy_(product.view(out.shape))
+
+    return gemm

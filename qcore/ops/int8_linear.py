@@ -1,0 +1,138 @@
+"""LLM.int8() as one op: quantize the activations, multiply in int8, outlier columns in floating point.
+
+Dettmers et al., *LLM.int8()*, 2022 (arXiv 2208.07339), section 3. How many outlier columns there are depends on the
+data; inside one op the shape of the result does not, so ``torch.compile`` sees no break.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcore.errors import InvalidArgument
+from qcore.ops import validate
+from qcore.ops.int8 import int8_dequantize_rows, int8_quantize_rows, int8_scaled_gemm
+from qcore.ops.library import register, register_autograd, traced
+
+
+def int8_linear(
+    A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None = None, threshold: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``A @ W.T + bias`` by LLM.int8(); differentiable in ``A``, ``bias`` and a ``B`` that holds numbers.
+
+    The int8 part is QC-INT8-002 to -007. With outlier columns (QC-INT8-001) it stays float32; their product with the
+    dequantized weights (QC-INT8-008) is added in float32, and the sum is rounded once. Gradients take the quantized
+    weight for the weight and activations for themselves: ``dA = dY W``, ``dB = dY^T A``.
+
+    Parameters
+    ----------
+    A : Tensor
+        float32, float16 or bfloat16, ``(..., K)``.
+    B : Tensor
+        int8 ``(N, K)`` with ``scales``; or float32, float16 or bfloat16 ``(N, K)``, which is quantized first.
+    scales : Tensor, optional
+        float32 ``(N,)``: row statistics of ``B``; None if ``B`` holds numbers.
+    bias : Tensor, optional
+        ``(N,)`` in the dtype of ``A`` or float32.
+    threshold : float
+        Columns of ``A`` with an element of this magnitude or more are left out of the int8 product; 0 for none.
+
+    Returns
+    -------
+    out : Tensor
+        ``(..., N)`` in the dtype of ``A``.
+    outlier_cols : Tensor
+        uint8 ``(K,)``, 1 for an outlier column; empty if ``threshold`` is 0.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Before anything is computed.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (A, B, bias)
+    )
+    if wants_gradient or traced(A, B, scales, bias):
+        out, outlier_cols = torch.ops.qcore.int8_linear(A, B, scales, bias, threshold)
+        return out, outlier_cols
+    return _forward(A, B, scales, bias, threshold)
+
+
+def _plan(A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+    op = "int8_linear"
+    validate.floats(op, "A", A)
+    if scales is None:
+        validate.floats(op, "B", B)
+    else:
+        validate.dtype(op, "B", B, torch.int8)
+        validate.dtype(op, "scales", scales, torch.float32)
+    if B.dim() != 2:
+        raise InvalidArgument(f"{op}: B has shape {tuple(B.shape)}, needs (out_features, in_features)")
+    n, k = B.shape
+    if A.dim() == 0 or A.shape[-1] != k:
+        raise InvalidArgument(f"{op}: A has shape {tuple(A.shape)}, weight of shape {(n, k)} needs (..., {k})")
+    if scales is not None:
+        validate.length(op, "scales", scales, n, f"weight of shape {(n, k)}")
+    validate.bias(op, bias, n, A.dtype)
+    validate.device(op, "A", A.device, [("B", B), ("scales", scales), ("bias", bias)])
+    validate.threshold(op, threshold)
+    out = torch.empty((*A.shape[:-1], n), dtype=A.dtype, device=A.device)
+    return out, torch.empty(k if threshold > 0.0 else 0, dtype=torch.uint8, device=A.device)
+
+
+def _forward(
+    A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
+    out, no_outliers = _plan(A, B, scales, bias, threshold)
+    weight, weight_stats = _codes(B, scales)
+    flat = A.reshape(math.prod(A.shape[:-1]), A.shape[-1])
+    codes, row_stats, outlier_cols = int8_quantize_rows(flat, threshold)
+    if outlier_cols is None or not bool(outlier_cols.any()):
+        result = int8_scaled_gemm(codes, weight, row_stats, weight_stats, bias, A.dtype)
+    else:
+        columns = outlier_cols.nonzero().view(-1)
+        full_bias = None if bias is None else bias.float()
+        result = int8_scaled_gemm(codes, weight, row_stats, weight_stats, full_bias, torch.float32)
+        outlier_weight = int8_dequantize_rows(weight[:, columns].contiguous(), weight_stats, torch.float32)
+        result.addmm_(flat[:, columns].float(), outlier_weight.t())
+        result = result.to(A.dtype)
+    return result.view(out.shape), no_outliers if outlier_cols is None else outlier_cols
+
+
+def _codes(B: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    if scales is not None:
+        return B, scales
+    codes, stats, _ = int8_quantize_rows(B, 0.0)
+    return codes, stats
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    A, B, scales, bias, _ = inputs
+    ctx.save_for_backward(A if ctx.needs_input_grad[1] else None, B, scales)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
+    A, B, scales = ctx.saved_tensors
+    d_A = d_B = d_bias = None
+    if ctx.needs_input_grad[0]:
+        codes, stats = _codes(B.detach(), scales)
+        d_A = gradient @ int8_dequantize_rows(codes, stats, gradient.dtype)
+    rows = gradient.reshape(-1, B.shape[0])
+    if ctx.needs_input_grad[1]:
+        d_B = (rows.t() @ A.reshape(-1, B.shape[1])).to(B.dtype)
+    if ctx.needs_input_grad[3]:
+        d_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return d_A, d_B, None, d_bias, None
+
+
+register(
+    "int8_linear",
+    "(Tensor A, Tensor B, Tensor? scales, Tensor? bias, float threshold) -> (Tensor, Tensor)",
+    _forward,
+    _plan,
+)
+register_autograd("int8_linear", _setup, _backward)

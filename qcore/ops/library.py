@@ -1,0 +1,42 @@
+"""The ``torch.ops.qcore`` library, and the rule for when a call goes through it.
+
+In plain eager mode an op is an ordinary Python function. Under ``torch.compile``, ``torch.export``, a dispatch mode or
+a functorch transform, on meta tensors and tensor subclasses, the same function calls the registered op instead, so that
+the tracer sees one opaque node whose fake kernel gives the exact shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
+
+_LIBRARY = torch.library.Library("qcore", "DEF")
+_NO_DISPATCH = Tensor.__torch_dispatch__
+
+
+def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define ``torch.ops.qcore.<name>``: ``kernel`` on every device, ``fake`` for shapes alone."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qcore::{name}", fake, lib=_LIBRARY)
+
+
+def register_autograd(name: str, setup_context: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    """Give ``torch.ops.qcore.<name>`` a gradient."""
+    torch.library.register_autograd(f"qcore::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether somebody other than the backend has to see this call: a tracer, a mode, a subclass, a meta tensor."""
+    if is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return True
+    return any(
+        tensor is not None and (type(tensor).__torch_dispatch__ is not _NO_DISPATCH or tensor.is_meta)
+        for tensor in tensors
+    )
