@@ -1,0 +1,144 @@
+"""The model class behind a checkpoint, built without weights: which parameters it has and which are linear layers."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qcore.errors import FormatError, InvalidArgument
+
+
+def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Build the Transformers model of ``config`` with parameters on the meta device and real buffers, in eval mode.
+
+    The class is the first of ``config["architectures"]``, else the causal language model of its ``model_type``.
+
+    Raises
+    ------
+    FormatError
+        The installed Transformers does not know the model, or the configuration is inconsistent.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    model_type = config.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise FormatError(
+            f"config.json: model_type {model_type!r} is unknown to Transformers {transformers.__version__}; "
+            "upgrade it, or check the file (models with code of their own are not supported)"
+        )
+    values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    default = torch.get_default_dtype()
+    try:
+        parsed = transformers.CONFIG_MAPPING[model_type].from_dict(values)
+        model_class = _model_class(transformers, parsed)
+        torch.set_default_dtype(dtype)
+        with init_empty_weights(include_buffers=False):
+            model = model_class(parsed)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"config.json: makes no model of type {model_type!r}: {error}") from error
+    finally:
+        torch.set_default_dtype(default)
+    return model.eval()
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise FormatError(
+            f"config.json: architectures is {config.architectures}, which Transformers {transformers.__version__} "
+            f"does not have, and {config.model_type!r} has no causal language model"
+        )
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: ``shape`` is (out, in). A ``Conv1D`` layer keeps its weight transposed in float checkpoints."""
+
+    name: str
+    shape: tuple[int, int]
+    bias: bool
+    transposed: bool
+
+
+def linear_layers(model: Any, skip_modules: Sequence[str]) -> dict[str, Linear]:
+    """The layers that Transformers would replace when it loads a bitsandbytes checkpoint with these skips."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    # As its quantizer does: modules that the class wants in float32 stay out.
+    patterns = [*skip_modules, *(model._keep_in_fp32_modules or [])]
+    layers = {}
+    for name, module in model.named_modules():
+        transposed = isinstance(module, Conv1D)
+        if not (transposed or type(module) is torch.nn.Linear) or not should_convert_module(name, patterns):
+            continue
+        rows, columns = module.weight.shape
+        shape = (columns, rows) if transposed else (rows, columns)
+        layers[name] = Linear(name, shape, module.bias is not None, transposed)
+    return layers
+
+
+def default_skips(model: Any) -> list[str]:
+    """Modules that stay in floating point unless told otherwise: the output head, and whatever shares its weight."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return sorted(get_keys_to_not_convert(model))
+
+
+def resolve_skips(model: Any, globs: Iterable[str]) -> list[str]:
+    """Names of the modules that ``globs`` match: a full name, its last part, or the name of an enclosing module.
+
+    Raises
+    ------
+    InvalidArgument
+        A glob matches no linear layer.
+    """
+    names = list(linear_layers(model, []))
+    chosen: list[str] = []
+    for glob in globs:
+        matched = [name for name in names if _matches(name, glob)]
+        if not matched:
+            raise InvalidArgument(f"--skip {glob}: matches no linear layer; they are called like {_examples(names)}")
+        chosen += matched
+    return sorted(set(chosen))
+
+
+def _matches(name: str, glob: str) -> bool:
+    parts = name.split(".")
+    enclosing = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return fnmatch.fnmatchcase(parts[-1], glob) or any(fnmatch.fnmatchcase(prefix, glob) for prefix in enclosing)
+
+
+def _examples(names: Sequence[str]) -> str:
+    first_of_kind = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    return ", ".join(sorted(first_of_kind.values())[:8])
+
+
+def kind_of(name: str) -> str:
+    """The kind of layer that a parameter belongs to: ``model.layers.3.mlp.up_proj.weight`` is of ``up_proj``."""
+    *path, leaf = name.split(".")
+    named = [part for part in path if not part.isdigit()]
+    kind = named[-1] if named else leaf
+    return kind if leaf == "weight" else f"{kind}.{leaf}"
+
+
+def stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether the model class wants this parameter in float32 where the rest is in ``dtype``."""
+    wanted = set(model._keep_in_fp32_modules_strict or [])
+    if dtype == torch.float16:
+        wanted |= set(model._keep_in_fp32_modules or [])
+    return any(part in name.split(".") for part in wanted)
+
+
+def matches_any(name: str, patterns: Iterable[str] | None) -> bool:
+    """Whether one of a model class's regular expressions (keys to ignore) is found in ``name``."""
+    return any(re.search(pattern, name) for pattern in patterns or [])

@@ -1,0 +1,251 @@
+"""What a quantization run will write, decided from names and shapes before anything is read or written."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qcore.errors import FormatError, InvalidArgument
+from qcore.formats import architecture
+from qcore.formats.bitsandbytes import FORMATS, FourBitLayout, int8_specs, quantization_config
+from qcore.formats.shard_writer import Spec
+from qcore.formats.source import SINGLE, Source, TensorInfo
+
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_READABLE = frozenset({torch.float64, *FLOATS.values()})
+BLOCKSIZES = tuple(2**power for power in range(5, 13))  # QC-NUM-005
+# Rows that are compared at a time when two tied tensors are both in the file.
+_COMPARE_NUMEL = 4 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of a run; all of them go into the journal, so that a resumed run has the same.
+
+    ``format`` is nf4, fp4, int8, or float (convert only). ``dtype`` is that of everything that stays in floating point,
+    and what 4-bit weights dequantize to; ``None`` takes the checkpoint's own, bfloat16 if it states none.
+    """
+
+    format: str
+    blocksize: int = 64
+    double_quant: bool = True
+    dtype: str | None = None
+    compute_dtype: str | None = None
+    skip: tuple[str, ...] = ()
+    quantize_head: bool = False
+    keep_unknown: bool = False
+    shard_bytes: int = 2_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.format not in (*FORMATS, "float"):
+            raise InvalidArgument(f"quantize: format is {self.format!r}, expected nf4, fp4, int8 or float")
+        if self.blocksize not in BLOCKSIZES:
+            raise InvalidArgument(f"quantize: blocksize is {self.blocksize}, expected a power of two from 32 to 4096")
+        for name in (self.dtype, self.compute_dtype):
+            if name is not None and name not in FLOATS:
+                raise InvalidArgument(f"quantize: dtype is {name!r}, expected one of {', '.join(FLOATS)}")
+        if self.shard_bytes < 1:
+            raise InvalidArgument(f"quantize: shard size is {self.shard_bytes} bytes, expected at least 1")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "skip": sorted(self.skip)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor's way: ``action`` is nf4, fp4, int8 or cast; ``specs`` are the tensors that come out."""
+
+    info: TensorInfo
+    action: str
+    kind: str
+    dtype: torch.dtype
+    specs: tuple[Spec, ...]
+    layout: FourBitLayout | None = None
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in shards, the output's ``config.json``, and what is dropped."""
+
+    shards: list[list[Step]]
+    config: dict[str, Any]
+    dropped: list[str]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for shard in self.shards for step in shard]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(step.nbytes for step in self.steps)
+
+    def shard_names(self) -> list[str]:
+        count = len(self.shards)
+        if count == 1:
+            return [SINGLE]
+        return [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+
+
+def make_plan(source: Source, options: Options) -> Plan:
+    """Match the source's tensors with its model's parameters and decide what becomes of each.
+
+    Raises
+    ------
+    FormatError
+        A tensor is unknown to the model, missing, or of another shape or dtype; the source is quantized already.
+    InvalidArgument
+        A skip matches nothing, or a tied head is to be quantized.
+    """
+    config = source.config()
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise FormatError(f"{source.path}: is quantized already ({method}); name the float checkpoint")
+    dtype = FLOATS[options.dtype or _own_dtype(config)]
+    model = architecture.empty_model(config, dtype)
+    names, dropped, untied = _match(source, model, options)
+    skips = _skips(model, options)
+    linear = {} if options.format == "float" else architecture.linear_layers(model, skips)
+    _check_tied(model, linear, untied)
+    steps = [_step(source.tensors[old], new, model, linear, options, dtype) for old, new in names.items()]
+    if linear and not any(step.action == options.format for step in steps):
+        raise InvalidArgument("quantize: every linear layer is skipped; nothing would be quantized")
+    result = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    result["dtype"] = str(dtype).removeprefix("torch.")
+    if untied:
+        result["tie_word_embeddings"] = False
+    if options.format != "float":
+        compute = FLOATS[options.compute_dtype] if options.compute_dtype else dtype
+        result["quantization_config"] = quantization_config(
+            options.format, nested=options.double_quant, compute_dtype=compute, skip_modules=skips
+        )
+    return Plan(_shards(steps, options.shard_bytes), result, dropped)
+
+
+def _own_dtype(config: dict[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return name if name in FLOATS else "bfloat16"
+
+
+def _skips(model: Any, options: Options) -> list[str]:
+    defaults = [] if options.quantize_head else architecture.default_skips(model)
+    # A glob may name what is skipped anyway (`--skip lm_head`).
+    extra = [glob for glob in options.skip if not any(fnmatch.fnmatchcase(name, glob) for name in defaults)]
+    return sorted({*defaults, *architecture.resolve_skips(model, extra)})
+
+
+def _match(source: Source, model: Any, options: Options) -> tuple[dict[str, str], list[str], bool]:
+    """Map the source's tensor names to the model's; also what is dropped, and whether tied tensors differ."""
+    parameters = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    names: dict[str, str] = {}
+    dropped: list[str] = []
+    unknown: list[str] = []
+    untied = False
+    for name in source.tensors:
+        target = tied.get(name)
+        if target in source.tensors and _equal(source, name, str(target)):
+            dropped.append(name)
+        elif target in source.tensors:
+            names[name], untied = name, True
+        elif target is not None:
+            names[name] = target
+        elif name in parameters:
+            names[name] = name
+        elif architecture.matches_any(name, model._keys_to_ignore_on_load_unexpected):
+            dropped.append(name)
+        else:
+            unknown.append(name)
+    if unknown and not options.keep_unknown:
+        raise FormatError(
+            f"{source.path}: {len(unknown)} tensors have no place in {type(model).__name__}: {_some(unknown)}; "
+            "pass --keep-unknown to copy them as they are"
+        )
+    names |= {name: name for name in unknown}
+    _check_complete(source, model, parameters, names, tied)
+    return names, dropped, untied
+
+
+def _check_complete(
+    source: Source, model: Any, parameters: dict[str, tuple[int, ...]], names: dict[str, str], tied: dict[str, str]
+) -> None:
+    present = set(names.values())
+    missing = [
+        name
+        for name in parameters
+        if name not in present
+        and tied.get(name) not in present
+        and not architecture.matches_any(name, model._keys_to_ignore_on_load_missing)
+    ]
+    if missing:
+        raise FormatError(f"{source.path}: {len(missing)} tensors of {type(model).__name__} are missing: {_some(missing)}")
+    for old, new in names.items():
+        shape = source.tensors[old].shape
+        if new in parameters and parameters[new] != shape:
+            raise FormatError(f"{source.path}: tensor {old!r} has shape {shape}, config.json asks for {parameters[new]}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _equal(source: Source, one: str, other: str) -> bool:
+    first, second = source.tensors[one], source.tensors[other]
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    step = max(1, _COMPARE_NUMEL // max(1, first.row_numel))
+    ranges = ((start, min(first.rows, start + step)) for start in range(0, first.rows, step))
+    return all(torch.equal(source.read_rows(one, *rows), source.read_rows(other, *rows)) for rows in ranges)
+
+
+def _check_tied(model: Any, linear: dict[str, architecture.Linear], untied: bool) -> None:
+    shared = {} if untied else dict(model.all_tied_weights_keys)
+    for one, other in shared.items():
+        for name in (one, other):
+            if name.removesuffix(".weight") in linear:
+                raise InvalidArgument(f"quantize: {one} and {other} share their values and cannot be quantized; skip them")
+
+
+def _step(
+    info: TensorInfo,
+    name: str,
+    model: Any,
+    linear: dict[str, architecture.Linear],
+    options: Options,
+    dtype: torch.dtype,
+) -> Step:
+    kind = architecture.kind_of(name)
+    layer = linear.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    if layer is None:
+        if not info.dtype.is_floating_point:
+            target = info.dtype
+        else:
+            target = torch.float32 if architecture.stays_float32(model, name, dtype) else dtype
+        return Step(info, "cast", kind, target, (Spec(name, target, info.shape),))
+    if info.dtype not in _READABLE:
+        raise FormatError(f"tensor {info.name!r} is {info.dtype}; a linear weight must be floating point")
+    if options.format == "int8":
+        return Step(info, "int8", kind, dtype, tuple(int8_specs(name, layer.shape)), transposed=layer.transposed)
+    layout = FourBitLayout(name, options.format, options.blocksize, layer.shape, dtype, options.double_quant)
+    return Step(info, options.format, kind, dtype, tuple(layout.specs()), layout, layer.transposed)
+
+
+def _shards(steps: list[Step], limit: int) -> list[list[Step]]:
+    """Fill shards in order; a step whose tensors are larger than the limit has one of its own."""
+    shards: list[list[Step]] = []
+    room = 0
+    for step in steps:
+        if not shards or step.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(step)
+        room -= step.nbytes
+    return shards
