@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -43,12 +44,14 @@ def _open(name: str, path: Path) -> tuple[Any, Any]:
     where = f"backend {name!r}: {path}"
     if not path.is_file():
         raise BackendUnavailable(f"{where}: no such file")
+    if _is_truncated(path):
+        raise BackendUnavailable(f"{where}: cannot be loaded: the file is truncated; install it again")
     try:
         library = ffi.dlopen(str(path), os.RTLD_NOW | os.RTLD_LOCAL)
         api = library.qcore_backend_open(QC.QC_ABI_MAJOR)
     except OSError as error:
         raise BackendUnavailable(f"{where}: cannot be loaded: {error}") from error
-    except AttributeError as error:
+    except (AttributeError, ffi.error) as error:  # from a header parsed at import, from a pre-parsed one
         raise BackendUnavailable(f"{where}: exports no qcore_backend_open; it is not a qcore backend") from error
     if api == ffi.NULL:
         raise BackendUnavailable(f"{where}: does not serve ABI {QC.QC_ABI_MAJOR}; install a matching version")
@@ -61,6 +64,22 @@ def _open(name: str, path: Path) -> tuple[Any, Any]:
     if api.abi_minor == QC.QC_ABI_MINOR and api.size != ours:
         raise BackendUnavailable(f"{where}: {version} has a table of {ours} bytes, this one says {api.size}")
     return library, api
+
+
+def _is_truncated(path: Path) -> bool:
+    """Whether an ELF file ends before its segments do: the dynamic loader would crash the process."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:
+            return False  # no 64-bit little-endian ELF file: the loader's own message says what is wrong
+        (table,), (size, count) = struct.unpack_from("<Q", head, 32), struct.unpack_from("<HH", head, 54)
+        if table + size * count > length:
+            return True
+        file.seek(table)
+        entries = file.read(size * count)
+    segments = (struct.unpack_from("<QQQQ", entries, size * i + 8) for i in range(count))
+    return any(offset + in_file > length for offset, _, _, in_file in segments)
 
 
 class CffiBackend(Backend):
@@ -86,7 +105,10 @@ class CffiBackend(Backend):
         self.path = Path(path).resolve()
         self._library, self._api = _open(name, self.path)
         count = ffi.new("int32_t *")
-        self._check(self._api.device_count(count))
+        try:
+            self._check(self._api.device_count(count))
+        except BackendError as error:
+            raise BackendUnavailable(f"backend {name!r}: {self.path}: {error}") from error
         self.device_count: int = count[0]
         if self.device_count < 1:
             raise BackendUnavailable(f"backend {name!r}: {self.path} found no device")
@@ -111,7 +133,12 @@ class CffiBackend(Backend):
     def _describe(self, index: int) -> dict[str, Any]:
         text = ffi.new("const char **")
         self._check(self._api.describe(index, text))
-        description: dict[str, Any] = json.loads(ffi.string(text[0]).decode("utf-8"))
+        try:
+            description = json.loads(ffi.string(text[0]).decode("utf-8"))
+        except ValueError as error:
+            raise BackendUnavailable(f"backend {self.name!r}: {self.path}: describe gives no JSON: {error}") from error
+        if not isinstance(description, dict):
+            raise BackendUnavailable(f"backend {self.name!r}: {self.path}: describe gives JSON that is no object")
         return description
 
     def describe(self, device: torch.device) -> Description:

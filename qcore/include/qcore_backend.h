@@ -32,8 +32,8 @@ typedef int32_t qc_status;
 #define QC_UNSUPPORTED 2      /* a valid call that this library does not serve */
 #define QC_NO_DEVICE 3        /* no device, no driver, or one that the library was not built for */
 #define QC_OUT_OF_MEMORY 4
-#define QC_DEVICE_ERROR 5     /* the runtime reported an error; its text is in last_error() */
-#define QC_INTERNAL 6         /* a defect of the library */
+#define QC_DEVICE_ERROR 5 /* the runtime reported an error; its text is in last_error() */
+#define QC_INTERNAL 6     /* a defect of the library */
 
 /* dtypes of activations, outputs and bias (QC-NUM-002, QC-NUM-003) */
 #define QC_F32 0
