@@ -51,7 +51,7 @@ def _open(name: str, path: Path) -> tuple[Any, Any]:
         api = library.qcore_backend_open(QC.QC_ABI_MAJOR)
     except OSError as error:
         raise BackendUnavailable(f"{where}: cannot be loaded: {error}") from error
-    except (AttributeError, ffi.error) as error:  # from a header parsed at import, from a pre-parsed one
+    except (AttributeError, getattr(ffi, "error", AttributeError)) as error:  # the latter under a pre-parsed header
         raise BackendUnavailable(f"{where}: exports no qcore_backend_open; it is not a qcore backend") from error
     if api == ffi.NULL:
         raise BackendUnavailable(f"{where}: does not serve ABI {QC.QC_ABI_MAJOR}; install a matching version")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cffi
@@ -48,6 +49,26 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         return library
 
     return compile_frozen
+
+
+def pre_parsed(folder: Path) -> Any:
+    """The current header as a wheel's build parses it."""
+    path = abi.generate(folder)
+    module = ModuleType("_abi")
+    exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+    return module.ffi
+
+
+@pytest.fixture(params=["parsed at import", "parsed at build"], autouse=True)
+def ffi(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which qcore reads its header: a missing symbol is another exception in each."""
+    ffi = parsed(abi.HEADER.read_text()) if "import" in request.param else pre_parsed(tmp_path)
+    use_ffi(monkeypatch, ffi)
+
+
+def use_ffi(monkeypatch: pytest.MonkeyPatch, ffi: Any) -> None:
+    monkeypatch.setattr(cffi_backend, "ffi", ffi)
+    monkeypatch.setattr(cffi_backend, "QC", ffi.dlopen(None))
 
 
 def parsed(header: str) -> cffi.FFI:
@@ -119,15 +140,13 @@ def test_a_library_of_1_0_loads_and_runs(build: Build) -> None:
 def test_a_library_of_1_0_loads_under_a_later_minor(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     later = parsed(next_minor(abi.HEADER.read_text()))
     assert later.sizeof("qc_api") == abi.ffi.sizeof("qc_api") + 8
-    monkeypatch.setattr(cffi_backend, "ffi", later)
-    monkeypatch.setattr(cffi_backend, "QC", later.dlopen(None))
+    use_ffi(monkeypatch, later)
     check_ops(CffiBackend("frozen", build()))
 
 
 def test_an_older_shorter_table_leaves_its_missing_ops_out(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     later = parsed(next_minor(abi.HEADER.read_text()))
-    monkeypatch.setattr(cffi_backend, "ffi", later)
-    monkeypatch.setattr(cffi_backend, "QC", later.dlopen(None))
+    use_ffi(monkeypatch, later)
     backend = CffiBackend("short", build("TABLE_SIZE=offsetof(qc_api,int8_dequantize_rows)"))
     assert backend.supports("dequantize_blockwise")
     # The entry stands behind the end of the table: it must not be read, although there is a function.
