@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from qcore.backend import OPS, Backend, Description, Weight4bit
-from qcore.errors import InvalidArgument
 from torch import Tensor
 
+from qcore.backend import OPS, Backend, Description, Weight4bit
+from qcore.errors import InvalidArgument
 from qcore_cpu_reference import blockwise, fourbit, int8
 from qcore_cpu_reference.floats import F32, from_float32, to_float32
 

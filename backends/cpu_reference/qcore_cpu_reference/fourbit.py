@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from qcore.codebooks import FP4, FP4_ORDER, FP4_THRESHOLDS, NF4
 
+from qcore.codebooks import FP4, FP4_ORDER, FP4_THRESHOLDS, NF4
 from qcore_cpu_reference.blockwise import U8, block_absmax, midpoints, scale
 from qcore_cpu_reference.floats import F32
 
