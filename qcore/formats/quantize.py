@@ -1,0 +1,208 @@
+"""Quantize a checkpoint into a folder: the work behind ``qcore quantize``, without its console."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qcore.errors import FormatError, OutputError
+from qcore.formats.convert import ErrorSum, run_step
+from qcore.formats.output import PartialOutput, check_target, open_partial, write_text, writing_failed
+from qcore.formats.plan import Options, Plan, Step, make_plan
+from qcore.formats.shard_writer import ShardWriter, verify_shard
+from qcore.formats.source import INDEX, Source, open_source
+
+
+class Listener:
+    """What a run tells while it goes; the console overrides these."""
+
+    def planned(self, plan: Plan) -> None:
+        """Everything is decided; nothing is written yet."""
+
+    def kept(self, shard: str, nbytes: int) -> None:
+        """A shard of an interrupted run is complete; ``nbytes`` of the source need not be read again."""
+
+    def read(self, nbytes: int) -> None:
+        """``nbytes`` more of the source are done."""
+
+    def verifying(self, shard: str) -> None:
+        """A shard is written and is being read back."""
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """One kind of layer: how many tensors and elements, bytes before and after, relative error (root mean square)."""
+
+    kind: str
+    action: str
+    tensors: int
+    numel: int
+    before: int
+    after: int
+    error: float
+    signal: float
+    worst: float
+
+    @property
+    def relative(self) -> float:
+        return ErrorSum(self.error, self.signal).relative
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: rows by kind of layer in the order of the model, bytes of the source's and output's weights."""
+
+    rows: list[KindRow]
+    before: int
+    after: int
+    dropped: list[str]
+
+
+def quantize_checkpoint(
+    path: Path,
+    out: Path,
+    options: Options,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    listener: Listener | None = None,
+) -> Report:
+    """Quantize the checkpoint at ``path`` into the folder ``out``.
+
+    Tensors stream one by one; see :mod:`qcore.formats.convert` for what is held in memory. An interrupted run (any
+    exception, a kill, a crash) is continued by the same call.
+
+    Parameters
+    ----------
+    path : Path
+        A folder with safetensors files, or a GGUF file.
+    out : Path
+        Appears when it is complete and verified.
+    options : Options
+    force : bool
+        Replace an existing model folder at ``out``; it is kept until the new one is complete.
+    restart : bool
+        Discard what an interrupted run left, whatever its arguments were.
+    listener : Listener, optional
+
+    Raises
+    ------
+    FormatError
+        The source is truncated, inconsistent or unknown.
+    InvalidArgument
+        An option does not fit the model.
+    OutputError
+        The output cannot be written, or would replace something that it must not.
+    """
+    listener = listener or Listener()
+    check_target(out, path, force)
+    source = open_source(path)
+    try:
+        plan = make_plan(source, options)
+        listener.planned(plan)
+        stats = source.stats()
+        identity = {"options": options.as_dict(), "source files": stats, "layout of the output": _fingerprint(plan)}
+        with open_partial(out, identity, restart=restart, nbytes=plan.nbytes) as partial:
+            results = _write_shards(plan, source, partial, listener)
+            if source.stats() != stats:
+                raise FormatError(f"{path}: its files changed while they were read; run again with --restart")
+            _write_companions(plan, source, partial)
+            partial.commit(f"{out.name}.old-{os.getpid()}")
+        after = sum((out / shard).stat().st_size for shard in plan.shard_names())
+        return Report(_rows(plan, results), sum(i.nbytes for i in source.tensors.values()), after, plan.dropped)
+    finally:
+        source.close()
+
+
+def _fingerprint(plan: Plan) -> str:
+    text = json.dumps([[asdict(spec) for step in shard for spec in step.specs] for shard in plan.shards], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _specs(shard: list[Step]) -> list[Any]:
+    return [spec for step in shard for spec in step.specs]
+
+
+def _write_shards(plan: Plan, source: Source, partial: PartialOutput, listener: Listener) -> list[ErrorSum]:
+    results: list[ErrorSum] = []
+    for name, shard in zip(plan.shard_names(), plan.shards, strict=True):
+        finished = _verified(partial, name, shard)
+        if finished is None:
+            finished = _write_shard(partial.path / name, shard, source, listener)
+            partial.record(name, finished)
+        else:
+            listener.kept(name, sum(step.info.nbytes for step in shard))
+        results += [ErrorSum(*pair) for pair in finished["errors"]]
+    return results
+
+
+def _verified(partial: PartialOutput, name: str, shard: list[Step]) -> dict[str, Any] | None:
+    """The journal's entry of a finished shard whose bytes are still what they were."""
+    finished = partial.finished(name)
+    if finished is None:
+        return None
+    try:
+        verify_shard(partial.path / name, _specs(shard), finished["sha256"])
+    except FormatError:
+        partial.forget(name)
+        return None
+    return finished
+
+
+def _write_shard(path: Path, shard: list[Step], source: Source, listener: Listener) -> dict[str, Any]:
+    writer = ShardWriter(path, _specs(shard))
+    try:
+        errors = [run_step(step, source, writer, listener.read) for step in shard]
+        digests = writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    listener.verifying(path.name)
+    try:
+        verify_shard(path, _specs(shard), digests)
+    except FormatError as error:
+        raise OutputError(f"{error}; the disk or the memory may be failing") from error
+    return {"sha256": digests, "errors": [[total.error, total.signal] for total in errors]}
+
+
+def _write_companions(plan: Plan, source: Source, partial: PartialOutput) -> None:
+    try:
+        source.write_companions(partial.path)
+        write_text(partial.path / "config.json", json.dumps(plan.config, indent=2) + "\n")
+        if len(plan.shards) > 1:
+            write_text(partial.path / INDEX, json.dumps(_index(plan, partial.path), indent=2) + "\n")
+    except OSError as error:
+        raise writing_failed(partial.path, error) from error
+
+
+def _index(plan: Plan, folder: Path) -> dict[str, Any]:
+    names = plan.shard_names()
+    weight_map = {spec.name: name for name, shard in zip(names, plan.shards, strict=True) for spec in _specs(shard)}
+    total = sum((folder / name).stat().st_size for name in names)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _rows(plan: Plan, results: list[ErrorSum]) -> list[KindRow]:
+    groups: dict[tuple[str, str], list[tuple[Step, ErrorSum]]] = {}
+    for step, result in zip(plan.steps, results, strict=True):
+        groups.setdefault((step.kind, step.action), []).append((step, result))
+    rows = []
+    for (kind, action), members in groups.items():
+        rows.append(
+            KindRow(
+                kind,
+                action,
+                len(members),
+                sum(step.info.rows * step.info.row_numel for step, _ in members),
+                sum(step.info.nbytes for step, _ in members),
+                sum(step.nbytes for step, _ in members),
+                sum(result.error for _, result in members),
+                sum(result.signal for _, result in members),
+                max(result.relative for _, result in members),
+            )
+        )
+    return rows
