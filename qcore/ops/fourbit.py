@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +15,16 @@ from torch import Tensor
 from qcore.backend.interface import Weight4bit
 from qcore.backend.registry import backend_for
 from qcore.ops import compose, validate
+from qcore.ops.gradient import bias_gradient, input_gradient, product
 from qcore.ops.library import register, register_autograd, traced
-from qcore.ops.prepared import PreparedGemm4bit, checked_weight, planned_product, prepare_gemm_4bit, weight_arguments
+from qcore.ops.prepared import HasAbsmax, PreparedGemm4bit
+from qcore.ops.weight4bit import (
+    checked_weight,
+    checked_weight_values,
+    planned_product,
+    weight_arguments,
+    weight_from_arguments,
+)
 
 __all__ = [
     "PreparedGemm4bit",
@@ -91,7 +98,7 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype, out: Tensor | None =
     if traced(weight.packed, weight.absmax, out):
         result: Tensor = torch.ops.qcore.dequantize_4bit(*weight_arguments(weight), dtype)
         return result if out is None else out.copy_(result)
-    weight = _checked_values("dequantize_4bit", weight)
+    weight = checked_weight_values("dequantize_4bit", weight)
     validate.float_dtype("dequantize_4bit", dtype)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
@@ -104,31 +111,8 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype, out: Tensor | None =
     return out
 
 
-def _checked_values(op: str, weight: Weight4bit) -> Weight4bit:
-    weight = checked_weight(op, weight)
-    if weight.nested_code is not None:
-        validate.codebook_values(op, weight.nested_code, "nested_code", ascending=False)
-        weight = replace(weight, nested_code=validate.readable(weight.nested_code))
-    return weight
-
-
-def _weight(
-    packed: Tensor,
-    absmax: Tensor,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    nested_blocksize: int,
-) -> Weight4bit:
-    nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
-    return Weight4bit(packed, absmax, quant_type, blocksize, tuple(shape), *nested)
-
-
 def _dequantize_kernel(*arguments: Any) -> Tensor:
-    weight = _checked_values("dequantize_4bit", _weight(*arguments[:-1]))
+    weight = checked_weight_values("dequantize_4bit", weight_from_arguments(*arguments[:-1]))
     validate.float_dtype("dequantize_4bit", arguments[-1])
     out = torch.empty(weight.shape, dtype=arguments[-1], device=weight.packed.device)
     compose.dequantize_4bit(backend_for(out.device), weight, out=out)
@@ -136,7 +120,7 @@ def _dequantize_kernel(*arguments: Any) -> Tensor:
 
 
 def _dequantize_fake(*arguments: Any) -> Tensor:
-    weight = checked_weight("dequantize_4bit", _weight(*arguments[:-1]))
+    weight = checked_weight("dequantize_4bit", weight_from_arguments(*arguments[:-1]))
     validate.float_dtype("dequantize_4bit", arguments[-1])
     return torch.empty(weight.shape, dtype=arguments[-1], device=weight.packed.device)
 
@@ -254,15 +238,56 @@ def gemm_4bit(A: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tens
     Tensor
         ``(..., N)`` in the dtype of ``A``.
     """
-    wants_gradient = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
-    if wants_gradient or traced(A, weight.packed, weight.absmax, bias):
-        result: Tensor = torch.ops.qcore.gemm_4bit(A, bias, *weight_arguments(weight))
-        return result
-    return _gemm(A, weight, bias)
+
+    def run(A: Tensor, bias: Tensor | None) -> Tensor:
+        return _gemm(A, weight, bias)
+
+    return product(A, weight, bias, run, dequantize_4bit)
+
+
+def prepare_gemm_4bit(
+    weight: Weight4bit | Callable[[], Weight4bit], *, packed: Tensor | None = None, state: HasAbsmax | None = None
+) -> PreparedGemm4bit:
+    """Make a 4-bit weight ready for many products.
+
+    Parameters
+    ----------
+    weight : Weight4bit, or a function that gives one
+        The weight, of shape ``(N, K)``. A function is called now, and again whenever the weight was found to have
+        moved: a layer passes one that reads its parameter, e.g. ``lambda: state.weight(param)``.
+    packed : Tensor, optional
+        The live tensor whose storage is watched, e.g. the layer's ``Params4bit`` (any quant_storage); by default the
+        weight's own ``packed``.
+    state : object with an ``absmax`` tensor, optional
+        The live object whose ``absmax`` is watched, e.g. the layer's ``QuantState``; by default the weight itself.
+
+    Returns
+    -------
+    PreparedGemm4bit
+        ``handle(x, bias) -> y``.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        The weight's parts do not fit each other.
+    BackendNotFound, BackendUnavailable, Unsupported
+        No backend serves it.
+
+    Examples
+    --------
+    In a layer, which drops the handle (``self._gemm = None``) when its parameter or its ``QuantState`` object is
+    replaced; everything else (``.to``, ``param.data = ...``, ``use_backend``) the handle notices::
+
+        if self._gemm is None:
+            param, state = self.weight, self.weight.quant_state
+            self._gemm = prepare_gemm_4bit(lambda: state.weight(param), packed=param, state=state)
+        return self._gemm(x, bias)
+    """
+    return PreparedGemm4bit(weight, packed, state, dequantize_4bit)
 
 
 def _gemm(A: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
-    weight = _checked_values("gemm_4bit", weight)
+    weight = checked_weight_values("gemm_4bit", weight)
     out = planned_product(A, weight, bias)
     backend = backend_for(A.device)
     A = validate.readable(A)
@@ -275,11 +300,11 @@ def _gemm(A: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
 
 
 def _gemm_kernel(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
-    return _gemm(A, _weight(*parts), bias)
+    return _gemm(A, weight_from_arguments(*parts), bias)
 
 
 def _gemm_fake(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
-    return planned_product(A, checked_weight("gemm_4bit", _weight(*parts)), bias)
+    return planned_product(A, checked_weight("gemm_4bit", weight_from_arguments(*parts)), bias)
 
 
 def _gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -292,13 +317,12 @@ def _gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gemm_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     packed, absmax, *nested_parts = ctx.saved_tensors
     quant_type, blocksize, shape, nested = ctx.meta
+    parts = (packed, absmax, quant_type, blocksize, shape, *nested_parts, nested)
     d_A = d_bias = None
     if ctx.needs_input_grad[0]:
-        # dX = dY W, with the same weights as the forward pass, in the dtype of dY.
-        parts = (packed, absmax, quant_type, blocksize, shape, *nested_parts, nested)
-        d_A = gradient @ torch.ops.qcore.dequantize_4bit(*parts, gradient.dtype)
+        d_A = input_gradient(gradient, torch.ops.qcore.dequantize_4bit(*parts, gradient.dtype))
     if ctx.needs_input_grad[1]:
-        d_bias = gradient.reshape(-1, shape[0]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        d_bias = bias_gradient(gradient, ctx.bias_dtype)
     return d_A, d_bias, *([None] * 9)
 
 

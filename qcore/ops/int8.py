@@ -63,8 +63,8 @@ def _quantize_rows(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor 
     codes, row_stats, outlier_cols = _plan_quantize_rows(A, threshold)
     sizes = (row_stats.numel(), A.shape[-1])
     flat = validate.readable(A).view(sizes)
-    outputs = {"out": codes.view(sizes), "row_stats": row_stats, "outlier_cols": outlier_cols}
-    backend_for(A.device).int8_quantize_rows(flat, threshold, **outputs)
+    out = codes.view(sizes)
+    backend_for(A.device).int8_quantize_rows(flat, threshold, out=out, row_stats=row_stats, outlier_cols=outlier_cols)
     return codes, row_stats, outlier_cols
 
 
