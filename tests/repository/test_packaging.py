@@ -81,4 +81,4 @@ def test_the_wheel_runs_without_any_extra(wheel: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[[1.0, -1.0, 0.0, 0.5626170039176941]]"
+    assert run.stdout.strip() == "[[1.0, -1.0, 0.0, 0.44070982933044434]]"
