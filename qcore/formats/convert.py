@@ -4,9 +4,10 @@ What is held at a time is a chunk of a weight in floating point and, for a 4-bit
 whole of it: nested statistics need every absmax before the first can be quantized, so they take a second pass, over
 absmax alone. A ``Conv1D`` weight is held whole, because its rows are columns of the file.
 
-The error that is reported is against the tensor as it was read: ``sqrt(sum((w - w')^2) / sum(w^2))`` with w' dequantized
-in float32. With nested absmax, ``w'`` is known only after the chunks have gone by; with code value c, first absmax a and
-decoded absmax a', each block adds ``sum(e^2) + 2 (a - a') sum(e c) + (a - a')^2 sum(c^2)``, ``e = w - c a``.
+The error that is reported is against the tensor as it was read, ``sqrt(sum((w - w')^2) / sum(w^2))`` with w'
+dequantized in float32. With nested absmax, w' is known only after the chunks have gone by; with code value c, first
+absmax a, decoded absmax a' and ``e = w - c a``, each block adds
+``sum(e^2) + 2 (a - a') sum(e c) + (a - a')^2 sum(c^2)``.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def _finite(step: Step, chunk: Tensor, squares: float) -> None:
     if not math.isfinite(squares):
         bad = int((~torch.isfinite(chunk)).sum())
         if bad:
-            raise FormatError(f"tensor {step.info.name!r} has {bad} values that are NaN or infinite; the file is damaged")
+            raise FormatError(
+                f"tensor {step.info.name!r} has {bad} values that are NaN or infinite; the file is damaged"
+            )
 
 
 def _cast(step: Step, source: Source, writer: ShardWriter, progress: Progress) -> ErrorSum:
@@ -101,7 +104,9 @@ def _cast(step: Step, source: Source, writer: ShardWriter, progress: Progress) -
             wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
             squares = _squares(out.to(wide) - chunk.to(wide))
             if not math.isfinite(squares) and bool(torch.isfinite(chunk).all()):
-                raise FormatError(f"tensor {step.info.name!r} has values beyond the range of {step.dtype}; use bfloat16")
+                raise FormatError(
+                    f"tensor {step.info.name!r} has values beyond the range of {step.dtype}; use bfloat16"
+                )
             total.error += squares
         if chunk.dtype.is_floating_point:
             total.signal += _squares(chunk)

@@ -119,7 +119,9 @@ class GgufSource(Source):
         try:
             return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[tensor.type_name]))
         except NotImplementedError as error:
-            raise FormatError(f"{self.path}: tensor {tensor.name!r}: type {tensor.type_name} is not supported") from error
+            raise FormatError(
+                f"{self.path}: tensor {tensor.name!r}: type {tensor.type_name} is not supported"
+            ) from error
 
     def config(self) -> dict[str, Any]:
         beside = self.path.parent / "config.json"

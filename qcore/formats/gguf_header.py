@@ -148,6 +148,8 @@ def _tensor(reader: _Reader, name: str, shape: tuple[int, ...], kind: int, start
     block, block_bytes = GGML_QUANT_SIZES[ggml_type]
     columns = shape[-1] if shape else 1
     if columns % block:
-        raise reader.damaged(f"tensor {name!r} has rows of {columns}, which {ggml_type.name} blocks of {block} do not fill")
+        raise reader.damaged(
+            f"tensor {name!r} has rows of {columns}, which {ggml_type.name} blocks of {block} do not fill"
+        )
     row_bytes = columns // block * block_bytes
     return GgufTensor(name, shape, ggml_type.name, start, math.prod(shape[:-1]) * row_bytes, row_bytes)

@@ -195,7 +195,9 @@ def _check_space(path: Path, nbytes: int) -> None:
     free = shutil.disk_usage(path).free
     need = nbytes - there + min(_SPARE_BYTES, nbytes)
     if need > free:
-        raise OutputError(f"{path}: {need:,} more bytes are needed, the disk has {free:,}; free some, or write elsewhere")
+        raise OutputError(
+            f"{path}: {need:,} more bytes are needed, the disk has {free:,}; free some, or write elsewhere"
+        )
 
 
 def _differences(old: Any, new: dict[str, Any]) -> list[str]:

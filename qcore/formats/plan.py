@@ -186,11 +186,15 @@ def _check_complete(
         and not architecture.matches_any(name, model._keys_to_ignore_on_load_missing)
     ]
     if missing:
-        raise FormatError(f"{source.path}: {len(missing)} tensors of {type(model).__name__} are missing: {_some(missing)}")
+        raise FormatError(
+            f"{source.path}: {len(missing)} tensors of {type(model).__name__} are missing: {_some(missing)}"
+        )
     for old, new in names.items():
         shape = source.tensors[old].shape
         if new in parameters and parameters[new] != shape:
-            raise FormatError(f"{source.path}: tensor {old!r} has shape {shape}, config.json asks for {parameters[new]}")
+            raise FormatError(
+                f"{source.path}: tensor {old!r} has shape {shape}, config.json asks for {parameters[new]}"
+            )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -211,7 +215,9 @@ def _check_tied(model: Any, linear: dict[str, architecture.Linear], untied: bool
     for one, other in shared.items():
         for name in (one, other):
             if name.removesuffix(".weight") in linear:
-                raise InvalidArgument(f"quantize: {one} and {other} share their values and cannot be quantized; skip them")
+                raise InvalidArgument(
+                    f"quantize: {one} and {other} share their values and cannot be quantized; skip them"
+                )
 
 
 def _step(

@@ -186,6 +186,11 @@ def _index(plan: Plan, folder: Path) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
+def planned_rows(plan: Plan) -> list[KindRow]:
+    """The rows of a run that was only planned: sizes, no errors."""
+    return _rows(plan, [ErrorSum() for _ in plan.steps])
+
+
 def _rows(plan: Plan, results: list[ErrorSum]) -> list[KindRow]:
     groups: dict[tuple[str, str], list[tuple[Step, ErrorSum]]] = {}
     for step, result in zip(plan.steps, results, strict=True):

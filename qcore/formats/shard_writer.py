@@ -113,7 +113,9 @@ class ShardWriter:
         for spec in self._specs:
             written = len(self._late.get(spec.name, b"")) if spec.late else self._written[spec.name]
             if written > spec.nbytes or (not spec.late and written < spec.nbytes):
-                raise FormatError(f"{self.path}: {written} bytes written of tensor {spec.name!r}, {spec.nbytes} expected")
+                raise FormatError(
+                    f"{self.path}: {written} bytes written of tensor {spec.name!r}, {spec.nbytes} expected"
+                )
         lengths = {name: len(text) for name, text in self._late.items()}
         header = _header(self._specs, lengths).ljust(self._header_room)
         tail = b"".join(self._late[spec.name] for spec in self._specs if spec.late)

@@ -57,6 +57,11 @@ class Source(ABC):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read ``tensor[start:stop]`` into memory of its own, shape ``(stop - start, *shape[1:])``."""
 
+    def read(self, name: str) -> Tensor:
+        """Read a whole tensor."""
+        info = self.tensors[name]
+        return self.read_rows(name, 0, info.rows).reshape(info.shape)
+
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """The model's configuration, as ``config.json`` holds it."""

@@ -1,0 +1,114 @@
+"""``qcore info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import click
+import torch
+from rich.table import Table
+
+from qcore.backend.interface import OPS
+from qcore.backend.registry import VARIABLE, backend_for, backend_report
+from qcore.cli.console import console
+from qcore.errors import QcoreError
+
+_DISTRIBUTIONS = ("qcore-quant", "qcore-cpu", "torch", "numpy", "transformers", "safetensors", "gguf", "bitsandbytes")
+
+
+@click.command("info")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Show which backends there are, which can run here, why the rest cannot, and what to do about it."""
+    report = collect()
+    if as_json:
+        console().print_json(data=report)
+    else:
+        _print(report)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``qcore info --json`` prints."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
+        "platform": {
+            "system": platform.platform(),
+            "machine": platform.machine(),
+            "cpu_threads": torch.get_num_threads(),
+        },
+        "devices": _devices(),
+        "selection": {"variable": VARIABLE, "value": os.environ.get(VARIABLE, ""), "serves": _serving()},
+        "backends": {name: asdict(status) for name, status in backend_report().items()},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            devices.append({"device": f"cuda:{index}", "name": properties.name, "memory": properties.total_memory})
+    return devices
+
+
+def _serving() -> dict[str, dict[str, str]]:
+    """Which backend each kind of tensor gets under the present selection, or why none."""
+    serving = {}
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        try:
+            serving[kind] = {"backend": backend_for(kind).name}
+        except QcoreError as error:
+            serving[kind] = {"error": str(error)}
+    return serving
+
+
+def _print(report: dict[str, Any]) -> None:
+    out = console()
+    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in report["versions"].items())
+    out.print(versions, soft_wrap=True)
+    out.print(f"{report['platform']['system']}, {report['platform']['cpu_threads']} threads", soft_wrap=True)
+    for device in report["devices"]:
+        out.print(f"device {device['device']}: {device['name']}", soft_wrap=True)
+    selected = report["selection"]
+    setting = (
+        f"{selected['variable']}={selected['value']}" if selected["value"] else f"{selected['variable']} is not set"
+    )
+    for kind, served in selected["serves"].items():
+        by = f"served by {served['backend']}" if "backend" in served else f"not served: {served['error']}"
+        out.print(f"{kind} tensors: {by} ({setting})", soft_wrap=True)
+    table = Table(header_style="bold")
+    for name in ("backend", "state", "device and library, or why not", "ops"):
+        table.add_column(name, overflow="fold")
+    for name, status in report["backends"].items():
+        table.add_row(name, *_cells(status))
+    out.print(table)
+
+
+def _cells(status: dict[str, Any]) -> list[str]:
+    if not status["available"]:
+        fix = f"\nfix: {status['fix']}" if status["fix"] and status["fix"] not in status["reason"] else ""
+        return ["not available", f"{status['reason']}{fix}", "-"]
+    description = status["description"] or {}
+    lines = [
+        f"{description.get('device', '')} ({description.get('arch', '')})",
+        status["origin"],
+        description.get("library", ""),
+    ]
+    for name, value in (description.get("declarations") or {}).items():
+        lines.append(f"{name}: {value}")
+    return [
+        "available",
+        "\n".join(line for line in lines if line),
+        f"{len(description.get('ops') or {})} of {len(OPS)}",
+    ]

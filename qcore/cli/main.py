@@ -1,0 +1,89 @@
+"""``qcore``: the commands, their exit codes, and how errors are shown.
+
+Exit codes: 0 done; 1 failed, with one message on the standard error; 2 wrong usage; 130 interrupted.
+
+A command's module is imported when the command runs, so that ``qcore --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+# Command -> module with a click command of the same name, and the line that ``qcore --help`` shows.
+_COMMANDS = {
+    "quantize": ("qcore.cli.quantize", "Quantize a checkpoint to NF4, FP4 or int8."),
+    "generate": ("qcore.cli.generate", "Generate text from a checkpoint, quantized or not."),
+    "eval": ("qcore.cli.evaluate", "Measure perplexity on a text."),
+    "info": ("qcore.cli.info", "Show backends, versions and devices."),
+}
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Quantize language models and run them on any device.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; ends the process with one of the exit codes."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        result: Any = cli.main(args=args, prog_name="qcore", standalone_mode=False)
+    except click.exceptions.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as error:
+        error.show()
+        return USAGE if isinstance(error, click.UsageError) else FAILED
+    except BrokenPipeError:
+        # The reader of a pipe has gone; Python would complain once more when it flushes at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return FAILED
+    except Exception as error:
+        return _failed(error)
+    return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    click.echo("qcore: interrupted", err=True)
+    return INTERRUPTED
+
+
+def _failed(error: Exception) -> int:
+    from qcore.errors import InvalidArgument, QcoreError
+
+    if not isinstance(error, QcoreError):
+        raise error  # a defect: its traceback is wanted
+    click.echo(f"qcore: {error}", err=True)
+    return USAGE if isinstance(error, InvalidArgument) else FAILED

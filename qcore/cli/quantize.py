@@ -1,0 +1,195 @@
+"""``qcore quantize``."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from qcore.backend.registry import use_backend
+from qcore.cli.console import byte_progress, console, quiet_transformers, size
+from qcore.formats.output import check_target
+from qcore.formats.plan import Options, Plan, make_plan
+from qcore.formats.quantize import KindRow, Listener, planned_rows, quantize_checkpoint
+from qcore.formats.source import open_source
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class _Size(click.ParamType):
+    """A number of bytes: 500MB, 2GB."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(value).strip(), re.IGNORECASE)
+        if match is None or float(match[1]) == 0:
+            self.fail(f"{value!r} is not a size like 500MB or 2GB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@click.command("quantize")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder that is made.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["nf4", "fp4", "int8", "float"]),
+    default="nf4",
+    show_default=True,
+    help="Format of the linear layers; float only converts (a GGUF file to safetensors).",
+)
+@click.option("--blocksize", type=int, default=64, show_default=True, help="Elements a scale: 32 to 4096 (nf4, fp4).")
+@click.option(
+    "--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the scales too (nf4, fp4)."
+)
+@click.option(
+    "--skip",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave these layers in floating point: a full name, its last part, or an enclosing module. May be repeated.",
+)
+@click.option("--quantize-head", is_flag=True, help="Quantize the output head too; it must not share its weight.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of what is not quantized; auto: the checkpoint's, bfloat16 if it states none.",
+)
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="That 4-bit layers compute in; auto: as --dtype.",
+)
+@click.option("--shard-size", type=_Size(), default="2GB", show_default=True, help="Largest weight file.")
+@click.option("--keep-unknown", is_flag=True, help="Copy tensors that the model class does not have.")
+@click.option("--force", is_flag=True, help="Replace OUT; it is kept until the new one is complete.")
+@click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
+@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
+@click.option("--backend", metavar="SPEC", help="Backend to quantize with, as QCORE_BACKEND.")
+def command(
+    model: Path,
+    out: Path,
+    format_: str,
+    blocksize: int,
+    double_quant: bool,
+    skip: tuple[str, ...],
+    quantize_head: bool,
+    dtype: str,
+    compute_dtype: str,
+    shard_size: int,
+    keep_unknown: bool,
+    force: bool,
+    restart: bool,
+    dry_run: bool,
+    backend: str | None,
+) -> None:
+    """Quantize MODEL, a folder with safetensors files or a GGUF file, into the folder OUT.
+
+    OUT loads in Transformers with bitsandbytes, and with `qcore generate`. Weights stream tensor by tensor, so memory
+    does not grow with the model. OUT appears when it is complete and has been read back; until then the work is in
+    OUT.partial, and after an interruption the same command goes on there.
+    """
+    options = Options(
+        format=format_,
+        blocksize=blocksize,
+        double_quant=double_quant,
+        dtype=None if dtype == "auto" else dtype,
+        compute_dtype=None if compute_dtype == "auto" else compute_dtype,
+        skip=skip,
+        quantize_head=quantize_head,
+        keep_unknown=keep_unknown,
+        shard_bytes=shard_size,
+    )
+    quiet_transformers()
+    with use_backend(backend) if backend else nullcontext():
+        if dry_run:
+            _dry_run(model, out, options, force)
+        else:
+            _run(model, out, options, force, restart)
+
+
+def _dry_run(model: Path, out: Path, options: Options, force: bool) -> None:
+    check_target(out, model, force)
+    source = open_source(model)
+    try:
+        plan = make_plan(source, options)
+    finally:
+        source.close()
+    _print_table(planned_rows(plan), errors=False)
+    console().print(f"{len(plan.shards)} weight file(s), at most {size(plan.nbytes)}; nothing was written.")
+
+
+def _run(model: Path, out: Path, options: Options, force: bool, restart: bool) -> None:
+    began = time.monotonic()
+    with byte_progress() as progress:
+        try:
+            report = quantize_checkpoint(
+                model, out, options, force=force, restart=restart, listener=_Bar(progress, options.format)
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            click.echo("qcore: interrupted; the same command goes on where it stopped", err=True)
+            raise
+    seconds = time.monotonic() - began
+    _print_table(report.rows, errors=True)
+    for name in report.dropped:
+        click.echo(f"not written, because it equals another tensor or the model does not use it: {name}", err=True)
+    rate = size(report.before / seconds)
+    console().print(
+        f"{out}: {size(report.before)} -> {size(report.after)} ({report.before / report.after:.2f}x) "
+        f"in {seconds:.1f} s ({rate}/s), verified."
+    )
+
+
+def _print_table(rows: list[KindRow], *, errors: bool) -> None:
+    table = Table(title=None, header_style="bold")
+    for name in ("layers", "to", "tensors", "parameters", "before", "after", "bits"):
+        table.add_column(name, justify="left" if name in ("layers", "to") else "right")
+    if errors:
+        table.add_column("error, rms", justify="right")
+        table.add_column("worst", justify="right")
+    for row in rows:
+        bits = f"{8 * row.after / row.numel:.2f}" if row.numel else "-"
+        cells = [row.kind, row.action, str(row.tensors), f"{row.numel:,}", size(row.before), size(row.after), bits]
+        if errors:
+            cells += [f"{row.relative:.2%}", f"{row.worst:.2%}"] if row.error else ["0", "0"]
+        table.add_row(*cells)
+    console().print(table)
+
+
+class _Bar(Listener):
+    """Shows a run on a progress bar of source bytes."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress, self._title = progress, title
+        self._task: TaskID | None = None
+
+    def planned(self, plan: Plan) -> None:
+        total = sum(step.info.nbytes for step in plan.steps)
+        self._task = self._progress.add_task(self._title, total=total)
+
+    def kept(self, shard: str, nbytes: int) -> None:
+        self._progress.console.print(f"{shard}: kept from the interrupted run, verified")
+        self._advance(nbytes)
+
+    def read(self, nbytes: int) -> None:
+        self._advance(nbytes)
+
+    def verifying(self, shard: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, description=f"verifying {shard}")
+
+    def _advance(self, nbytes: int) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, advance=nbytes, description=self._title)

@@ -1,0 +1,1 @@
+"""Other libraries' models with qcore's layers in them."""
