@@ -10,6 +10,8 @@
 
 namespace qcore::cpu {
 
+inline constexpr int64_t kMaxBlocksize = 4096;  // QC-NUM-005
+
 // Text of this thread's last error; "" if there was none.
 const char *last_error();
 
@@ -41,6 +43,8 @@ class Arguments {
     Arguments &threshold(const char *name, float value);
     // A codebook to quantize with: 256 finite values in ascending order (QC-Q8-001).
     Arguments &codebook(const char *name, uintptr_t address);
+    // A codebook to dequantize with: 256 finite values (QC-Q8-001).
+    Arguments &finite_table(const char *name, uintptr_t address);
     // A 4-bit tensor of `numel` elements and all that belongs to it.
     Arguments &weight(const char *name, const qc_weight_4bit *weight);
 

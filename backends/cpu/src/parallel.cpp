@@ -11,37 +11,10 @@
 #include <thread>
 #include <vector>
 
-#ifdef __x86_64__
-#include <xmmintrin.h>
-#endif
+#include "ieee.h"
 
 namespace qcore::cpu {
 namespace {
-
-// IEEE arithmetic for the life of the object, on the thread that made it.
-class IeeeArithmetic {
-   public:
-#if defined(__x86_64__)
-    IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(kDefault); }
-    ~IeeeArithmetic() { _mm_setcsr(saved_); }
-
-   private:
-    static constexpr unsigned kDefault = 0x1F80;  // all exceptions masked, nearest even, no FTZ, no DAZ
-    unsigned saved_;
-#elif defined(__aarch64__)
-    IeeeArithmetic() {
-        asm volatile("mrs %0, fpcr" : "=r"(saved_));
-        asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
-    }
-    ~IeeeArithmetic() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-
-   private:
-    uint64_t saved_;
-#endif
-   public:
-    IeeeArithmetic(const IeeeArithmetic &) = delete;
-    IeeeArithmetic &operator=(const IeeeArithmetic &) = delete;
-};
 
 // A team of any size works through the chunks: each thread takes the next one until there is none.
 struct Work {

@@ -35,6 +35,20 @@ void parallel_for(int64_t n_chunks, int64_t max_threads, const Function &functio
         [](const void *context, int64_t chunk) { (*static_cast<const Function *>(context))(chunk); }, &function);
 }
 
+// A blockwise op over n elements: function(first, last) for runs of whole blocks, about kChunkElements each.
+inline constexpr int64_t kChunkElements = 65536;
+
+template <class Function>
+void for_blocks(int64_t n, int64_t blocksize, uintptr_t stream, const Function &function) {
+    const int64_t blocks = n / blocksize + (n % blocksize != 0);
+    const int64_t run = blocksize < kChunkElements ? kChunkElements / blocksize : 1;
+    const int64_t chunks = blocks / run + (blocks % run != 0);
+    parallel_for(chunks, chunks > 1 ? thread_limit(stream) : 1, [&](int64_t chunk) {
+        const int64_t first = chunk * run;
+        function(first, blocks - first < run ? blocks : first + run);
+    });
+}
+
 // "libgomp.so.1 of torch (/path)" or "threads per call (torch's OpenMP not found)"; for describe().
 std::string threading_description();
 
