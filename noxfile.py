@@ -106,6 +106,21 @@ def templates(session: nox.Session) -> None:
 
 
 @nox.session
+def sanitizers(session: nox.Session) -> None:
+    """Run the exact cases on a build of cpu with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    folder = ROOT / "build" / "sanitizers"
+    flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    configure = ["-S", "backends/cpu", "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}"]
+    _tool(session, "cmake", *configure, "-DCMAKE_BUILD_TYPE=RelWithDebInfo")
+    _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
+    # The runtime has to be there before torch allocates; the interpreter's own leaks are none of our business.
+    runtime = session.run("g++", "-print-file-name=libasan.so", external=True, silent=True).strip()
+    env = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    levels = ("--level", "L0", "--level", "L1")
+    _conformance(session, str(folder / "libqcore_cpu.so"), "sanitizers", *levels, **env)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Quantize a real language model to each format and let it write."""
     _python(session, "-m", "qcore.cli.demo", *session.posargs)
