@@ -70,7 +70,7 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/qcore
 .PHONY: no-compiler
 no-compiler:
 	@echo "No C++ compiler ($(CXX)) was found, so the native CPU backend is not built: qcore runs on cpu_reference," >&2
-	@echo "the NumPy meaning of each op, which is right but hundreds of times slower. Install g++ and run this again." >&2
+	@echo "the NumPy meaning of each op, which is right but far slower. Install g++ and run this again." >&2
 
 compiler:
 	@test -n "$(COMPILER)" || { echo "make $(MAKECMDGOALS): no C++ compiler ($(CXX)) was found. The tests of the native" \
