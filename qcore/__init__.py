@@ -1,0 +1,55 @@
+"""Quantization for PyTorch on any device: ``import qcore as bnb``.
+
+Names are loaded when they are first used, so that importing the package costs nothing and ``qcore.codebooks`` needs no
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcore import backend, errors, functional, nn, ops
+    from qcore.autograd import MatmulLtState, matmul, matmul_4bit
+    from qcore.backend.registry import use_backend
+
+    __version__: str
+
+__all__ = [
+    "MatmulLtState",
+    "__version__",
+    "backend",
+    "errors",
+    "functional",
+    "matmul",
+    "matmul_4bit",
+    "nn",
+    "ops",
+    "use_backend",
+]
+
+_ORIGIN = {
+    "MatmulLtState": "qcore.autograd",
+    "matmul": "qcore.autograd",
+    "matmul_4bit": "qcore.autograd",
+    "use_backend": "qcore.backend.registry",
+}
+_MODULES = frozenset({"backend", "errors", "functional", "nn", "ops"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"qcore.{name}")
+    if name == "__version__":
+        value: Any = import_module("importlib.metadata").version("qcore-quant")
+    elif name in _ORIGIN:
+        value = getattr(import_module(_ORIGIN[name]), name)
+    else:
+        raise AttributeError(f"module 'qcore' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
