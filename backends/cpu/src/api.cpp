@@ -86,7 +86,7 @@ qc_status describe(int32_t device, const char **json) {
     });
 }
 
-qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
+qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
     Arguments arguments("workspace", device);
     arguments.count("m", m).count("n", n).count("k", k);
     if (!arguments.ok()) {
@@ -99,6 +99,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, i
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
     }
     *bytes = 0;
+    if (op == QC_OP_GEMM_4BIT) {
+        return gemm_4bit_workspace(stream, dtype, m, n, k, bytes);
+    }
     return QC_OK;
 }
 
@@ -111,13 +114,13 @@ constexpr qc_api kApi = {
     device_count,
     describe,
     workspace,
-    /* quantize_blockwise */ nullptr,
-    /* dequantize_blockwise */ nullptr,
-    /* quantize_4bit */ nullptr,
-    /* dequantize_4bit */ nullptr,
-    /* quantize_absmax */ nullptr,
-    /* dequantize_absmax */ nullptr,
-    /* gemm_4bit */ nullptr,
+    quantize_blockwise,
+    dequantize_blockwise,
+    quantize_4bit,
+    dequantize_4bit,
+    quantize_absmax,
+    dequantize_absmax,
+    gemm_4bit,
     /* int8_quantize_rows */ nullptr,
     /* int8_quantize_cols */ nullptr,
     /* int8_gemm */ nullptr,

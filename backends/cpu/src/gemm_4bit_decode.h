@@ -1,0 +1,155 @@
+// Decoding 4-bit weights into scratch, in the order of the flat tensor, from any element to any other: rows may start
+// inside a byte and inside a block (QC-GEMM4-001). Only kernel files include it.
+//
+// A block has 16 possible values: table[code] * absmax, rounded to the dtype of X (QC-4BIT-003, weight_rounding
+// "compute"). They are made once a block and looked up by nibble.
+#ifndef QCORE_CPU_GEMM_4BIT_DECODE_H
+#define QCORE_CPU_GEMM_4BIT_DECODE_H
+
+#include "gemm_4bit_kernels.h"
+#include "lanes.h"
+
+namespace qcore::cpu::QC_ISA {
+
+inline float block_absmax(const Gemm4Weight &w, int64_t block) {
+    if (w.absmax != nullptr) {
+        return w.absmax[block];
+    }
+    return w.nested_code[w.codes[block]] * w.nested_absmax[block >> w.nested_shift] + w.nested_offset;
+}
+
+// Whether every non-zero weight of the block is at least 2^-36, and so exact in arithmetic that flushes denormals, with
+// an X of at least 2^-76: all products are then multiples of 2^-126 (8 bits of significand each). The smallest
+// non-zero code is 1/192.
+inline bool regular_block(float absmax) { return !(__builtin_fabsf(absmax) < 0x1p-28f) || absmax == 0.0f; }
+
+inline int nibble(const uint8_t *packed, int64_t i) { return (i & 1) != 0 ? packed[i >> 1] & 15 : packed[i >> 1] >> 4; }
+
+template <class T>
+struct BlockTable {
+    alignas(64) float value[16];
+
+    BlockTable(const float *table, float absmax) {
+        for (int i = 0; i < 16; i += kLanes) {
+            const F32 scaled = load(table + i) * splat(absmax);
+            alignas(64) T rounded[kLanes];
+            store(rounded, scaled);
+            store(value + i, load(rounded));
+        }
+    }
+};
+
+// Elements first ... first + count - 1, all of one block, where `first` is even.
+inline void decode_even_run(const uint8_t *packed, int64_t first, int64_t count, const float *value, float *out) {
+    const uint8_t *bytes = packed + (first >> 1);
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512 table = _mm512_load_ps(value);
+    // Byte e/2 into the dword of element e; its high nibble comes first. vpermps looks at 4 bits only.
+    const __m512i spread = _mm512_set_epi32(-256 + 7, -256 + 7, -256 + 6, -256 + 6, -256 + 5, -256 + 5, -256 + 4,
+                                            -256 + 4, -256 + 3, -256 + 3, -256 + 2, -256 + 2, -256 + 1, -256 + 1,
+                                            -256 + 0, -256 + 0);
+    const __m512i shift = _mm512_set1_epi64(4);
+    for (; i + 16 <= count; i += 16) {
+        uint64_t eight;
+        __builtin_memcpy(&eight, bytes + (i >> 1), 8);
+        const __m512i code = _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64((long long)eight), spread), shift);
+        _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(code, table));
+    }
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_load_ps(value);
+    const __m256 high = _mm256_load_ps(value + 8);
+    const __m256i shift = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
+    for (; i + 8 <= count; i += 8) {
+        int32_t four;
+        __builtin_memcpy(&four, bytes + (i >> 1), 4);
+        const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(four), shift);
+        const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+        _mm256_storeu_ps(out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
+                                                   _mm256_permutevar8x32_ps(high, code), is_high));
+    }
+#endif
+    for (; i + 2 <= count; i += 2) {
+        out[i] = value[bytes[i >> 1] >> 4];
+        out[i + 1] = value[bytes[i >> 1] & 15];
+    }
+    if (i < count) {
+        out[i] = value[bytes[i >> 1] >> 4];
+    }
+}
+
+// Elements first ... first + count - 1 as float32, of values rounded to T.
+template <class T>
+inline void decode(const Gemm4Weight &w, int64_t first, int64_t count, float *out) {
+    const int64_t stop = first + count;
+    while (first < stop) {
+        const int64_t block = first >> w.shift;
+        const int64_t block_end = (block + 1) << w.shift;
+        const int64_t end = block_end < stop ? block_end : stop;
+        const BlockTable<T> values(w.table, block_absmax(w, block));
+        if ((first & 1) != 0) {
+            *out++ = values.value[nibble(w.packed, first++)];
+        }
+        decode_even_run(w.packed, first, end - first, values.value, out);
+        out += end - first;
+        first = end;
+    }
+}
+
+#if defined(__AVX512BF16__)
+
+// 16 values of a block as bfloat16, twice: an index with a stray fifth bit finds the same value. Right for regular
+// blocks only, since the conversion flushes denormals.
+inline __m512i bf16_table(__m512 table, float absmax) {
+    const __m256i values = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(absmax)));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
+}
+
+// The same as above into bfloat16; false if a block is not regular.
+inline bool decode_bf16(const Gemm4Weight &w, int64_t first, int64_t count, Bfloat *out) {
+    const __m512 codes = _mm512_loadu_ps(w.table);
+    const __m512i spread = _mm512_set_epi8(
+        -1, 15, -1, 15, -1, 14, -1, 14, -1, 13, -1, 13, -1, 12, -1, 12, -1, 11, -1, 11, -1, 10, -1, 10, -1, 9, -1, 9,
+        -1, 8, -1, 8, -1, 7, -1, 7, -1, 6, -1, 6, -1, 5, -1, 5, -1, 4, -1, 4, -1, 3, -1, 3, -1, 2, -1, 2, -1, 1, -1, 1,
+        -1, 0, -1, 0);
+    const __m512i shift = _mm512_set1_epi32(4);
+    const int64_t stop = first + count;
+    bool regular = true;
+    while (first < stop) {
+        const int64_t block = first >> w.shift;
+        const int64_t block_end = (block + 1) << w.shift;
+        const int64_t end = block_end < stop ? block_end : stop;
+        const float absmax = block_absmax(w, block);
+        regular &= regular_block(absmax);
+        const __m512i table = bf16_table(codes, absmax);
+        if ((first & 1) != 0) {
+            const __m512i value = _mm512_permutexvar_epi16(_mm512_set1_epi16((short)nibble(w.packed, first)), table);
+            (out++)->bits = (uint16_t)_mm_cvtsi128_si32(_mm512_castsi512_si128(value));
+            ++first;
+        }
+        const uint8_t *bytes = w.packed + (first >> 1);
+        const int64_t left = end - first;
+        int64_t i = 0;
+        for (; i + 32 <= left; i += 32) {
+            const __m512i sixteen = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(bytes + (i >> 1))));
+            const __m512i code = _mm512_srlv_epi16(_mm512_shuffle_epi8(sixteen, spread), shift);
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(code, table));
+        }
+        if (i < left) {
+            const __mmask16 some = (__mmask16)((1u << ((left - i + 1) >> 1)) - 1);
+            const __m512i sixteen = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(some, bytes + (i >> 1)));
+            const __m512i code = _mm512_srlv_epi16(_mm512_shuffle_epi8(sixteen, spread), shift);
+            _mm512_mask_storeu_epi16(out + i, (__mmask32)((1u << (left - i)) - 1),
+                                     _mm512_permutexvar_epi16(code, table));
+        }
+        out += left;
+        first = end;
+    }
+    return regular;
+}
+
+#endif
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif  // QCORE_CPU_GEMM_4BIT_DECODE_H

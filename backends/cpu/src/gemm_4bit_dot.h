@@ -1,0 +1,234 @@
+// gemm_4bit as dot products along K: any instruction set, any alignment of the rows, any value. Only kernel files
+// include it.
+//
+// Memory picture: a panel of up to 64 rows of W, 1024 elements of K at a time, is decoded into scratch (256 KiB, L2);
+// four rows of X are converted beside it (16 KiB, L1) and meet it four columns at a time, sixteen sums in registers.
+// With few rows of X the panel is four rows of W (16 KiB, L1) and W is read once, at half a byte an element.
+//
+// Rounding: a lane takes one step per kLanes (bfloat16: 2 * kLanes, each two steps) elements, lanes and spans of 1024
+// are added at the end: fewer than K / 4 + 8 in all for 8 lanes and more (api.cpp declares it).
+#ifndef QCORE_CPU_GEMM_4BIT_DOT_H
+#define QCORE_CPU_GEMM_4BIT_DOT_H
+
+#include "gemm_4bit_decode.h"
+#include "qcore_backend.h"
+
+namespace qcore::cpu::QC_ISA {
+
+constexpr int64_t kSpan = 1024;
+constexpr int64_t kStrip = 4;      // columns of Y, rows of W
+constexpr int64_t kFewRows = 4;    // rows of X up to which a panel is one strip
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// How the elements of a product are held in scratch and multiplied.
+template <class T>
+struct InFloat {
+    using X = T;
+    using Element = float;
+    using Sum = F32;
+    static constexpr int kStep = kLanes;
+
+    static bool decode_row(const Gemm4Weight &w, int64_t first, int64_t count, float *out) {
+        decode<T>(w, first, count, out);
+        return true;
+    }
+    static void convert(const T *x, int64_t count, float *out) {
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes) {
+            store(out + i, load(x + i));
+        }
+        for (; i < count; ++i) {
+            out[i] = to_float(x[i]);
+        }
+    }
+    static F32 add_product(const float *x, F32 w, F32 sum) { return multiply_add(load(x), w, sum); }
+    static F32 weights(const float *w) { return load(w); }
+};
+
+#if defined(__AVX512BF16__)
+// Two products a lane and step. Flushes denormals: the caller sees to it that there are none (regular_block).
+struct InBf16 {
+    using X = Bfloat;
+    using Element = Bfloat;
+    using Sum = F32;
+    static constexpr int kStep = 2 * kLanes;
+
+    static bool decode_row(const Gemm4Weight &w, int64_t first, int64_t count, Bfloat *out) {
+        return decode_bf16(w, first, count, out);
+    }
+    static void convert(const Bfloat *x, int64_t count, Bfloat *out) {
+        __builtin_memcpy(out, x, static_cast<size_t>(count) * sizeof *x);
+    }
+    static F32 add_product(const Bfloat *x, __m512i w, F32 sum) {
+        return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)w);
+    }
+    static __m512i weights(const Bfloat *w) { return _mm512_loadu_si512(w); }
+};
+#endif
+
+// The sums over the lanes of four vectors, in the fixed order of a tree.
+inline void sum_lanes(F32 a, F32 b, F32 c, F32 d, float *out) {
+#if defined(__AVX512F__)
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    const __m512 lo = _mm512_shuffle_ps(ab, cd, 0x44);
+    const __m512 hi = _mm512_shuffle_ps(ab, cd, 0xee);
+    const __m512 all = _mm512_add_ps(lo, hi);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b);
+    const __m256 cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+    const F32 sums[kStrip] = {a, b, c, d};
+    for (int i = 0; i < kStrip; ++i) {
+        out[i] = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
+    }
+#endif
+}
+
+// out[r][0 ... 3] += the products of kRows rows of X with four rows of W over `count` elements, a multiple of kStep.
+template <class How, int kRows>
+inline void dot(const typename How::Element *x, const typename How::Element *w, int64_t stride, int64_t count,
+                float *out, int64_t out_stride) {
+    typename How::Sum sum[kRows][kStrip] = {};
+    for (int64_t i = 0; i < count; i += How::kStep) {
+        const auto w0 = How::weights(w + i);
+        const auto w1 = How::weights(w + stride + i);
+        const auto w2 = How::weights(w + 2 * stride + i);
+        const auto w3 = How::weights(w + 3 * stride + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            sum[r][0] = How::add_product(x + r * stride + i, w0, sum[r][0]);
+            sum[r][1] = How::add_product(x + r * stride + i, w1, sum[r][1]);
+            sum[r][2] = How::add_product(x + r * stride + i, w2, sum[r][2]);
+            sum[r][3] = How::add_product(x + r * stride + i, w3, sum[r][3]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+        float total[kStrip];
+        sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3], total);
+        for (int c = 0; c < kStrip; ++c) {
+            out[r * out_stride + c] += total[c];
+        }
+    }
+}
+
+// bias[n0 ... n0 + count - 1] as float32, count <= kGemm4Columns.
+inline void load_bias(const Gemm4 &p, int64_t n0, int64_t count, float *out) {
+    for (int64_t c = 0; c < count && p.bias != nullptr; ++c) {
+        switch (p.bias_dtype) {
+            case QC_F32:
+                out[c] = static_cast<const float *>(p.bias)[n0 + c];
+                break;
+            case QC_BF16:
+                out[c] = to_float(static_cast<const Bfloat *>(p.bias)[n0 + c]);
+                break;
+            default:
+                out[c] = to_float(static_cast<const Half *>(p.bias)[n0 + c]);
+        }
+    }
+}
+
+// QC-GEMM4-003 for one row of a panel.
+template <class T>
+inline void finish_row(const Gemm4 &p, const float *sums, const float *bias, int64_t count, T *y) {
+    int64_t c = 0;
+    for (; c + kLanes <= count; c += kLanes) {
+        store(y + c, p.bias != nullptr ? load(sums + c) + load(bias + c) : load(sums + c));
+    }
+    for (; c < count; ++c) {
+        y[c] = from_float<T>(p.bias != nullptr ? sums[c] + bias[c] : sums[c]);
+    }
+}
+
+inline int64_t panel_columns(int64_t rows) { return rows <= kFewRows ? kStrip : kGemm4Columns; }
+
+template <class How>
+struct DotScratch {
+    typename How::Element *w, *x;
+    float *sums;
+
+    static int64_t bytes(int64_t rows) {
+        const int64_t columns = panel_columns(rows);
+        return (columns + kFewRows) * kSpan * static_cast<int64_t>(sizeof(typename How::Element)) +
+               round_up(rows * columns * 4, 64);
+    }
+    DotScratch(void *scratch, int64_t rows) {
+        w = static_cast<typename How::Element *>(scratch);
+        x = w + panel_columns(rows) * kSpan;
+        sums = reinterpret_cast<float *>(x + kFewRows * kSpan);
+    }
+};
+
+// Y for the rows row0 ... row0 + rows - 1 and the columns n0 ... n1 - 1. How::decode_row may answer false: then the
+// panel is left out and `odd_panel(first column, end)` is called for it.
+template <class How, class OddPanel>
+inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch_bytes,
+                             const OddPanel &odd_panel) {
+    using X = typename How::X;
+    const DotScratch<How> scratch(scratch_bytes, rows);
+    const int64_t columns = panel_columns(rows);
+    const X *x = static_cast<const X *>(p.x) + row0 * p.k;
+    X *y = static_cast<X *>(p.out) + row0 * p.n;
+    for (int64_t panel = n0; panel < n1; panel += columns) {
+        const int64_t width = panel + columns < n1 ? columns : n1 - panel;
+        __builtin_memset(scratch.sums, 0, static_cast<size_t>(rows * columns) * sizeof(float));
+        bool served = true;
+        for (int64_t k0 = 0; k0 < p.k && served; k0 += kSpan) {
+            const int64_t span = k0 + kSpan < p.k ? kSpan : p.k - k0;
+            const int64_t padded = round_up(span, How::kStep);
+            const auto tail = static_cast<size_t>(padded - span) * sizeof(typename How::Element);
+            for (int64_t c = 0; c < round_up(width, kStrip); ++c) {
+                typename How::Element *row = scratch.w + c * padded;
+                if (c >= width) {
+                    __builtin_memset(row, 0, static_cast<size_t>(padded) * sizeof *row);
+                    continue;
+                }
+                served &= How::decode_row(p.w, (panel + c) * p.k + k0, span, row);
+                __builtin_memset(row + span, 0, tail);
+            }
+            for (int64_t r = 0; r < rows && served; r += kFewRows) {
+                const int64_t some = r + kFewRows < rows ? kFewRows : rows - r;
+                for (int64_t i = 0; i < some; ++i) {
+                    How::convert(x + (r + i) * p.k + k0, span, scratch.x + i * padded);
+                    __builtin_memset(scratch.x + i * padded + span, 0, tail);
+                }
+                for (int64_t c = 0; c < width; c += kStrip) {
+                    float *sums = scratch.sums + r * columns + c;
+                    const typename How::Element *w = scratch.w + c * padded;
+                    switch (some) {
+                        case 1:
+                            dot<How, 1>(scratch.x, w, padded, padded, sums, columns);
+                            break;
+                        case 2:
+                            dot<How, 2>(scratch.x, w, padded, padded, sums, columns);
+                            break;
+                        case 3:
+                            dot<How, 3>(scratch.x, w, padded, padded, sums, columns);
+                            break;
+                        default:
+                            dot<How, 4>(scratch.x, w, padded, padded, sums, columns);
+                    }
+                }
+            }
+        }
+        if (!served) {
+            odd_panel(panel, panel + width);
+            continue;
+        }
+        float bias[kGemm4Columns];
+        load_bias(p, panel, width, bias);
+        for (int64_t r = 0; r < rows; ++r) {
+            finish_row(p, scratch.sums + r * columns, bias, width, y + r * p.n + panel);
+        }
+    }
+}
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif  // QCORE_CPU_GEMM_4BIT_DOT_H

@@ -1,0 +1,116 @@
+// gemm_4bit for one row of bfloat16 X on AVX512-BF16.
+//
+// Memory picture: W is read once, half a byte an element, straight through; X is 2 KiB per 1024 elements and stays in
+// L1. A block of 64 weights costs ten instructions on the two vector ports: three make its table (multiply, round,
+// double), one spreads 32 bytes over 32 words, one brings the high nibbles down, two look up, two multiply and add (32
+// products each), so about five cycles; the floor by memory is about three.
+//
+// The words hold the even elements of the 64 in their high nibbles and the odd ones in their low nibbles, so X is
+// brought into that order: [32 even][32 odd].
+#ifndef QCORE_CPU_GEMM_4BIT_GEMV_H
+#define QCORE_CPU_GEMM_4BIT_GEMV_H
+
+#include "gemm_4bit_dot.h"
+
+#if defined(__AVX512BF16__)
+
+namespace qcore::cpu::QC_ISA {
+
+constexpr int64_t kGemvBlocks = 64;  // absmax values decoded at a time
+
+// Rows must be made of whole blocks and whole groups of 64.
+inline bool gemv_serves(const Gemm4 &p) {
+    return p.dtype == QC_BF16 && p.m == 1 && p.w.shift >= 6 && p.k % (int64_t{1} << p.w.shift) == 0;
+}
+
+inline void split_even_odd(const Bfloat *x, int64_t k, Bfloat *out) {
+    alignas(64) uint16_t even[32];
+    for (int i = 0; i < 32; ++i) {
+        even[i] = static_cast<uint16_t>(2 * i);
+    }
+    const __m512i pick = _mm512_load_si512(even);
+    const __m512i one = _mm512_set1_epi16(1);
+    for (int64_t i = 0; i < k; i += 64) {
+        const __m512i a = _mm512_loadu_si512(x + i);
+        const __m512i b = _mm512_loadu_si512(x + i + 32);
+        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(a, pick, b));
+        _mm512_storeu_si512(out + i + 32, _mm512_permutex2var_epi16(a, _mm512_add_epi16(pick, one), b));
+    }
+}
+
+// absmax of `count` blocks from `block` on, as float32: where they lie, or decoded into `out` (QC-NEST-003).
+inline const float *absmax_run(const Gemm4Weight &w, int64_t block, int64_t count, float *out) {
+    if (w.absmax != nullptr) {
+        return w.absmax + block;
+    }
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w.codes + block + i)));
+        const __m512 value = _mm512_i32gather_ps(code, w.nested_code, 4);
+        if (((block + i) >> w.nested_shift) != ((block + i + 15) >> w.nested_shift)) {
+            break;
+        }
+        const __m512 scale = _mm512_set1_ps(w.nested_absmax[(block + i) >> w.nested_shift]);
+        const __m512 offset = _mm512_set1_ps(w.nested_offset);
+        _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_mul_ps(value, scale), offset));
+    }
+    for (; i < count; ++i) {
+        out[i] = block_absmax(w, block + i);
+    }
+    return out;
+}
+
+inline bool regular_blocks(const float *absmax, int64_t count) {
+    const __m512 least = _mm512_set1_ps(0x1p-28f);
+    __mmask16 odd = 0;
+    for (int64_t i = 0; i < count; i += 16) {
+        const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __m512 a = _mm512_maskz_loadu_ps(some, absmax + i);
+        odd |= _mm512_mask_cmp_ps_mask(_mm512_test_epi32_mask((__m512i)a, (__m512i)a), _mm512_abs_ps(a), least,
+                                       _CMP_LT_OQ);
+    }
+    return odd == 0;
+}
+
+// The sum of one row of W with `x` in split order; false if a block is not regular.
+inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
+    const Gemm4Weight &w = p.w;
+    const __m512 codes = _mm512_loadu_ps(w.table);
+    const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
+    const int64_t blocks = p.k >> w.shift;
+    const int64_t groups = int64_t{1} << (w.shift - 6);
+    float decoded[kGemvBlocks];
+    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int64_t b0 = 0; b0 < blocks; b0 += kGemvBlocks) {
+        const int64_t count = b0 + kGemvBlocks < blocks ? kGemvBlocks : blocks - b0;
+        const float *absmax = absmax_run(w, n * blocks + b0, count, decoded);
+        if (!regular_blocks(absmax, count)) {
+            return false;
+        }
+        for (int64_t b = 0; b < count; ++b) {
+            const __m512i table = bf16_table(codes, absmax[b]);
+            for (int64_t g = 0; g < groups; ++g) {
+                const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
+                const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(pair, 4), table);
+                const __m512i low = _mm512_permutexvar_epi16(pair, table);
+                const F32 even = InBf16::add_product(x, high, s0);
+                const F32 odd = InBf16::add_product(x + 32, low, s1);
+                s0 = s2;
+                s1 = s3;
+                s2 = even;
+                s3 = odd;
+                bytes += 32;
+                x += 64;
+            }
+        }
+    }
+    float sums[kStrip];
+    sum_lanes(s0, s1, s2, s3, sums);
+    *sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return true;
+}
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif
+#endif  // QCORE_CPU_GEMM_4BIT_GEMV_H

@@ -1,0 +1,157 @@
+// gemm_4bit: which of the ways to compute it this instruction set takes for a shape.
+//  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
+//  - the same with bfloat16 products, gemm_4bit_gemv.h (one row) and gemm_4bit_amx.h (tiles): bfloat16 only, and only
+//    where no denormal can arise, since those instructions flush them. Rows and columns where one can are computed
+//    again in float32.
+#include "gemm_4bit_kernels.h"
+
+#include "gemm_4bit_amx.h"
+#include "qcore_backend.h"
+
+namespace qcore::cpu::QC_ISA {
+namespace {
+
+#if defined(__AVX512BF16__)
+
+constexpr int64_t kFlagBytes = kGemm4Rows;  // the packed X starts with a byte for each row: is it irregular?
+
+// Whether a row of X holds a non-zero value below 2^-76 (regular_block).
+bool irregular_row(const Bfloat *x, int64_t k) {
+    constexpr int kExponent = (127 - 76) << 7;
+    const __m512i least = _mm512_set1_epi16(kExponent - 1);
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i one = _mm512_set1_epi16(1);
+    __mmask32 found = 0;
+    for (int64_t i = 0; i < k; i += 32) {
+        const auto valid = static_cast<__mmask32>(k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1);
+        const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(valid, x + i), magnitude);
+        found |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(bits, one), least);  // zero wraps round to the top
+    }
+    return found != 0;
+}
+
+#if defined(__AMX_BF16__)
+bool by_tiles(const Gemm4 &p) { return p.dtype == QC_BF16 && p.m > 1 && p.k > 0; }
+#else
+bool by_tiles(const Gemm4 &) { return false; }
+#endif
+
+int64_t packed_bytes(const Gemm4 &p, int64_t rows) {
+    if (p.dtype != QC_BF16) {
+        return 0;
+    }
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        return kFlagBytes + (p.k + kTileSpan - 1) / kTileSpan * x_tile(1, row_tiles(rows), 0, 0);
+    }
+#endif
+    return round_up(rows, 64);
+}
+
+void pack(const Gemm4 &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
+    const Bfloat *x = static_cast<const Bfloat *>(p.x) + row0 * p.k;
+    auto *flags = static_cast<uint8_t *>(packed);
+    const int64_t end = (group + 1) * kGemm4Group < rows ? (group + 1) * kGemm4Group : rows;
+    for (int64_t r = group * kGemm4Group; r < end; ++r) {
+        flags[r] = irregular_row(x + r * p.k, p.k);
+    }
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        pack_x_tiles(p, row0, rows, group, flags + kFlagBytes);
+    }
+#endif
+}
+
+int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t scratch_bytes(const Gemm4 &p, int64_t rows, int64_t columns) {
+    const int64_t exact = DotScratch<InFloat<float>>::bytes(rows);
+    if (p.dtype != QC_BF16) {
+        return exact;
+    }
+    if (p.m == 1) {  // gemv_serves also depends on the weight, which workspace() does not know
+        return max64(max64(exact, p.k * static_cast<int64_t>(sizeof(Bfloat))), DotScratch<InBf16>::bytes(rows));
+    }
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        return max64(exact, TileScratch::bytes(rows, columns));
+    }
+#endif
+    (void)columns;
+    return max64(exact, DotScratch<InBf16>::bytes(rows));
+}
+
+void multiply_bf16(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
+                   void *scratch) {
+    const auto *flags = static_cast<const uint8_t *>(packed);
+    const auto ignore = [](int64_t, int64_t) {};
+    const auto again = [&](int64_t first_row, int64_t some_rows, int64_t first, int64_t end) {
+        multiply_by_dots<InFloat<Bfloat>>(p, row0 + first_row, some_rows, first, end, scratch, ignore);
+    };
+    if (gemv_serves(p) && flags[0] == 0) {
+        auto *x = static_cast<Bfloat *>(scratch);
+        split_even_odd(static_cast<const Bfloat *>(p.x), p.k, x);
+        for (int64_t n = n0; n < n1; ++n) {
+            float sum, bias;
+            if (gemv_row(p, n, x, &sum)) {
+                load_bias(p, n, 1, &bias);
+                finish_row(p, &sum, &bias, 1, static_cast<Bfloat *>(p.out) + n);
+            } else {
+                again(0, 1, n, n + 1);
+                split_even_odd(static_cast<const Bfloat *>(p.x), p.k, x);
+            }
+        }
+        return;
+    }
+    const auto odd_panel = [&](int64_t first, int64_t end) { again(0, rows, first, end); };
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        multiply_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+    } else
+#endif
+        multiply_by_dots<InBf16>(p, row0, rows, n0, n1, scratch, odd_panel);
+    for (int64_t r = 0; r < rows;) {
+        int64_t end = r;
+        while (end < rows && flags[end] != 0) {
+            ++end;
+        }
+        if (end > r) {
+            again(r, end - r, n0, n1);
+        }
+        r = end + 1;
+    }
+}
+
+#else
+
+int64_t packed_bytes(const Gemm4 &, int64_t) { return 0; }
+
+void pack(const Gemm4 &, int64_t, int64_t, int64_t, void *) {}
+
+int64_t scratch_bytes(const Gemm4 &, int64_t rows, int64_t) { return DotScratch<InFloat<float>>::bytes(rows); }
+
+void multiply_bf16(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *, void *scratch) {
+    multiply_by_dots<InFloat<Bfloat>>(p, row0, rows, n0, n1, scratch, [](int64_t, int64_t) {});
+}
+
+#endif
+
+void multiply(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed, void *scratch) {
+    const auto all_served = [](int64_t, int64_t) {};
+    switch (p.dtype) {
+        case QC_F32:
+            multiply_by_dots<InFloat<float>>(p, row0, rows, n0, n1, scratch, all_served);
+            break;
+        case QC_F16:
+            multiply_by_dots<InFloat<Half>>(p, row0, rows, n0, n1, scratch, all_served);
+            break;
+        default:
+            multiply_bf16(p, row0, rows, n0, n1, packed, scratch);
+    }
+}
+
+}  // namespace
+
+const Gemm4Kernels gemm_4bit_kernels = {packed_bytes, scratch_bytes, pack, multiply};
+
+}  // namespace qcore::cpu::QC_ISA
