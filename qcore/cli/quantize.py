@@ -132,15 +132,15 @@ def _dry_run(model: Path, out: Path, options: Options, force: bool) -> None:
 
 def _run(model: Path, out: Path, options: Options, force: bool, restart: bool) -> None:
     began = time.monotonic()
-    with byte_progress() as progress:
-        try:
-            report = quantize_checkpoint(
-                model, out, options, force=force, restart=restart, listener=_Bar(progress, options.format)
-            )
-        except KeyboardInterrupt:
-            progress.stop()
-            click.echo("qcore: interrupted; the same command goes on where it stopped", err=True)
-            raise
+    bar = _Bar(options.format)
+    try:
+        report = quantize_checkpoint(model, out, options, force=force, restart=restart, listener=bar)
+    except KeyboardInterrupt:
+        bar.close()
+        click.echo("qcore: the same command goes on where this one stopped", err=True)
+        raise
+    finally:
+        bar.close()
     seconds = time.monotonic() - began
     _print_table(report.rows, errors=True)
     for name in report.dropped:
@@ -169,27 +169,34 @@ def _print_table(rows: list[KindRow], *, errors: bool) -> None:
 
 
 class _Bar(Listener):
-    """Shows a run on a progress bar of source bytes."""
+    """Shows a run on a progress bar of source bytes, from the moment when it is planned."""
 
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress, self._title = progress, title
-        self._task: TaskID | None = None
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._shown: tuple[Progress, TaskID] | None = None
 
     def planned(self, plan: Plan) -> None:
-        total = sum(step.info.nbytes for step in plan.steps)
-        self._task = self._progress.add_task(self._title, total=total)
+        progress = byte_progress()
+        progress.start()
+        self._shown = progress, progress.add_task(self._title, total=sum(step.info.nbytes for step in plan.steps))
 
     def kept(self, shard: str, nbytes: int) -> None:
-        self._progress.console.print(f"{shard}: kept from the interrupted run, verified")
-        self._advance(nbytes)
+        if self._shown is not None:
+            self._shown[0].console.print(f"{shard}: kept from the interrupted run, verified")
+        self.read(nbytes)
 
     def read(self, nbytes: int) -> None:
-        self._advance(nbytes)
+        if self._shown is not None:
+            progress, task = self._shown
+            progress.update(task, advance=nbytes, description=self._title)
 
     def verifying(self, shard: str) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, description=f"verifying {shard}")
+        if self._shown is not None:
+            progress, task = self._shown
+            progress.update(task, description=f"verifying {shard}")
 
-    def _advance(self, nbytes: int) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, advance=nbytes, description=self._title)
+    def close(self) -> None:
+        """Take the bar off the screen; more than once does no harm."""
+        if self._shown is not None:
+            self._shown[0].stop()
+            self._shown = None

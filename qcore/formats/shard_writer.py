@@ -11,6 +11,7 @@ Nothing that varies between runs enters the file: the same tensors give the same
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -82,10 +83,12 @@ class ShardWriter:
         self._late: dict[str, bytes] = {}
         self._written = dict.fromkeys(self._places, 0)
         self._hashes = {spec.name: hashlib.sha256() for spec in self._specs}
+        self._fd: int | None = None
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             _claim(self._fd, offset + sum(spec.nbytes for spec in self._specs if spec.late))
         except OSError as error:
+            self.abort()
             raise _output_error(path, error) from error
 
     def write(self, name: str, chunk: Tensor) -> None:
@@ -104,9 +107,19 @@ class ShardWriter:
         view, done = memoryview(view), 0
         try:
             while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
+                done += os.pwrite(self._open_fd(), view[done:], offset + done)
         except OSError as error:
             raise _output_error(self.path, error) from error
+
+    def _open_fd(self) -> int:
+        if self._fd is None:
+            raise OutputError(f"{self.path}: is closed already")
+        return self._fd
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def finish(self) -> dict[str, str]:
         """Write the header, flush to the disk and close; returns the SHA-256 of every tensor's bytes as written."""
@@ -122,19 +135,18 @@ class ShardWriter:
         self._write_at(self._header_room.to_bytes(8, "little") + header, 0)
         self._write_at(tail, self._late_start)
         try:
-            os.ftruncate(self._fd, self._late_start + len(tail))
-            os.fsync(self._fd)
+            os.ftruncate(self._open_fd(), self._late_start + len(tail))
+            os.fsync(self._open_fd())
             # What verification reads back should come from the disk.
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._open_fd(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._close()
         except OSError as error:
             raise _output_error(self.path, error) from error
-        finally:
-            os.close(self._fd)
         return {name: digest.hexdigest() for name, digest in self._hashes.items()}
 
     def abort(self) -> None:
-        """Close and remove the unfinished file."""
-        os.close(self._fd)
+        """Close and remove the unfinished file; harmless after that."""
+        self._close()
         self.path.unlink(missing_ok=True)
 
 
@@ -143,8 +155,6 @@ def _claim(fd: int, nbytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
-        import errno
-
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
