@@ -1,0 +1,79 @@
+"""QC-GEMM4-004: how far a sum may be from the truth, from what the backend declares about its sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcore_conformance.floats import FORMATS, Floats
+from qcore_conformance.oracle import Product
+
+WEIGHT_ROUNDINGS = ("float32", "compute")
+
+
+@dataclass(frozen=True)
+class GemmDeclaration:
+    """What a backend declares about ``gemm_4bit``: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002)."""
+
+    lanes: int
+    extra: int
+    weight_rounding: str
+
+    @classmethod
+    def parse(cls, declarations: Mapping[str, Any]) -> GemmDeclaration:
+        """Read ``declarations["gemm_4bit"]``; ``AssertionError`` says what is missing or wrong."""
+        said = declarations.get("gemm_4bit")
+        assert isinstance(said, Mapping), (
+            "gemm_4bit: the backend declares nothing about it; describe() needs declarations "
+            '{"gemm_4bit": {"depth": {"lanes": ..., "extra": ...}, "weight_rounding": "float32" or "compute"}}'
+        )
+        depth = said.get("depth")
+        assert isinstance(depth, Mapping), f"gemm_4bit: declared depth is {depth!r}, expected lanes and extra"
+        lanes, extra = depth.get("lanes"), depth.get("extra")
+        assert type(lanes) is int and lanes >= 1, f"gemm_4bit: declared lanes {lanes!r}, expected an integer >= 1"
+        assert type(extra) is int and extra >= 0, f"gemm_4bit: declared extra {extra!r}, expected an integer >= 0"
+        rounding = said.get("weight_rounding")
+        assert rounding in WEIGHT_ROUNDINGS, f"gemm_4bit: weight_rounding {rounding!r}, expected {WEIGHT_ROUNDINGS}"
+        return cls(lanes, extra, rounding)
+
+    def depth(self, k: int) -> int:
+        """``d(K)``, refused above the spec's ceiling."""
+        depth = -(-k // self.lanes) + self.extra
+        assert depth <= k + 8, (
+            f"gemm_4bit: declared depth d({k}) = ceil({k}/{self.lanes}) + {self.extra} = {depth}, "
+            f"the ceiling is K + 8 = {k + 8} (QC-GEMM4-002)"
+        )
+        return depth
+
+
+def gemm_bound(truth: Product, declaration: GemmDeclaration, k: int, dtype: str) -> NDArray[np.float64]:
+    """The largest allowed ``|y - y*|``, elementwise."""
+    u = FORMATS["f32"].unit_roundoff
+    out = FORMATS[dtype]
+    du = declaration.depth(k) * u
+    u_w = out.unit_roundoff if declaration.weight_rounding == "compute" and dtype != "f32" else 0.0
+    a = (du / (1 - du) + u + u_w) * truth.magnitude
+    bound = a + out.unit_roundoff * (np.abs(truth.exact) + a)
+    denormal = np.abs(truth.exact) - bound < out.smallest_normal
+    return np.asarray(bound + np.where(denormal, out.smallest_denormal / 2, 0.0))
+
+
+def check_gemm(y: Floats, truth: Product, declaration: GemmDeclaration, k: int) -> float:
+    """Largest error over bound; ``AssertionError`` where ``not (error <= bound)``, so that NaN fails."""
+    bound = gemm_bound(truth, declaration, k, y.dtype)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(y.f64() - truth.exact)
+        bad = ~(error <= bound)
+    if bad.any():
+        m, n = (int(i) for i in np.argwhere(bad)[0])
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.size} outputs beyond the bound (QC-GEMM4-004); first at [{m}, {n}]: got "
+            f"{y.f64()[m, n]!r}, exact {truth.exact[m, n]!r}, error {error[m, n]:.3g}, bound {bound[m, n]:.3g}"
+        )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(bound > 0, error / bound, 0.0)
+    return float(ratio.max(initial=0.0))
