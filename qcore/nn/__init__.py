@@ -1,0 +1,24 @@
+"""Layers with quantized weights, and embeddings whose optimizer state stays in 32 bits."""
+
+from qcore.nn.convert import convert_module_to_linear4bit, convert_module_to_linear8bit
+from qcore.nn.embedding import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding
+from qcore.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
+from qcore.nn.linear8bit import Linear8bitLt
+from qcore.nn.params import Int8Params, Params4bit
+
+__all__ = [
+    "Embedding",
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "Params4bit",
+    "StableEmbedding",
+    "convert_module_to_linear4bit",
+    "convert_module_to_linear8bit",
+]

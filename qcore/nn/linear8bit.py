@@ -1,0 +1,78 @@
+"""A linear layer with an int8 weight: Dettmers et al., *LLM.int8()*, 2022 (arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from qcore.autograd import MatmulLtState, matmul
+from qcore.errors import InvalidArgument
+from qcore.nn.params import Int8Params
+from qcore.nn.quantized import Quantized8bit
+
+
+class Linear8bitLt(Quantized8bit, nn.Linear):
+    """``nn.Linear`` by LLM.int8(): int8 products, outlier columns of the input in floating point.
+
+    Parameters
+    ----------
+    input_features, output_features : int
+    bias : bool
+    has_fp16_weights : bool
+        Keep the weight in floating point, quantize it in each forward pass, and train it. Otherwise the weight is
+        quantized when the layer first moves to a device (``.to("cpu")`` included) or by :meth:`quantize`, and frozen.
+    threshold : float
+        Magnitude from which on an input element makes its column an outlier; 0 for no outliers, 6.0 in the paper.
+    index : None
+        Accepted as None alone: reordered weights have not been in use since 2023.
+    device : torch.device, optional
+
+    Attributes
+    ----------
+    state : MatmulLtState
+        ``CB`` and ``SCB`` are the weight's codes and scales, ``idx`` the outlier columns of the last eager call.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: None = None,
+        device: torch.device | str | int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if index is not None:
+            raise InvalidArgument("Linear8bitLt: index is given, needs None; weights are stored by rows, in order")
+        super().__init__(input_features, output_features, bias, device, dtype)
+        self.state = MatmulLtState(threshold=threshold, has_fp16_weights=has_fp16_weights)
+        self.index = index
+        self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    def _changed(self) -> None:
+        if isinstance(self.weight, Int8Params):
+            self.state.reset_grads()
+
+    def _scales(self) -> Tensor | None:
+        scales = super()._scales()
+        # A wrapper's plain int8 parameter has no scales of its own.
+        return self.state.SCB if scales is None and self.weight.dtype == torch.int8 else scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ W.T + bias``: ``(..., in_features)`` to ``(..., out_features)`` in the dtype of ``x`` or autocast."""
+        state, weight = self.state, self.weight
+        if not is_compiling():
+            state.is_training = self.training
+            if weight.dtype == torch.int8:
+                state.CB, state.SCB = weight, self._scales()
+        return matmul(x, weight, bias=self.bias, state=state)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, threshold={self.state.threshold}"
