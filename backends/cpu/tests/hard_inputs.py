@@ -1,4 +1,4 @@
-"""Inputs that decide whether a quantization kernel keeps to the clauses: thresholds, extremes, tails, special values."""
+"""Inputs that decide whether a kernel keeps to the clauses: thresholds, extremes, tails, special values."""
 
 from __future__ import annotations
 
