@@ -203,7 +203,7 @@ def _expect_independent(first: Mapping[str, Array], second: Mapping[str, Array])
         if unequal.any():
             index = int(np.flatnonzero(unequal)[0])
             raise GuardError(
-                f"output {name!r}: {int(unequal.sum())} of {unequal.size} elements, the first at {index}, depend on what "
-                f"lies outside the inputs, on what the output held before, or on alignment: bytes left unwritten or "
+                f"output {name!r}: {int(unequal.sum())} of {unequal.size} elements, the first at {index}, depend on "
+                f"what lies outside the inputs, on what the output held before, or on alignment: bytes left unwritten or "
                 f"read out of bounds, or a nondeterministic op that is not declared so (QC-NUM-006, QC-NUM-007)"
             )
