@@ -239,6 +239,8 @@ def gemm_4bit(A: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tens
         ``(..., N)`` in the dtype of ``A``.
     """
 
+    validate.tensor("gemm_4bit", "A", A)
+
     def run(A: Tensor, bias: Tensor | None) -> Tensor:
         return _gemm(A, weight, bias)
 

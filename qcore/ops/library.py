@@ -37,6 +37,6 @@ def traced(*tensors: Tensor | None) -> bool:
     if is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
     return any(
-        tensor is not None and (type(tensor).__torch_dispatch__ is not _NO_DISPATCH or tensor.is_meta)
+        isinstance(tensor, Tensor) and (type(tensor).__torch_dispatch__ is not _NO_DISPATCH or tensor.is_meta)
         for tensor in tensors
     )
