@@ -7,8 +7,9 @@ an output, shows as a difference between the two runs (QC-NUM-006). Works on any
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,20 @@ class GuardError(AssertionError):
     """A backend wrote where it may not, or its result depends on what lies outside its inputs."""
 
 
+class Placed(Protocol):
+    """A tensor that was put somewhere for one call, and the check of its surroundings after it."""
+
+    tensor: torch.Tensor
+
+    def check(self) -> None: ...
+
+
+class Placement(Protocol):
+    """A way to put a tensor somewhere: (name, CPU tensor with shape, dtype and, for an input, values)."""
+
+    def __call__(self, name: str, content: torch.Tensor, device: torch.device, *, is_input: bool) -> Placed: ...
+
+
 class GuardedTensor:
     """A contiguous tensor with canaries on both sides.
 
@@ -44,13 +59,13 @@ class GuardedTensor:
     content : Tensor
         A CPU tensor with the shape, dtype and, for an input, the values.
     device : torch.device
-    poison : Poison
     is_input : bool
         An input holds ``content`` and must not change at all; an output starts as poison.
+    poison : Poison
     """
 
     def __init__(
-        self, name: str, content: torch.Tensor, device: torch.device, poison: Poison, *, is_input: bool
+        self, name: str, content: torch.Tensor, device: torch.device, *, is_input: bool, poison: Poison = POISONS[0]
     ) -> None:
         self.name = name
         self.is_input = is_input
@@ -99,6 +114,5 @@ class GuardedTensor:
             raise GuardError(f"output {self.name!r}: written by a call that was refused (QC-NUM-006)")
 
 
-def check_all(tensors: Iterable[GuardedTensor]) -> None:
-    for tensor in tensors:
-        tensor.check()
+# Both poisons: the way in which every call is made unless a case says otherwise.
+GUARDS: tuple[Placement, ...] = tuple(partial(GuardedTensor, poison=poison) for poison in POISONS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from qcore.errors import Unsupported
 from qcore_conformance import generators
 from qcore_conformance.bounds import GemmDeclaration
 from qcore_conformance.floats import Floats, differs
-from qcore_conformance.guards import POISONS, GuardedTensor, GuardError, check_all
+from qcore_conformance.guards import GUARDS, GuardedTensor, GuardError, Placement
 from qcore_conformance.model import Case, NotRun, Outcome, Result
 
 Array = Floats | NDArray[Any]
@@ -74,7 +76,10 @@ class Session:
         self.description: Description = backend.describe(self.device)
         self.rng = generators.rng_for("", seed)
         self.worst: float | None = None
-        self.guarded = True
+        self.isolated = False  # whether a crash ends a worker only; set by the worker
+        # How tensors are placed: a call runs once for each. How a call is made: as it is, or captured, or on a stream.
+        self.placements: Sequence[Placement] = GUARDS
+        self.around: Callable[[Callable[[], None]], None] = lambda call: call()
 
     def run_case(self, case: Case) -> Result:
         """Run one case in this process; every exception but ``KeyboardInterrupt`` is an outcome."""
@@ -85,6 +90,9 @@ class Session:
         if case.op != "contract" and not self.backend.supports(case.op):
             result.outcome = Outcome.UNSUPPORTED
             result.message = f"backend {self.backend.name!r} does not serve {case.op}"
+            return result
+        if case.params.get("isolated") and not self.isolated:
+            result.outcome, result.message = Outcome.NOT_RUN, "needs a worker process: a failure ends the process"
             return result
         try:
             case.run(self)
@@ -125,7 +133,7 @@ class Session:
         outputs: Mapping[str, torch.Tensor],
         invoke: Callable[[Backend, dict[str, Any]], None],
     ) -> dict[str, Any]:
-        """Call the backend twice between guards; returns the outputs of the first call.
+        """Call the backend between guards, once for each placement; returns the outputs of the first call.
 
         Parameters
         ----------
@@ -142,22 +150,34 @@ class Session:
         """
         contents = {name: to_torch(value) for name, value in inputs.items() if value is not None}
         absent = dict.fromkeys(name for name, value in inputs.items() if value is None)
-        results = []
-        for poison in POISONS if self.guarded else POISONS[:1]:
-            tensors = {
-                name: GuardedTensor(name, content, self.device, poison, is_input=True)
-                for name, content in contents.items()
-            }
-            tensors |= {
-                name: GuardedTensor(name, form, self.device, poison, is_input=False) for name, form in outputs.items()
-            }
-            invoke(self.backend, {name: guard.tensor for name, guard in tensors.items()} | absent)
+        results: list[dict[str, Any]] = []
+        for place in self.placements:
+            tensors = {name: place(name, content, self.device, is_input=True) for name, content in contents.items()}
+            tensors |= {name: place(name, form, self.device, is_input=False) for name, form in outputs.items()}
+            arguments = {name: placed.tensor for name, placed in tensors.items()} | absent
+            self.around(partial(invoke, self.backend, arguments))
             self.synchronize()
-            check_all(tensors.values())
+            for placed in tensors.values():
+                placed.check()
             results.append({name: from_torch(tensors[name].tensor) for name in outputs})
-        if len(results) == 2 and self.is_deterministic(op):
-            _expect_independent(results[0], results[1])
+        if self.is_deterministic(op):
+            for other in results[1:]:
+                _expect_independent(results[0], other)
         return results[0]
+
+    @contextmanager
+    def calling(
+        self,
+        placements: Sequence[Placement] | None = None,
+        around: Callable[[Callable[[], None]], None] | None = None,
+    ) -> Iterator[None]:
+        """Place tensors, or make calls, in another way inside a ``with`` block."""
+        before = self.placements, self.around
+        self.placements, self.around = placements or self.placements, around or self.around
+        try:
+            yield
+        finally:
+            self.placements, self.around = before
 
     def call_refused(
         self,
@@ -167,12 +187,9 @@ class Session:
     ) -> None:
         """Make a call that has to be refused (``invoke`` checks how) and check that no byte was written."""
         tensors = {
-            name: GuardedTensor(name, to_torch(value), self.device, POISONS[0], is_input=True)
-            for name, value in inputs.items()
+            name: GuardedTensor(name, to_torch(value), self.device, is_input=True) for name, value in inputs.items()
         }
-        tensors |= {
-            name: GuardedTensor(name, form, self.device, POISONS[0], is_input=False) for name, form in outputs.items()
-        }
+        tensors |= {name: GuardedTensor(name, form, self.device, is_input=False) for name, form in outputs.items()}
         invoke({name: guard.tensor for name, guard in tensors.items()})
         self.synchronize()
         for guard in tensors.values():
@@ -204,6 +221,6 @@ def _expect_independent(first: Mapping[str, Array], second: Mapping[str, Array])
             index = int(np.flatnonzero(unequal)[0])
             raise GuardError(
                 f"output {name!r}: {int(unequal.sum())} of {unequal.size} elements, the first at {index}, depend on "
-                f"what lies outside the inputs, on what the output held before, or on alignment: bytes left unwritten or "
-                f"read out of bounds, or a nondeterministic op that is not declared so (QC-NUM-006, QC-NUM-007)"
+                f"what lies outside the inputs, on what the output held before, or on alignment: bytes left unwritten "
+                f"or read out of bounds, or a nondeterministic op that is not declared so (QC-NUM-006, QC-NUM-007)"
             )

@@ -46,6 +46,7 @@ def _open_session(backend: str, device: str | None, seed: int) -> tuple[Any, dic
         session = Session(get_backend(backend), device, seed, spec=backend)
     except BackendError as error:
         return None, {"error": {"kind": type(error).__name__, "text": str(error)}}
+    session.isolated = True
     said = session.description
     description = {part.name: getattr(said, part.name) for part in fields(said)}
     description |= {"spec": backend, "torch_device": str(session.device)}

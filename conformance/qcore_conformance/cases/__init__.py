@@ -29,7 +29,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 # Modules that add cases for ops of any family.
-ACROSS: tuple[str, ...] = ()
+ACROSS = ("rounding", "counts", "memory")
 OPS = tuple(op for ops in FAMILIES.values() for op in ops)
 
 

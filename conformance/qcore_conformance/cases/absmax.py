@@ -8,7 +8,7 @@ import numpy as np
 
 from qcore_conformance import calls, generators, golden, oracle
 from qcore_conformance.checks import expect_floats, expect_integers
-from qcore_conformance.floats import Floats, f32, rounded
+from qcore_conformance.floats import Floats, f32, neighbours, rounded
 from qcore_conformance.model import Case
 from qcore_conformance.session import Session
 
@@ -58,6 +58,20 @@ def _lane_order(s: Session) -> None:
         _check_quantize(s, absmax, generators.CODEBOOKS["dynamic"], 256)
 
 
+def _ties(s: Session) -> None:
+    """Every midpoint and code with its neighbours, in pairs of both signs: the offset is 0, so d is the value itself."""
+    books = {kind: generators.custom_codebook(s.rng, kind) for kind in ("repeated", "denormal", "wide")}
+    for name, code in {**generators.CODEBOOKS, **books}.items():
+        points = np.concatenate([oracle.midpoints(code), code.astype(np.float64)])
+        points = neighbours(points[np.abs(points) <= 1], "f32").f64()
+        points = points[np.abs(points) <= 1]
+        pairs = np.concatenate([points, -points])
+        # 1 and -1 share a lane and are gone before anything small is added.
+        absmax = f32(np.concatenate([[1.0], pairs[:255], [-1.0], pairs[255:]]))
+        assert oracle.offset(absmax) == 0, f"{name}: the probe has lost its bite"
+        _check_quantize(s, absmax, code, 4096)
+
+
 def _dequantize(book: str, blocksize: int) -> Callable[[Session], None]:
     def run(s: Session) -> None:
         code = generators.CODEBOOKS[book]
@@ -97,6 +111,7 @@ def cases() -> Iterator[Case]:
         run = _quantize("weights", "dynamic", blocksize)
         yield Case(f"{op}/L1/dynamic-bs{blocksize}-lengths", op, "L1", (*_QUANTIZE, "QC-NUM-005"), run)
     yield Case(f"{op}/L1/lane-order", op, "L1", _QUANTIZE, _lane_order)
+    yield Case(f"{op}/L1/ties", op, "L1", ("QC-NEST-002", "QC-Q8-001", "QC-Q8-004"), _ties)
     yield from golden.cases(op, _QUANTIZE)
 
     op = "dequantize_absmax"
