@@ -40,7 +40,7 @@ def _pytest(session: nox.Session, report: str, *args: str, **env: str) -> None:
 
 def _conformance(session: nox.Session, backend: str, report: str, *args: str, **env: str) -> None:
     target = str(REPORTS / f"conformance-{report}")
-    _tool(session, "qcore-conformance", "run", "--backend", backend, "--report", target, *args, **env)
+    _tool(session, "qcore-conformance", "run", "--jobs", "2", "--backend", backend, "--report", target, *args, **env)
 
 
 def _c_sources() -> list[str]:
