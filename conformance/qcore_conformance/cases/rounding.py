@@ -81,16 +81,16 @@ def _scaled_gemm(s: Session, wanted: Floats, dtype: str) -> None:
 
 def _dequantize_rows(s: Session, wanted: Floats, dtype: str) -> None:
     """Two products cannot give every value: rows that are searched for, beside those whose statistic is an edge."""
-    codes = np.tile(np.arange(-127, 128).astype(np.int8), (4000, 1))
-    stats = rounded(np.exp2(s.rng.uniform(-3, 3, 4000)), "f32")
+    codes = np.tile(np.arange(1, 128, 2).astype(np.int8), (20000, 1))
+    stats = rounded(np.exp2(s.rng.uniform(-3, 3, len(codes))), "f32")
     exact = oracle.int8_dequantize_rows(codes, stats, "f32").bits
     kept = {"f32": 24, "f16": 11, "bf16": 8}[dtype]
     half = np.uint32(1 << (23 - kept)) if kept < 24 else np.uint32(0)
     tied = (exact & (2 * half - 1 if half else 0)) == half
     rows = tied.any(axis=1)
-    assert rows.sum() >= 8, "the probe has lost its bite"
+    assert rows.sum() >= 4, "the probe has lost its bite"
     stats = concatenate([Floats(stats.bits[rows][:200], "f32"), wanted])
-    codes = np.tile(codes[:1], (stats.size, 1))
+    codes = np.tile(np.arange(-128, 128).astype(np.int8), (stats.size, 1))
     got = calls.int8_dequantize_rows(s, codes, stats, dtype)
     expect_floats("out", got, oracle.int8_dequantize_rows(codes, stats, dtype))
 
