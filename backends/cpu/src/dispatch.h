@@ -22,7 +22,7 @@
 // Rule for kernel files: everything with code in it lives in namespace QC_ISA (or is an intrinsic). Nothing else that
 // is inline or a template may be used there, std:: included (std::max, std::vector ...): the linker keeps one copy of
 // such a function for the whole library, possibly the one compiled for AVX-512, and another processor would die in it.
-// tests/test_library.py checks the object files for it.
+// cmake/CheckKernelSymbols.cmake checks the object files for it.
 #ifndef QCORE_CPU_DISPATCH_H
 #define QCORE_CPU_DISPATCH_H
 

@@ -16,6 +16,7 @@ from hard_inputs import BLOCKSIZES, DTYPES, code_tables, vectors
 import qcore_cpu
 import qcore_cpu_reference
 from qcore import codebooks
+from qcore.backend.cffi_backend import CffiBackend
 from qcore.backend.interface import Backend, Weight4bit
 
 POISON = 0xA5
@@ -38,8 +39,9 @@ class Guarded:
 class Comparison:
     """Runs one op on both backends into guarded outputs and compares bits, any NaN with any NaN."""
 
-    def __init__(self) -> None:
-        self.backends: tuple[Backend, Backend] = (qcore_cpu_reference.load(), qcore_cpu.load())
+    def __init__(self, library: str | None) -> None:
+        native = CffiBackend("cpu", library) if library else qcore_cpu.load()
+        self.backends: tuple[Backend, Backend] = (qcore_cpu_reference.load(), native)
         self.count = 0
 
     def run(self, what: str, op: str, arguments: tuple, outputs: dict[str, tuple[int, torch.dtype]]) -> list:
@@ -142,8 +144,9 @@ def main() -> None:
     parser.add_argument("--op", choices=("blockwise", "4bit"), required=True)
     parser.add_argument("--blocksize", type=int, choices=BLOCKSIZES, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--library", help="another build of the library, such as one with sanitizers")
     arguments = parser.parse_args()
-    comparison = Comparison()
+    comparison = Comparison(arguments.library)
     check = {"blockwise": check_blockwise, "4bit": check_4bit}[arguments.op]
     check(comparison, arguments.blocksize, arguments.seed)
     arch = comparison.backends[1].describe(torch.device("cpu")).arch
