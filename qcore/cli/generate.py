@@ -63,7 +63,7 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     with use_backend(backend) if backend else nullcontext():
         tokenizer = load_tokenizer(model)
-        inputs = _inputs(tokenizer, text, chat, model)
+        inputs = chat_inputs(tokenizer, text, chat)
         began = time.monotonic()
         network = load_model(model, dtype=None if compute_dtype == "auto" else FLOATS[compute_dtype], device=device)
         loaded = time.monotonic() - began
@@ -72,10 +72,17 @@ def command(
     click.echo(f"loaded in {loaded:.1f} s; {streamer.summary(inputs.shape[1])}", err=True)
 
 
-def _inputs(tokenizer: Any, text: str, chat: bool | None, path: Path) -> torch.Tensor:
+def chat_inputs(tokenizer: Any, text: str, chat: bool | None = None) -> torch.Tensor:
+    """Tokens of ``text``, int64 ``(1, tokens)``; in the chat template if ``chat``, or if None and there is one.
+
+    Raises
+    ------
+    InvalidArgument
+        There is no template, or nothing in the text.
+    """
     template = getattr(tokenizer, "chat_template", None)
     if chat and not template:
-        raise InvalidArgument(f"--chat: the tokenizer in {path} has no chat template; pass --no-chat")
+        raise InvalidArgument("--chat: the tokenizer has no chat template; pass --no-chat")
     if template and chat is not False:
         messages = [{"role": "user", "content": text}]
         made = tokenizer.apply_chat_template(

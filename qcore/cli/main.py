@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -57,18 +58,21 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    return report_errors(lambda: cli.main(args=args, prog_name="qcore", standalone_mode=False))
+
+
+def report_errors(call: Callable[[], Any]) -> int:
+    """Make ``call``, show the errors that are ours or the user's as one message, and return the exit code."""
     try:
-        result: Any = cli.main(args=args, prog_name="qcore", standalone_mode=False)
-    except click.exceptions.Abort:
-        return _interrupted()
-    except KeyboardInterrupt:
+        result = call()
+    except (click.exceptions.Abort, KeyboardInterrupt):
         return _interrupted()
     except click.ClickException as error:
         error.show()
         return USAGE if isinstance(error, click.UsageError) else FAILED
     except BrokenPipeError:
         # The reader of a pipe has gone; Python would complain once more when it flushes at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return FAILED
     except Exception as error:
         return _failed(error)

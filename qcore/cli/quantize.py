@@ -21,7 +21,7 @@ from qcore.formats.source import open_source
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     """A number of bytes: 500MB, 2GB."""
 
     name = "size"

@@ -82,7 +82,8 @@ def _chunks(step: Step, source: Source, progress: Progress, multiple: int = 1) -
 def _squares(values: Tensor) -> float:
     # Float32 dot products of short pieces, added in float64: within 1e-5, where torch's float32 norm is off by 6e-4.
     flat = values.float().reshape(-1)
-    return sum(float(torch.dot(piece, piece)) for piece in flat.split(_DOT_NUMEL))
+    pieces = (flat[start : start + _DOT_NUMEL] for start in range(0, flat.numel(), _DOT_NUMEL))
+    return sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
 
 
 def _finite(step: Step, chunk: Tensor, squares: float) -> None:

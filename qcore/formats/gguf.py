@@ -62,7 +62,8 @@ class GgufSource(Source):
     def __init__(self, path: Path) -> None:
         self.path, self.files = path, [path]
         header = read_gguf_header(path)
-        self._fields, self._gguf = header.fields, {}
+        self._fields = header.fields
+        self._gguf: dict[str, GgufTensor] = {}
         self._architecture = header.fields.get("general.architecture")
         if self._architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)

@@ -50,7 +50,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
         config = source.config()
         quantization = read_quantization(config)
         own = FLOATS.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.float32)
-        model = architecture.empty_model(config, dtype or own)
+        model: nn.Module = architecture.empty_model(config, dtype or own)
         if quantization is not None:
             exchange_linear_layers(model, quantization, dtype)
         _fill(model, source, dtype or own, torch.device(device))

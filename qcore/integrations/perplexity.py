@@ -28,7 +28,9 @@ def tokens_of(tokenizer: Any, text: str, count: int, window: int) -> Tensor:
         The text has less than one window.
     """
     # A token is at most a few dozen characters; the bound keeps a large text from being tokenized whole.
-    ids = tokenizer(text[: 64 * count], add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids: Tensor = tokenizer(text[: 64 * count], add_special_tokens=False, return_tensors="pt", verbose=False)[
+        "input_ids"
+    ][0]
     windows = min(count, ids.numel()) // window
     if windows == 0:
         raise InvalidArgument(f"eval: the text has {ids.numel()} tokens, one window takes {window}")
