@@ -60,15 +60,14 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     if (max_exponent_bits, total_bits) == (7, 8):
         return torch.tensor(codebooks.DYNAMIC if signed else codebooks.DYNAMIC_UNSIGNED, dtype=torch.float32)
     op, spare = "create_dynamic_map", total_bits - 1 - max_exponent_bits
-    if not (0 < max_exponent_bits and 2 <= total_bits <= 8 and spare >= (0 if signed else -1)):
+    if max_exponent_bits < 1 or not 2 <= total_bits <= 8:
         raise InvalidArgument(
-            f"{op}: max_exponent_bits={max_exponent_bits} does not fit total_bits={total_bits}; needs 2 to 8 bits and "
-            "1 to total_bits - 1 exponent bits"
+            f"{op}: max_exponent_bits={max_exponent_bits}, total_bits={total_bits}; needs 1 or more and 2 to 8"
         )
     values = [0.0, 1.0]
     signs = (1.0, -1.0) if signed else (1.0,)
     # (decade, number of intervals in it); with bits to spare the last decade appears once more, one interval short.
-    decades = [(i, 2 ** (i + spare + (0 if signed else 1))) for i in range(max_exponent_bits)]
+    decades = [(i, int(2.0 ** (i + spare + (0 if signed else 1)))) for i in range(max_exponent_bits)]
     if spare > 0:
         decades.append((max_exponent_bits - 1, 2**spare - 1))
     for decade, intervals in decades:
