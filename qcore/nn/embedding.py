@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from qcore.backend.interface import Weight4bit
 from qcore.errors import InvalidArgument
 from qcore.functional import QuantState
-from qcore.nn.params import Int8Params, Params4bit
+from qcore.nn.int8_params import Int8Params
+from qcore.nn.params import Params4bit
 from qcore.nn.quantized import Quantized4bit, Quantized8bit, QuantizedModule
 from qcore.ops.fourbit import dequantize_4bit
 from qcore.ops.int8 import int8_dequantize_rows

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_compiling
 
 from qcore.autograd import bias_for, compute_dtype_of, matmul_4bit
@@ -88,26 +89,33 @@ class Linear4bit(Quantized4bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ W.T + bias``: ``(..., in_features)`` to ``(..., out_features)`` in the dtype of ``x`` or autocast."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        gemm, known, state = self._prepared
+        if (
+            gemm is not None
+            and weight is known
+            and weight.quant_state is state  # type: ignore[union-attr]
+            and self.compute_dtype is None
+            and (bias is None or bias.dtype is x.dtype)
+            and not _is_any_autocast_enabled()
+            and not is_compiling()
+        ):
+            return gemm(x, bias)  # the handle looks at everything else that may have changed
+        return self._forward_any(x)
+
+    def _forward_any(self, x: Tensor) -> Tensor:
         out_dtype = compute_dtype_of(x)
         dtype = self.compute_dtype or out_dtype
-        bias = self._parameters["bias"]
-        if x.dtype is not dtype:
-            x = x.to(dtype)
-        if bias is not None and bias.dtype is not dtype:
-            bias = bias_for(bias, dtype)
-        if is_compiling():
-            y = matmul_4bit(x, self.weight, self._state(), bias=bias)
-        else:
-            weight = self._parameters["weight"]
-            gemm, known, state = self._prepared
-            if gemm is None or weight is not known or weight.quant_state is not state:
-                gemm = self._prepare()
-            y = gemm(x, bias)
-        return y if y.dtype is out_dtype else y.to(out_dtype)
+        x, bias = x.to(dtype), bias_for(self.bias, dtype)
+        y = matmul_4bit(x, self.weight, self._state(), bias=bias) if is_compiling() else self._prepare()(x, bias)
+        return y.to(out_dtype)
 
     def _prepare(self) -> PreparedGemm4bit:
         weight, state = self.weight, self._state()
-        if not isinstance(weight, Params4bit):  # a wrapper's plain tensor: what it was prepared for is not to be known
+        gemm, known, known_state = self._prepared
+        if gemm is not None and weight is known and state is known_state:
+            return gemm
+        if not isinstance(weight, Params4bit):  # a wrapper's plain tensor, perhaps another in each call
             return prepare_gemm_4bit(state.weight(weight))
         weight.quant_state = state
         gemm = prepare_gemm_4bit(lambda: state.weight(weight), packed=weight, state=state)

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 from qcore.autograd import MatmulLtState, matmul
 from qcore.errors import InvalidArgument
-from qcore.nn.params import Int8Params
+from qcore.nn.int8_params import Int8Params
 from qcore.nn.quantized import Quantized8bit
 
 

@@ -1,12 +1,9 @@
-"""Parameters that hold codes: what a weight is before, while and after it is quantized.
-
-Both classes carry everything that the codes mean with them, so that a move, a copy or a pickle is never half a weight.
-Codes are not numbers: a conversion to another dtype leaves them as they are.
-"""
+"""A weight in four bits, or one that will be: ``Params4bit``. Codes are no numbers: no change of dtype touches them."""
 
 from __future__ import annotations
 
 import copy
+from math import prod
 from typing import Any
 
 import torch
@@ -15,80 +12,13 @@ from torch import Tensor
 from qcore import functional as F
 from qcore.errors import FormatError, InvalidArgument, InvalidDtype
 from qcore.functional import QuantState
+from qcore.nn.coded import CodedParameter
 from qcore.ops import validate
 
 _SPLITS = frozenset({torch.chunk, torch.split, Tensor.chunk, Tensor.split})
 
 
-def _rebuild(cls: type[torch.nn.Parameter], data: Tensor, requires_grad: bool) -> torch.nn.Parameter:
-    return cls(data, requires_grad=requires_grad)
-
-
-class _CodedParameter(torch.nn.Parameter):
-    """A parameter with attributes of its own, which copies and pickles keep."""
-
-    # Attributes that point back at an owner: a deep copy follows them only to an owner that is copied as well.
-    _owners: tuple[str, ...] = ()
-
-    def _with_data(self, data: Tensor) -> _CodedParameter:
-        return type(self)(data, requires_grad=self.requires_grad, **self.__dict__)
-
-    def __copy__(self) -> _CodedParameter:
-        return self._with_data(self.data)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _CodedParameter:
-        if id(self) in memo:
-            known: _CodedParameter = memo[id(self)]
-            return known
-        attributes = {
-            name: memo.get(id(value), value) if name in self._owners else copy.deepcopy(value, memo)
-            for name, value in self.__dict__.items()
-        }
-        result = type(self)(self.data.clone(), requires_grad=self.requires_grad, **attributes)
-        memo[id(self)] = result
-        return result
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The attributes go in as state, not as arguments: the owner holds this parameter, and state may be cyclic.
-        return _rebuild, (type(self), self.data, self.requires_grad), self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    @property
-    def is_coded(self) -> bool:
-        """Whether the data are codes, not numbers."""
-        raise NotImplementedError
-
-    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.to("cpu")
-
-    def cuda(self, device: int | str | torch.device | None = None, non_blocking: bool = False, **_: Any) -> Tensor:
-        return self.to(_indexed("cuda", device), non_blocking=non_blocking)
-
-    def xpu(self, device: int | str | torch.device | None = None, non_blocking: bool = False, **_: Any) -> Tensor:
-        return self.to(_indexed("xpu", device), non_blocking=non_blocking)
-
-    def half(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.to(torch.float16)
-
-    def bfloat16(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.to(torch.bfloat16)
-
-    def float(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.to(torch.float32)
-
-    def double(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.to(torch.float64)
-
-
-def _indexed(kind: str, device: int | str | torch.device | None) -> str | torch.device:
-    if device is None:
-        return kind
-    return torch.device(kind, device) if isinstance(device, int) else torch.device(device)
-
-
-class Params4bit(_CodedParameter):
+class Params4bit(CodedParameter):
     """A weight in NF4 or FP4, or one that will be on its first move to a device.
 
     Parameters
@@ -191,7 +121,7 @@ class Params4bit(_CodedParameter):
             quant_state=state,
             blocksize=state.blocksize,
             compress_statistics=state.nested,
-            quant_type=state.quant_type,
+            quant_type=state.quant_type or "",
             quant_storage=data.dtype,
             module=module,
             bnb_quantized=True,
@@ -229,19 +159,20 @@ class Params4bit(_CodedParameter):
         self._tell_module()
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """As :meth:`torch.Tensor.to`, but the first move to a device quantizes, in place.
 
         The meta device and a change of dtype alone do not quantize. Of a quantized weight, ``dtype`` is the one that
         dequantizing gives: the codes stay as they are.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking = parsed[:3]
         if self.bnb_quantized:
             return self._moved(device, dtype, non_blocking)
         if device is not None and device.type != "meta":
             self.quantize(device)
             return self if dtype is None else self._moved(None, dtype, False)
-        return self._with_data(self.data.to(device=device, dtype=dtype, non_blocking=non_blocking))  # type: ignore[return-value]
+        return self._with_data(self.data.to(device=device, dtype=dtype, non_blocking=non_blocking))
 
     def _moved(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool) -> Params4bit:
         state = self.quant_state
@@ -253,7 +184,7 @@ class Params4bit(_CodedParameter):
         if stays and (dtype is None or state is None or state.dtype == dtype):
             return self
         data = self.data if device is None else self.data.to(device, non_blocking=non_blocking)
-        moved: Params4bit = self._with_data(data)  # type: ignore[assignment]
+        moved = self._with_data(data)
         if state is not None:
             moved.quant_state = copied_state(state, device)
             moved.quant_state.dtype = dtype or state.dtype
@@ -268,19 +199,21 @@ class Params4bit(_CodedParameter):
         """
         if other is self:
             return self
-        if not isinstance(other, Params4bit):  # torch.empty_like and the like give plain tensors
-            other = self._with_data(other)  # type: ignore[assignment]
-            if other.quant_state is not None:
-                other.quant_state = copied_state(other.quant_state, other.device, empty=self.is_meta)
-        if not torch._has_compatible_shallow_copy_type(self, other):
-            kept = other
-        else:
-            kept, module = self, self.module
-            kept.data = other.data
-            kept.__dict__.update(other.__dict__)
-            kept.module = module
-        kept._tell_module()
-        return kept  # type: ignore[return-value]
+        if isinstance(other, Params4bit):
+            moved = other
+        else:  # torch.empty_like and the like give plain tensors
+            moved = self._with_data(other)
+            if moved.quant_state is not None:
+                moved.quant_state = copied_state(moved.quant_state, other.device, empty=self.is_meta)
+        if torch._has_compatible_shallow_copy_type(self, moved):
+            module = self.module
+            self.requires_grad = moved.requires_grad
+            self.data = moved.data
+            self.__dict__.update(moved.__dict__)
+            self.module = module
+            moved = self
+        moved._tell_module()
+        return moved
 
     def _tell_module(self) -> None:
         if self.module is not None:
@@ -288,11 +221,16 @@ class Params4bit(_CodedParameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func in _SPLITS and isinstance(args[0], Params4bit):
             # FSDP and tensor parallelism cut parameters up and expect parameters of the same class.
             return tuple(args[0]._with_data(part) for part in result)
         return result
+
+    def data_ptr(self) -> int:
+        # Asked for in every forward pass: the way through __torch_function__ takes four times as long.
+        address: int = torch._C._disabled_torch_function_impl(Tensor.data_ptr, (), (self,), {})
+        return address
 
     # FSDP resolves "weight.absmax" and the other names of a state dict by getattr. Properties, not __getattr__:
     # torch.compile traces them.
@@ -364,99 +302,6 @@ class Params4bit(_CodedParameter):
         return result
 
 
-class Int8Params(_CodedParameter):
-    """A weight of ``Linear8bitLt`` or ``Embedding8bit``: numbers, or int8 codes with one scale a row.
-
-    Parameters
-    ----------
-    data : Tensor, optional
-        float32, float16 or bfloat16 ``(rows, columns)``; or int8 codes.
-    requires_grad : bool
-        Codes have no gradient: ignored for int8 data.
-    has_fp16_weights : bool
-        Keep numbers, of any float dtype, and quantize them in each forward pass. Otherwise the first move to a device
-        quantizes.
-    CB : Tensor, optional
-        The codes, if ``data`` are not they: bitsandbytes keeps them twice.
-    SCB : Tensor, optional
-        float32 ``(rows,)``: largest magnitude of each row.
-    **attributes
-        Kept as attributes, as in :class:`Params4bit`.
-    """
-
-    has_fp16_weights: bool
-    SCB: Tensor | None
-
-    def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = True,
-        has_fp16_weights: bool = False,
-        CB: Tensor | None = None,
-        SCB: Tensor | None = None,
-        **attributes: Any,
-    ) -> Int8Params:
-        data = (torch.empty(0) if CB is None else CB) if data is None else data
-        self: Int8Params = torch.Tensor._make_subclass(cls, data, requires_grad and data.is_floating_point())
-        self.__dict__.update(attributes)
-        self.has_fp16_weights = has_fp16_weights
-        self.SCB = SCB
-        return self
-
-    @property
-    def is_coded(self) -> bool:
-        return self.dtype == torch.int8
-
-    @property
-    def CB(self) -> Tensor | None:
-        """The codes; None while the data are numbers."""
-        return self.data if self.is_coded else None
-
-    def quantize(self, device: str | torch.device | None = None) -> Int8Params:
-        """Quantize the rows in place (QC-INT8-002, QC-INT8-003), on ``device`` if one is given.
-
-        bitsandbytes rounds to float16 first; here float32 and bfloat16 weights are quantized as they are.
-        """
-        if self.is_coded:
-            return self if device is None else self.to(device)
-        source = self.data if device is None else self.data.to(device)
-        if source.is_meta:
-            raise InvalidArgument("Int8Params.quantize: the weight is on the meta device, there is nothing to quantize")
-        codes, scales, _ = F.int8_vectorwise_quant(source)
-        self.requires_grad = False
-        self.data, self.SCB = codes, scales
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Int8Params:  # type: ignore[override]
-        """As :meth:`torch.Tensor.to`, but the first move to a device quantizes, unless ``has_fp16_weights``."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if not self.is_coded:
-            if device is not None and device.type != "meta" and not self.has_fp16_weights:
-                return self.quantize(device)
-            data = self.data.to(device=device, dtype=dtype, non_blocking=non_blocking)
-            return self if data is self.data else self._with_data(data)  # type: ignore[return-value]
-        if device is None:
-            return self
-        moved: Int8Params = self._with_data(self.data.to(device, non_blocking=non_blocking))  # type: ignore[assignment]
-        if self.SCB is not None:
-            moved.SCB = self.SCB.to(device, non_blocking=non_blocking)
-        return moved
-
-    def adopt(self, other: Tensor) -> Int8Params:
-        """As :meth:`Params4bit.adopt`."""
-        if other is self:
-            return self
-        if not isinstance(other, Int8Params):
-            other = self._with_data(other)  # type: ignore[assignment]
-            if other.SCB is not None and other.SCB.device != other.device:
-                other.SCB = torch.empty_like(other.SCB, device=other.device)
-        if not torch._has_compatible_shallow_copy_type(self, other):
-            return other  # type: ignore[return-value]
-        self.data = other.data
-        self.__dict__.update(other.__dict__)
-        return self
-
-
 def copied_state(
     state: QuantState, device: torch.device | None, *, clone: bool = False, empty: bool = False
 ) -> QuantState:
@@ -479,16 +324,15 @@ def copied_state(
 
 
 def check_packed(where: str, packed: Tensor, state: QuantState) -> None:
-    """Check that codes and state belong together, as far as their sizes can say.
+    """Check that ``state`` describes a 4-bit tensor, and that ``packed`` has its bytes.
 
     Raises
     ------
     FormatError
-        They do not.
+        It does not, or has not.
     """
-    numel = 1
-    for size in state.shape or ():
-        numel *= size
-    have, need = packed.numel() * packed.element_size(), (numel + 1) // 2
-    if have != need and not need <= have < need + packed.element_size():
+    if state.quant_type is None or state.shape is None:
+        raise FormatError(f"{where}: its quant_state describes no 4-bit tensor: it has no quant_type or no shape")
+    have, need = packed.numel() * packed.element_size(), (prod(state.shape) + 1) // 2
+    if have != need:
         raise FormatError(f"{where}: weight has {have} bytes, shape {tuple(state.shape)} in 4 bits needs {need}")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from qcore.errors import FormatError, InvalidArgument
 from qcore.functional import QuantState
-from qcore.nn.params import Int8Params, Params4bit, check_packed, copied_state
+from qcore.nn.int8_params import Int8Params
+from qcore.nn.params import Params4bit, check_packed, copied_state
 
 Self = TypeVar("Self", bound="QuantizedModule")
 
@@ -45,12 +46,12 @@ class QuantizedModule(nn.Module):
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight = self._parameters["weight"]
         if not isinstance(weight, (Params4bit, Int8Params)):  # FSDP keeps views of its own here
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._changed()
             return self
         self._parameters["weight"] = None
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters["weight"] = weight
         with torch.no_grad():
