@@ -110,6 +110,14 @@ Arguments &Arguments::optional_array(const char *name, uintptr_t address, int64_
     return *this;
 }
 
+Arguments &Arguments::bias(int32_t bias_dtype, uintptr_t address, int32_t dtype, int64_t count) {
+    if (ok() && address != 0 && bias_dtype != QC_F32 && bias_dtype != dtype) {
+        status_ = fail(QC_INVALID_ARGUMENT, "%s: bias_dtype: expected QC_F32 (0) or the dtype of out (%d), got %d", op_,
+                       dtype, bias_dtype);
+    }
+    return address != 0 ? optional_array("bias", address, count, dtype_size(bias_dtype)) : *this;
+}
+
 Arguments &Arguments::threshold(const char *name, float value) {
     if (ok() && !(std::isfinite(value) && value >= 0.0f)) {
         status_ = fail(QC_INVALID_ARGUMENT, "%s: %s: expected a finite value of at least 0, got %g", op_, name,

@@ -39,6 +39,8 @@ class Arguments {
     Arguments &array(const char *name, uintptr_t address, int64_t count, int64_t size);
     // The same, or 0.
     Arguments &optional_array(const char *name, uintptr_t address, int64_t count, int64_t size);
+    // The bias of a product, or 0: `count` elements in float32 or in `dtype` (QC-GEMM4-003, QC-INT8-006).
+    Arguments &bias(int32_t bias_dtype, uintptr_t address, int32_t dtype, int64_t count);
     // A finite, non-negative float (QC-INT8-001).
     Arguments &threshold(const char *name, float value);
     // A codebook to quantize with: 256 finite values in ascending order (QC-Q8-001).

@@ -56,7 +56,7 @@ std::string description() {
     return "{\"name\": " + json_string(processor_name()) +
            ", \"arch\": " + json_string(architecture() + " " + isa_name(isa_choice().isa)) +
            ", \"driver\": \"\", \"runtime\": " + json_string(threading_description()) +
-           ", \"torch_device\": \"cpu\", \"declarations\": {}}";
+           ", \"torch_device\": \"cpu\", \"declarations\": {\"gemm_4bit\": " + gemm_4bit_declaration() + "}}";
 }
 
 qc_status device_count(int32_t *count) {
@@ -102,6 +102,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     if (op == QC_OP_GEMM_4BIT) {
         return gemm_4bit_workspace(stream, dtype, m, n, k, bytes);
     }
+    if (op == QC_OP_INT8_GEMM || op == QC_OP_INT8_SCALED_GEMM) {
+        return int8_gemm_workspace(stream, m, n, k, bytes);
+    }
     return QC_OK;
 }
 
@@ -121,12 +124,12 @@ constexpr qc_api kApi = {
     quantize_absmax,
     dequantize_absmax,
     gemm_4bit,
-    /* int8_quantize_rows */ nullptr,
-    /* int8_quantize_cols */ nullptr,
-    /* int8_gemm */ nullptr,
-    /* int8_dequantize_gemm */ nullptr,
-    /* int8_scaled_gemm */ nullptr,
-    /* int8_dequantize_rows */ nullptr,
+    int8_quantize_rows,
+    int8_quantize_cols,
+    int8_gemm,
+    int8_dequantize_gemm,
+    int8_scaled_gemm,
+    int8_dequantize_rows,
 };
 
 }  // namespace

@@ -1,23 +1,18 @@
 // gemm_4bit: checks, and how a product is cut into chunks. gemm_4bit_kernels.cpp computes.
 #include <initializer_list>
+#include <string>
 
 #include "abi.h"
 #include "dispatch.h"
 #include "gemm_4bit_kernels.h"
 #include "ops.h"
-#include "parallel.h"
+#include "product.h"
 #include "qcore_codebooks.h"
 
 namespace qcore::cpu {
 namespace {
 
 constexpr char kOp[] = "gemm_4bit";
-constexpr int64_t kAlign = 64;
-constexpr int64_t kOnStack = 48 << 10;     // a call that needs no more scratch than this takes it from its stack
-constexpr int64_t kRangesPerThread = 4;    // so that a thread that is late holds up a quarter of its share at most
-
-int64_t round_up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
-
 const Gemm4Kernels &kernels() {
     static const Gemm4Kernels &selected = select<Gemm4Kernels>({
         {Isa::portable, &portable::gemm_4bit_kernels},
@@ -31,58 +26,8 @@ const Gemm4Kernels &kernels() {
     return selected;
 }
 
-// How a call is cut, and the scratch that it needs: the packed X, then a part for each range of columns.
-struct Plan {
-    int64_t rows;     // of X at a time
-    int64_t columns;  // of a range
-    int64_t ranges;
-    int64_t packed_bytes;
-    int64_t range_bytes;
-
-    Plan(const Gemm4 &p, int64_t threads) {
-        rows = p.m < kGemm4Rows ? p.m : kGemm4Rows;
-        // A weight takes about 0.1 ns to decode, and 0.02 ns for each row of X.
-        const double nanoseconds = static_cast<double>(p.n) * static_cast<double>(p.k) *
-                                   (0.1 + 0.02 * static_cast<double>(rows));
-        const int64_t most = threads > 1 ? threads * kRangesPerThread : 1;
-        const double wanted = nanoseconds / static_cast<double>(kMinChunkNanoseconds);
-        const int64_t cuts = wanted < 1 ? 1 : wanted < static_cast<double>(most) ? static_cast<int64_t>(wanted) : most;
-        columns = round_up(ceil_div(p.n, cuts), kGemm4Columns);
-        ranges = ceil_div(p.n, columns);
-        packed_bytes = round_up(kernels().packed_bytes(p, rows), kAlign);
-        range_bytes = round_up(kernels().scratch_bytes(p, rows, columns), kAlign);
-    }
-    int64_t bytes() const { return packed_bytes + ranges * range_bytes; }
-    int64_t workspace_bytes() const { return bytes() <= kOnStack ? 0 : bytes() + kAlign; }
-};
-
-char *align(char *address) {
-    return address + (kAlign - reinterpret_cast<uintptr_t>(address) % kAlign) % kAlign;
-}
-
-void run(const Gemm4 &p, const Plan &plan, int64_t threads, char *scratch) {
-    const Gemm4Kernels &k = kernels();
-    char *packed = scratch;
-    char *ranges = scratch + plan.packed_bytes;
-    for (int64_t row0 = 0; row0 < p.m; row0 += plan.rows) {
-        const int64_t rows = row0 + plan.rows < p.m ? plan.rows : p.m - row0;
-        if (plan.packed_bytes > 0) {
-            const int64_t groups = ceil_div(rows, kGemm4Group);
-            // 16 rows of 4096 take about 10 microseconds.
-            const int64_t chunks = p.k >= 4096 ? groups : ceil_div(groups * p.k, 4096);
-            parallel_for(chunks, threads, [&](int64_t chunk) {
-                for (int64_t g = groups * chunk / chunks; g < groups * (chunk + 1) / chunks; ++g) {
-                    k.pack(p, row0, rows, g, packed);
-                }
-            });
-        }
-        parallel_for(plan.ranges, threads, [&](int64_t range) {
-            const int64_t n0 = range * plan.columns;
-            const int64_t n1 = n0 + plan.columns < p.n ? n0 + plan.columns : p.n;
-            k.multiply(p, row0, rows, n0, n1, packed, ranges + range * plan.range_bytes);
-        });
-    }
-}
+// Of a weight: to decode it, and to multiply it by each row.
+double nanoseconds(int64_t rows) { return 0.1 + 0.02 * static_cast<double>(rows); }
 
 int32_t log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }
 
@@ -103,10 +48,31 @@ Gemm4Weight weight_of(const qc_weight_4bit &w) {
     return weight;
 }
 
+// d(K) = ceil(K / lanes) + 8 covers every path of a level (QC-GEMM4-002): a vector of L lanes takes K / L steps, its
+// lanes and spans of K are then added; half of L leaves room for both. A tile adds 16 products in a row, then one sum
+// for each 32 elements.
+int declared_lanes() {
+    switch (isa_choice().isa) {
+        case Isa::portable:
+            return 2;
+        case Isa::avx2:
+        case Isa::avx_vnni:
+        case Isa::amx:
+            return 4;
+        default:
+            return 8;
+    }
+}
+
 }  // namespace
 
+std::string gemm_4bit_declaration() {
+    return "{\"depth\": {\"lanes\": " + std::to_string(declared_lanes()) +
+           ", \"extra\": 8}, \"weight_rounding\": \"compute\"}";
+}
+
 qc_status gemm_4bit_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
-    const Arguments arguments = Arguments("workspace", 0)
+    const Arguments arguments = Arguments(kOp, 0)
                                     .dtype("dtype", dtype)
                                     .extent("m, k", m, k)
                                     .extent("n, k", n, k)
@@ -119,7 +85,7 @@ qc_status gemm_4bit_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_
     p.m = m;
     p.n = n;
     p.k = k;
-    *bytes = m == 0 || n == 0 ? 0 : Plan(p, thread_limit(stream)).workspace_bytes();
+    *bytes = m == 0 || n == 0 ? 0 : ProductPlan(p, kernels(), nanoseconds, thread_limit(stream)).workspace_bytes();
     return QC_OK;
 }
 
@@ -137,12 +103,8 @@ qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
             return fail(QC_INVALID_ARGUMENT, "%s: w.numel: expected n * k = %lld * %lld, got %lld", kOp,
                         static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(w->numel));
         }
-        if (bias != 0 && bias_dtype != QC_F32 && bias_dtype != dtype) {
-            return fail(QC_INVALID_ARGUMENT, "%s: bias_dtype: expected QC_F32 (0) or the dtype of a (%d), got %d", kOp,
-                        dtype, bias_dtype);
-        }
         arguments.array("a", a, m * k, dtype_size(dtype)).array("out", out, m * n, dtype_size(dtype));
-        arguments.optional_array("bias", bias, n, bias != 0 ? dtype_size(bias_dtype) : 1);
+        arguments.bias(bias_dtype, bias, dtype, n);
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }
@@ -157,19 +119,8 @@ qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         p.out = pointer<void>(out);
         p.w = weight_of(*w);
         const int64_t threads = thread_limit(stream);
-        const Plan plan(p, threads);
-        if (plan.workspace_bytes() == 0) {
-            alignas(kAlign) char scratch[kOnStack];
-            run(p, plan, threads, scratch);
-            return QC_OK;
-        }
-        if (workspace == 0 || workspace_bytes < plan.workspace_bytes()) {
-            return fail(QC_INVALID_ARGUMENT, "%s: workspace: expected %lld bytes, got %lld at 0x%llx", kOp,
-                        static_cast<long long>(plan.workspace_bytes()), static_cast<long long>(workspace_bytes),
-                        static_cast<unsigned long long>(workspace));
-        }
-        run(p, plan, threads, align(pointer<char>(workspace)));
-        return QC_OK;
+        const ProductPlan plan(p, kernels(), nanoseconds, threads);
+        return run_product(kOp, p, kernels(), plan, threads, workspace, workspace_bytes);
     });
 }
 

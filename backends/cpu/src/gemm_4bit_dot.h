@@ -118,7 +118,7 @@ inline void dot(const typename How::Element *x, const typename How::Element *w, 
     }
 }
 
-// bias[n0 ... n0 + count - 1] as float32, count <= kGemm4Columns.
+// bias[n0 ... n0 + count - 1] as float32, count <= Gemm4Kernels::kColumns.
 inline void load_bias(const Gemm4 &p, int64_t n0, int64_t count, float *out) {
     for (int64_t c = 0; c < count && p.bias != nullptr; ++c) {
         switch (p.bias_dtype) {
@@ -146,7 +146,7 @@ inline void finish_row(const Gemm4 &p, const float *sums, const float *bias, int
     }
 }
 
-inline int64_t panel_columns(int64_t rows) { return rows <= kFewRows ? kStrip : kGemm4Columns; }
+inline int64_t panel_columns(int64_t rows) { return rows <= kFewRows ? kStrip : Gemm4Kernels::kColumns; }
 
 template <class How>
 struct DotScratch {
@@ -221,7 +221,7 @@ inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t
             odd_panel(panel, panel + width);
             continue;
         }
-        float bias[kGemm4Columns];
+        float bias[Gemm4Kernels::kColumns];
         load_bias(p, panel, width, bias);
         for (int64_t r = 0; r < rows; ++r) {
             finish_row(p, scratch.sums + r * columns, bias, width, y + r * p.n + panel);

@@ -13,7 +13,7 @@ namespace {
 
 #if defined(__AVX512BF16__)
 
-constexpr int64_t kFlagBytes = kGemm4Rows;  // the packed X starts with a byte for each row: is it irregular?
+constexpr int64_t kFlagBytes = Gemm4Kernels::kRows;  // the packed X starts with a byte for each row: is it irregular?
 
 // Whether a row of X holds a non-zero value below 2^-76 (regular_block).
 bool irregular_row(const Bfloat *x, int64_t k) {
@@ -32,8 +32,6 @@ bool irregular_row(const Bfloat *x, int64_t k) {
 
 #if defined(__AMX_BF16__)
 bool by_tiles(const Gemm4 &p) { return p.dtype == QC_BF16 && p.m > 1 && p.k > 0; }
-#else
-bool by_tiles(const Gemm4 &) { return false; }
 #endif
 
 int64_t packed_bytes(const Gemm4 &p, int64_t rows) {
@@ -42,7 +40,7 @@ int64_t packed_bytes(const Gemm4 &p, int64_t rows) {
     }
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
-        return kFlagBytes + (p.k + kTileSpan - 1) / kTileSpan * x_tile(1, row_tiles(rows), 0, 0);
+        return kFlagBytes + x_tile_bytes(rows, p.k * static_cast<int64_t>(sizeof(Bfloat)));
     }
 #endif
     return round_up(rows, 64);
@@ -51,13 +49,13 @@ int64_t packed_bytes(const Gemm4 &p, int64_t rows) {
 void pack(const Gemm4 &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
     const Bfloat *x = static_cast<const Bfloat *>(p.x) + row0 * p.k;
     auto *flags = static_cast<uint8_t *>(packed);
-    const int64_t end = (group + 1) * kGemm4Group < rows ? (group + 1) * kGemm4Group : rows;
-    for (int64_t r = group * kGemm4Group; r < end; ++r) {
+    const int64_t end = (group + 1) * Gemm4Kernels::kGroup < rows ? (group + 1) * Gemm4Kernels::kGroup : rows;
+    for (int64_t r = group * Gemm4Kernels::kGroup; r < end; ++r) {
         flags[r] = irregular_row(x + r * p.k, p.k);
     }
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
-        pack_x_tiles(p, row0, rows, group, flags + kFlagBytes);
+        pack_x_tiles(x, rows, p.k * static_cast<int64_t>(sizeof(Bfloat)), group, flags + kFlagBytes);
     }
 #endif
 }
@@ -74,7 +72,7 @@ int64_t scratch_bytes(const Gemm4 &p, int64_t rows, int64_t columns) {
     }
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
-        return max64(exact, TileScratch::bytes(rows, columns));
+        return max64(exact, tile_scratch_bytes(rows, columns));
     }
 #endif
     (void)columns;
@@ -106,7 +104,7 @@ void multiply_bf16(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64
     const auto odd_panel = [&](int64_t first, int64_t end) { again(0, rows, first, end); };
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
-        multiply_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+        multiply_bf16_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
     } else
 #endif
         multiply_by_dots<InBf16>(p, row0, rows, n0, n1, scratch, odd_panel);

@@ -28,14 +28,12 @@ struct Gemm4 {
     Gemm4Weight w;
 };
 
-// A product is computed in chunks of at most kGemm4Rows rows of X. For each, X may be packed first, in groups of
-// kGemm4Group rows that are independent; then ranges of columns are computed, also independent of each other. Ranges
-// start at multiples of kGemm4Columns. No result depends on how the groups and ranges are cut (QC-NUM-007).
-constexpr int64_t kGemm4Rows = 512;
-constexpr int64_t kGemm4Group = 16;
-constexpr int64_t kGemm4Columns = 64;
-
+// product.h says how these are called.
 struct Gemm4Kernels {
+    static constexpr int64_t kRows = 512;
+    static constexpr int64_t kGroup = 16;
+    static constexpr int64_t kColumns = 64;
+
     // Bytes for the packed X of `rows` rows; 0 where X is read as it is.
     int64_t (*packed_bytes)(const Gemm4 &p, int64_t rows);
     // Bytes that one range of `columns` columns needs to itself, for `rows` rows.

@@ -2,6 +2,8 @@
 #ifndef QCORE_CPU_OPS_H
 #define QCORE_CPU_OPS_H
 
+#include <string>
+
 #include "qcore_backend.h"
 
 namespace qcore::cpu {
@@ -24,10 +26,31 @@ qc_status dequantize_absmax(int32_t device, uintptr_t stream, uintptr_t a, uintp
                             uintptr_t offset, int64_t n, int64_t blocksize, uintptr_t out);
 
 // gemm_4bit.cpp
+// {"depth": ..., "weight_rounding": ...} for describe(), JSON.
+std::string gemm_4bit_declaration();
 qc_status gemm_4bit_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes);
 qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
                     const qc_weight_4bit *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t workspace,
                     int64_t workspace_bytes);
+
+// int8.cpp
+qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,
+                             float threshold, uintptr_t out, uintptr_t row_stats, uintptr_t outlier_cols);
+qc_status int8_quantize_cols(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,
+                             float threshold, uintptr_t out, uintptr_t col_stats);
+qc_status int8_dequantize_gemm(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, uintptr_t c,
+                               uintptr_t row_stats, uintptr_t col_stats, int32_t bias_dtype, uintptr_t bias,
+                               uintptr_t out);
+qc_status int8_dequantize_rows(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t k, uintptr_t a,
+                               uintptr_t row_stats, uintptr_t out);
+
+// int8_gemm.cpp
+qc_status int8_gemm_workspace(uintptr_t stream, int64_t m, int64_t n, int64_t k, int64_t *bytes);
+qc_status int8_gemm(int32_t device, uintptr_t stream, int64_t m, int64_t n, int64_t k, uintptr_t a, uintptr_t b,
+                    uintptr_t out, uintptr_t workspace, int64_t workspace_bytes);
+qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                           uintptr_t a, uintptr_t b, uintptr_t row_stats, uintptr_t col_stats, int32_t bias_dtype,
+                           uintptr_t bias, uintptr_t out, uintptr_t workspace, int64_t workspace_bytes);
 
 }  // namespace qcore::cpu
 

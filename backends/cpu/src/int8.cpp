@@ -1,0 +1,147 @@
+// The int8 ops but for the products: checks and how rows and columns are shared out. int8_kernels.cpp computes.
+#include <cstring>
+#include <initializer_list>
+
+#include "abi.h"
+#include "chunks.h"
+#include "dispatch.h"
+#include "int8_kernels.h"
+#include "ops.h"
+
+namespace qcore::cpu {
+namespace {
+
+// Rough costs of an element in nanoseconds on one thread.
+constexpr double kQuantize = 0.2;
+constexpr double kDequantize = 0.15;
+
+const Int8Kernels &kernels() {
+    static const Int8Kernels &selected = select<Int8Kernels>({
+        {Isa::portable, &portable::int8_kernels},
+#ifdef __x86_64__
+        {Isa::avx2, &avx2::int8_kernels},
+        {Isa::avx512, &avx512::int8_kernels},
+#endif
+    });
+    return selected;
+}
+
+const void *row(uintptr_t a, int32_t dtype, int64_t r, int64_t k) {
+    return pointer<const char>(a) + r * k * dtype_size(dtype);
+}
+
+}  // namespace
+
+qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,
+                             float threshold, uintptr_t out, uintptr_t row_stats, uintptr_t outlier_cols) {
+    constexpr char kOp[] = "int8_quantize_rows";
+    return guarded(kOp, [&] {
+        Arguments arguments(kOp, device);
+        arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
+        arguments.threshold("threshold", threshold).array("a", a, m * k, dtype_size(dtype));
+        arguments.array("out", out, m * k, 1).array("row_stats", row_stats, m, sizeof(float));
+        if (threshold > 0.0f) {
+            arguments.array("outlier_cols", outlier_cols, k, 1);
+        }
+        if (!arguments.ok()) {
+            return arguments.status();
+        }
+        const int64_t threads = thread_limit(stream);
+        auto *codes = pointer<int8_t>(out);
+        auto *stats = pointer<float>(row_stats);
+        auto *outliers = pointer<uint8_t>(outlier_cols);
+        if (outliers != nullptr && k > 0) {
+            std::memset(outliers, 0, static_cast<size_t>(k));
+        }
+        const double work = kQuantize * static_cast<double>(k);
+        parallel_ranges(m, 1, work, threads, [&](int64_t first, int64_t end) {
+            for (int64_t r = first; r < end; ++r) {
+                const void *x = row(a, dtype, r, k);
+                stats[r] = kernels().row_stat(dtype, x, k, threshold, outliers);
+                kernels().row_codes(dtype, x, k, stats[r], codes + r * k);
+            }
+        });
+        // Only now is every outlier column known (QC-INT8-003).
+        if (threshold > 0.0f && k > 0 && std::memchr(outliers, 1, static_cast<size_t>(k)) != nullptr) {
+            parallel_ranges(m, 1, work / 8, threads, [&](int64_t first, int64_t end) {
+                for (int64_t r = first; r < end; ++r) {
+                    kernels().clear_outliers(outliers, k, codes + r * k);
+                }
+            });
+        }
+        return QC_OK;
+    });
+}
+
+qc_status int8_quantize_cols(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,
+                             float threshold, uintptr_t out, uintptr_t col_stats) {
+    constexpr char kOp[] = "int8_quantize_cols";
+    return guarded(kOp, [&] {
+        Arguments arguments(kOp, device);
+        arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
+        arguments.threshold("threshold", threshold).array("a", a, m * k, dtype_size(dtype));
+        arguments.array("out", out, m * k, 1).array("col_stats", col_stats, k, sizeof(float));
+        if (!arguments.ok()) {
+            return arguments.status();
+        }
+        const double work = kQuantize * static_cast<double>(m + 1);
+        parallel_ranges(k, 64, work, thread_limit(stream), [&](int64_t first, int64_t end) {
+            kernels().columns(dtype, pointer<const void>(a), m, k, threshold, first, end, pointer<int8_t>(out),
+                              pointer<float>(col_stats));
+        });
+        return QC_OK;
+    });
+}
+
+qc_status int8_dequantize_gemm(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, uintptr_t c,
+                               uintptr_t row_stats, uintptr_t col_stats, int32_t bias_dtype, uintptr_t bias,
+                               uintptr_t out) {
+    constexpr char kOp[] = "int8_dequantize_gemm";
+    return guarded(kOp, [&] {
+        Arguments arguments(kOp, device);
+        arguments.dtype("dtype", dtype).count("m", m).count("n", n).extent("m, n", m, n);
+        arguments.array("c", c, m * n, sizeof(int32_t)).array("row_stats", row_stats, m, sizeof(float));
+        arguments.array("col_stats", col_stats, n, sizeof(float)).bias(bias_dtype, bias, dtype, n);
+        arguments.array("out", out, m * n, dtype_size(dtype));
+        if (!arguments.ok() || n == 0) {
+            return arguments.status();
+        }
+        const Int8Scaling scaling = {dtype,
+                                     bias_dtype,
+                                     pointer<const float>(row_stats),
+                                     pointer<const float>(col_stats),
+                                     pointer<const void>(bias),
+                                     pointer<void>(out)};
+        const double work = kDequantize * static_cast<double>(n);
+        parallel_ranges(m, 1, work, thread_limit(stream), [&](int64_t first, int64_t end) {
+            for (int64_t r = first; r < end; ++r) {
+                kernels().scale_row(scaling, pointer<const int32_t>(c) + r * n, r, n, 0, n);
+            }
+        });
+        return QC_OK;
+    });
+}
+
+qc_status int8_dequantize_rows(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t k, uintptr_t a,
+                               uintptr_t row_stats, uintptr_t out) {
+    constexpr char kOp[] = "int8_dequantize_rows";
+    return guarded(kOp, [&] {
+        Arguments arguments(kOp, device);
+        arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
+        arguments.array("a", a, m * k, 1).array("row_stats", row_stats, m, sizeof(float));
+        arguments.array("out", out, m * k, dtype_size(dtype));
+        if (!arguments.ok()) {
+            return arguments.status();
+        }
+        const double work = kDequantize * static_cast<double>(k);
+        parallel_ranges(m, 1, work, thread_limit(stream), [&](int64_t first, int64_t end) {
+            for (int64_t r = first; r < end; ++r) {
+                kernels().dequantize_row(dtype, pointer<const int8_t>(a) + r * k, k, pointer<const float>(row_stats)[r],
+                                         pointer<char>(out) + r * k * dtype_size(dtype));
+            }
+        });
+        return QC_OK;
+    });
+}
+
+}  // namespace qcore::cpu

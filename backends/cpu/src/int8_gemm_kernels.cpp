@@ -1,0 +1,256 @@
+// int8_gemm and int8_scaled_gemm: exact sums of int8 products, -128 included.
+//  - AVX2: elements widened to 16 bits, pairs multiplied and added (no saturation: 2 * 128^2 fits).
+//  - VNNI multiplies unsigned by signed bytes: a + 128 (one exclusive or) takes the place of a, and 128 times the sum
+//    of b is taken away at the end. Sums may wrap on the way; the result does not (QC-INT8-005), so it is exact.
+//  - AMX multiplies signed by signed (tiles.h).
+//
+// Memory picture without tiles: a panel of rows of B of up to 256 KiB (L2) meets four rows of A at a time (L1), four
+// columns at a time, sixteen sums in registers; with few rows of A, B is read once, straight through.
+#include "int8_kernels.h"
+
+#include "int8_scale.h"
+#include "tiles.h"
+
+namespace qcore::cpu::QC_ISA {
+namespace {
+
+#if defined(__AMX_INT8__)
+
+int64_t packed_bytes(const Int8Gemm &p, int64_t rows) { return x_tile_bytes(rows, p.k); }
+
+int64_t scratch_bytes(const Int8Gemm &, int64_t rows, int64_t columns) { return tile_scratch_bytes(rows, columns); }
+
+void pack(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
+    pack_x_tiles(p.a + row0 * p.k, rows, p.k, group, static_cast<uint8_t *>(packed));
+}
+
+void multiply(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
+              void *scratch) {
+    if (p.k == 0) {
+        put_zeros(p, row0, rows, n0, n1);
+        return;
+    }
+    const auto fill = [&](int64_t n, int64_t byte, int64_t bytes, uint8_t *out) {
+        const int8_t *from = p.b + n * p.k + byte;
+        int64_t i = 0;
+        for (; i + 64 <= bytes; i += 64) {
+            _mm512_storeu_si512(out + i, _mm512_loadu_si512(from + i));
+        }
+        if (i < bytes) {
+            const __mmask64 some = (__mmask64{1} << (bytes - i)) - 1;
+            _mm512_mask_storeu_epi8(out + i, some, _mm512_maskz_loadu_epi8(some, from + i));
+        }
+    };
+    const auto finish = [&](int64_t n, int64_t count, int64_t group, const __m512i *v) {
+        const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
+        for (int64_t i = 0; i < some; ++i) {
+            int32_t sums[kTile];
+            _mm512_storeu_si512(sums, v[i]);
+            put_row(p, sums, row0 + group * kTile + i, n, count);
+        }
+    };
+    multiply_by_tiles<Int8Tiles>(rows, n0, n1, p.k, static_cast<const uint8_t *>(packed), scratch, fill, finish,
+                                 [](int64_t, int64_t) {});
+}
+
+#else
+
+constexpr int64_t kStrip = 4;                 // columns of C, rows of B
+constexpr int64_t kFewRows = 4;               // rows of A at a time
+constexpr int64_t kPanelBytes = 256 << 10;
+
+// How kBytes elements of A and of B are multiplied into sums of Sum. `kOffset` says that A counts from -128.
+struct Step {
+#if defined(__AVX512VNNI__)
+    using Sum = __m512i;
+    static constexpr int kBytes = 64;
+    static constexpr bool kOffset = true;
+    static Sum zero() { return _mm512_setzero_si512(); }
+    static Sum load_a(const int8_t *a) { return _mm512_xor_si512(_mm512_loadu_si512(a), _mm512_set1_epi8(-128)); }
+    static Sum load_b(const int8_t *b) { return _mm512_loadu_si512(b); }
+    static Sum add(Sum sum, Sum a, Sum b) { return _mm512_dpbusd_epi32(sum, a, b); }
+    static Sum ones() { return _mm512_set1_epi8(1); }
+    static int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
+#elif defined(__AVXVNNI__)
+    using Sum = __m256i;
+    static constexpr int kBytes = 32;
+    static constexpr bool kOffset = true;
+    static Sum zero() { return _mm256_setzero_si256(); }
+    static Sum load_a(const int8_t *a) { return _mm256_xor_si256(load_b(a), _mm256_set1_epi8(-128)); }
+    static Sum load_b(const int8_t *b) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b)); }
+    static Sum add(Sum sum, Sum a, Sum b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+    static Sum ones() { return _mm256_set1_epi8(1); }
+    static int32_t total(Sum sum) {
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+        const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+    }
+#elif defined(__AVX512BW__)
+    using Sum = __m512i;
+    static constexpr int kBytes = 32;
+    static constexpr bool kOffset = false;
+    static Sum zero() { return _mm512_setzero_si512(); }
+    static Sum load_a(const int8_t *a) { return load_b(a); }
+    static Sum load_b(const int8_t *b) {
+        return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(b)));
+    }
+    static Sum add(Sum sum, Sum a, Sum b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+    static int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
+#elif defined(__AVX2__)
+    using Sum = __m256i;
+    static constexpr int kBytes = 16;
+    static constexpr bool kOffset = false;
+    static Sum zero() { return _mm256_setzero_si256(); }
+    static Sum load_a(const int8_t *a) { return load_b(a); }
+    static Sum load_b(const int8_t *b) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(b)));
+    }
+    static Sum add(Sum sum, Sum a, Sum b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+    static int32_t total(Sum sum) {
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+        const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+    }
+#else
+    using Sum = I32;
+    static constexpr int kBytes = kLanes;
+    static constexpr bool kOffset = false;
+    static Sum zero() { return Sum{}; }
+    static Sum load_a(const int8_t *a) { return load_b(a); }
+    static Sum load_b(const int8_t *b) { return __builtin_convertvector(load_vector<I8>(b), I32); }
+    static Sum add(Sum sum, Sum a, Sum b) { return sum + a * b; }
+    static int32_t total(Sum sum) {
+        int32_t all = 0;
+        for (int i = 0; i < kLanes; ++i) {
+            all += sum[i];
+        }
+        return all;
+    }
+#endif
+};
+
+// The sum of the elements that are left after whole steps.
+int32_t tail_product(const int8_t *a, const int8_t *b, int64_t first, int64_t k) {
+    int32_t sum = 0;
+    for (int64_t i = first; i < k; ++i) {
+        sum += a[i] * b[i];
+    }
+    return sum;
+}
+
+// 128 times the sum of the whole steps of row `b`, modulo 2^32. (A template, so that `if constexpr` discards.)
+template <class S>
+uint32_t offset_of(const int8_t *b, int64_t whole) {
+    uint32_t offset = 0;
+    if constexpr (S::kOffset) {
+        typename S::Sum sum = S::zero();
+        for (int64_t i = 0; i < whole; i += S::kBytes) {
+            sum = S::add(sum, S::ones(), S::load_b(b + i));
+        }
+        offset = static_cast<uint32_t>(S::total(sum)) * 128u;
+    }
+    return offset;
+}
+
+// out[r][c] = the product of row r of A with row b[c] of B.
+template <int kRows>
+void dot(const int8_t *a, const int8_t *const *b, const uint32_t *offset, int64_t k, int32_t *out, int64_t out_stride) {
+    const int64_t whole = k / Step::kBytes * Step::kBytes;
+    Step::Sum sum[kRows][kStrip];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kStrip; ++c) {
+            sum[r][c] = Step::zero();
+        }
+    }
+    for (int64_t i = 0; i < whole; i += Step::kBytes) {
+        const auto b0 = Step::load_b(b[0] + i);
+        const auto b1 = Step::load_b(b[1] + i);
+        const auto b2 = Step::load_b(b[2] + i);
+        const auto b3 = Step::load_b(b[3] + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            const auto x = Step::load_a(a + r * k + i);
+            sum[r][0] = Step::add(sum[r][0], x, b0);
+            sum[r][1] = Step::add(sum[r][1], x, b1);
+            sum[r][2] = Step::add(sum[r][2], x, b2);
+            sum[r][3] = Step::add(sum[r][3], x, b3);
+        }
+    }
+    for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kStrip; ++c) {
+            const uint32_t total = static_cast<uint32_t>(Step::total(sum[r][c])) - offset[c];
+            out[r * out_stride + c] = static_cast<int32_t>(
+                total + static_cast<uint32_t>(tail_product(a + r * k, b[c], whole, k)));
+        }
+    }
+}
+
+int64_t panel_columns(int64_t rows, int64_t k) {
+    if (rows <= kFewRows) {
+        return kStrip;
+    }
+    const int64_t fit = kPanelBytes / k / kStrip * kStrip;
+    return fit < kStrip ? kStrip : fit > Int8GemmKernels::kColumns ? Int8GemmKernels::kColumns : fit;
+}
+
+int64_t packed_bytes(const Int8Gemm &, int64_t) { return 0; }
+
+int64_t scratch_bytes(const Int8Gemm &, int64_t, int64_t) { return 0; }
+
+void pack(const Int8Gemm &, int64_t, int64_t, int64_t, void *) {}
+
+void multiply(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *, void *) {
+    if (p.k == 0) {
+        put_zeros(p, row0, rows, n0, n1);
+        return;
+    }
+    const int64_t columns = panel_columns(rows, p.k);
+    const int64_t whole = p.k / Step::kBytes * Step::kBytes;
+    for (int64_t panel = n0; panel < n1; panel += columns) {
+        const int64_t width = panel + columns < n1 ? columns : n1 - panel;
+        uint32_t offset[Int8GemmKernels::kColumns];
+        for (int64_t c = 0; c < width; ++c) {
+            offset[c] = offset_of<Step>(p.b + (panel + c) * p.k, whole);
+        }
+        for (int64_t r = 0; r < rows; r += kFewRows) {
+            const int64_t some = r + kFewRows < rows ? kFewRows : rows - r;
+            const int8_t *a = p.a + (row0 + r) * p.k;
+            int32_t sums[kFewRows][Int8GemmKernels::kColumns];
+            for (int64_t c = 0; c < width; c += kStrip) {
+                const int8_t *b[kStrip];
+                uint32_t offsets[kStrip];
+                for (int64_t i = 0; i < kStrip; ++i) {  // beyond the last column, that one again
+                    const int64_t column = c + i < width ? c + i : width - 1;
+                    b[i] = p.b + (panel + column) * p.k;
+                    offsets[i] = offset[column];
+                }
+                switch (some) {
+                    case 1:
+                        dot<1>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                        break;
+                    case 2:
+                        dot<2>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                        break;
+                    case 3:
+                        dot<3>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                        break;
+                    default:
+                        dot<4>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                }
+            }
+            for (int64_t i = 0; i < some; ++i) {
+                put_row(p, sums[i], row0 + r + i, panel, width);
+            }
+        }
+    }
+}
+
+#endif
+
+}  // namespace
+
+const Int8GemmKernels int8_gemm_kernels = {packed_bytes, scratch_bytes, pack, multiply};
+
+}  // namespace qcore::cpu::QC_ISA

@@ -1,0 +1,238 @@
+// int8 quantization by rows and columns, and back. A row is read once for its statistics and, still in L1, once for its
+// codes: 2 to 4 bytes read and one written an element. Columns are taken in strips that fit L1; the matrix is read
+// twice.
+#include "int8_kernels.h"
+
+#include "int8_scale.h"
+
+namespace qcore::cpu::QC_ISA {
+namespace {
+
+constexpr int64_t kChunk = 256;        // elements after which a row is looked through for outliers
+constexpr int64_t kStripColumns = 512;
+constexpr float kRound = 0x1.8p23f;    // adding and taking it away rounds to an integer, ties to even, up to 2^22
+constexpr float kSeventh = 0x1.020408p-7f;  // 1 / 127
+
+I32 magnitude_bits(F32 x) { return (I32)x & 0x7fffffff; }
+F32 magnitude(F32 x) { return (F32)magnitude_bits(x); }
+float magnitude(float x) { return __builtin_fabsf(x); }
+
+bool any(I32 mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        all |= mask[i];
+    }
+    return all != 0;
+#endif
+}
+
+float highest(F32 x) {
+    float most = 0.0f;
+    for (int i = 0; i < kLanes; ++i) {
+        most = x[i] > most ? x[i] : most;
+    }
+    return most;
+}
+
+// QC-INT8-001: what a statistic leaves out. NaN fails every comparison.
+bool inside(float x, float threshold) {
+    return threshold > 0.0f ? magnitude(x) < threshold : magnitude(x) <= __builtin_inff();
+}
+
+template <class T>
+float row_stat_of(const T *x, int64_t k, float threshold, uint8_t *outlier_cols) {
+    const F32 limit = splat(threshold > 0.0f ? threshold : __builtin_inff());
+    F32 most = {};
+    float rest = 0.0f;
+    for (int64_t i0 = 0; i0 < k; i0 += kChunk) {
+        const int64_t end = i0 + kChunk < k ? i0 + kChunk : k;
+        I32 outside = {};
+        bool scalar_outside = false;
+        int64_t i = i0;
+        if (threshold > 0.0f) {
+            for (; i + kLanes <= end; i += kLanes) {
+                const F32 a = magnitude(load(x + i));
+                const I32 within = a < limit;
+                outside |= ~within;
+                const F32 kept = (F32)((I32)a & within);
+                most = kept > most ? kept : most;
+            }
+        } else {
+            for (; i + kLanes <= end; i += kLanes) {
+                const F32 a = magnitude(load(x + i));
+                most = a > most ? a : most;
+            }
+        }
+        for (; i < end; ++i) {
+            const float value = to_float(x[i]);
+            if (inside(value, threshold)) {
+                rest = magnitude(value) > rest ? magnitude(value) : rest;
+            } else {
+                scalar_outside = true;
+            }
+        }
+        if (threshold > 0.0f && (scalar_outside || any(outside))) {
+            for (int64_t j = i0; j < end; ++j) {
+                if (!inside(to_float(x[j]), threshold)) {
+                    __atomic_store_n(outlier_cols + j, uint8_t{1}, __ATOMIC_RELAXED);  // rows share the mask
+                }
+            }
+        }
+    }
+    const float vector = highest(most);
+    return vector > rest ? vector : rest;
+}
+
+// QC-INT8-003 for an element times its scale.
+I8 code_of(F32 q) {
+    q = q == q ? q : F32{};
+    q = q > 127.0f ? splat(127.0f) : q;
+    q = q < -127.0f ? splat(-127.0f) : q;
+    return __builtin_convertvector(__builtin_convertvector(q + kRound - kRound, I32), I8);
+}
+
+int8_t code_of(float q) {
+    q = q == q ? q : 0.0f;
+    q = q > 127.0f ? 127.0f : q;
+    q = q < -127.0f ? -127.0f : q;
+    return static_cast<int8_t>(q + kRound - kRound);
+}
+
+template <class T>
+void row_codes_of(const T *x, int64_t k, float stat, int8_t *out) {
+    if (stat == 0.0f) {
+        __builtin_memset(out, 0, static_cast<size_t>(k));
+        return;
+    }
+    const float scale = 127.0f / stat;
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) {
+        store_vector(out + i, code_of(load(x + i) * splat(scale)));
+    }
+    for (; i < k; ++i) {
+        out[i] = code_of(to_float(x[i]) * scale);
+    }
+}
+
+template <class T>
+void columns_of(const T *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1, int8_t *out,
+                float *col_stats) {
+    const float limit = threshold > 0.0f ? threshold : 0.0f;
+    for (int64_t strip = k0; strip < k1; strip += kStripColumns) {
+        const int64_t width = strip + kStripColumns < k1 ? kStripColumns : k1 - strip;
+        float *stats = col_stats + strip;
+        __builtin_memset(stats, 0, static_cast<size_t>(width) * sizeof *stats);
+        for (int64_t r = 0; r < m; ++r) {
+            const T *x = a + r * k + strip;
+            int64_t i = 0;
+            for (; i + kLanes <= width; i += kLanes) {
+                F32 v = magnitude(load(x + i));
+                if (limit > 0.0f) {
+                    v = (F32)((I32)v & (v < limit));
+                }
+                const F32 most = load(stats + i);
+                store(stats + i, v > most ? v : most);
+            }
+            for (; i < width; ++i) {
+                const float v = magnitude(to_float(x[i]));
+                if (inside(v, threshold) && v > stats[i]) {
+                    stats[i] = v;
+                }
+            }
+        }
+        float scale[kStripColumns];
+        for (int64_t i = 0; i < width; ++i) {
+            scale[i] = stats[i] == 0.0f ? 0.0f : 127.0f / stats[i];
+        }
+        for (int64_t r = 0; r < m; ++r) {
+            const T *x = a + r * k + strip;
+            int8_t *codes = out + r * k + strip;
+            int64_t i = 0;
+            for (; i + kLanes <= width; i += kLanes) {
+                F32 v = load(x + i);
+                if (limit > 0.0f) {
+                    v = (F32)((I32)v & (magnitude(v) < limit));
+                }
+                store_vector(codes + i, code_of(v * load(scale + i)));
+            }
+            for (; i < width; ++i) {
+                const float v = to_float(x[i]);
+                codes[i] = inside(v, threshold) ? code_of(v * scale[i]) : int8_t{0};
+            }
+        }
+    }
+}
+
+template <class T>
+void dequantize_row_of(const int8_t *codes, int64_t k, float stat, T *out) {
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) {
+        const F32 x = __builtin_convertvector(__builtin_convertvector(load_vector<I8>(codes + i), I32), F32);
+        store(out + i, x * splat(stat) * splat(kSeventh));
+    }
+    for (; i < k; ++i) {
+        out[i] = from_float<T>(static_cast<float>(codes[i]) * stat * kSeventh);
+    }
+}
+
+float row_stat(int32_t dtype, const void *x, int64_t k, float threshold, uint8_t *outlier_cols) {
+    switch (dtype) {
+        case QC_F32:
+            return row_stat_of(static_cast<const float *>(x), k, threshold, outlier_cols);
+        case QC_F16:
+            return row_stat_of(static_cast<const Half *>(x), k, threshold, outlier_cols);
+        default:
+            return row_stat_of(static_cast<const Bfloat *>(x), k, threshold, outlier_cols);
+    }
+}
+
+void row_codes(int32_t dtype, const void *x, int64_t k, float stat, int8_t *out) {
+    switch (dtype) {
+        case QC_F32:
+            return row_codes_of(static_cast<const float *>(x), k, stat, out);
+        case QC_F16:
+            return row_codes_of(static_cast<const Half *>(x), k, stat, out);
+        default:
+            return row_codes_of(static_cast<const Bfloat *>(x), k, stat, out);
+    }
+}
+
+void clear_outliers(const uint8_t *outlier_cols, int64_t k, int8_t *out) {
+    for (int64_t i = 0; i < k; ++i) {
+        out[i] = static_cast<int8_t>(out[i] & (outlier_cols[i] - 1));
+    }
+}
+
+void columns(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1, int8_t *out,
+             float *col_stats) {
+    switch (dtype) {
+        case QC_F32:
+            return columns_of(static_cast<const float *>(a), m, k, threshold, k0, k1, out, col_stats);
+        case QC_F16:
+            return columns_of(static_cast<const Half *>(a), m, k, threshold, k0, k1, out, col_stats);
+        default:
+            return columns_of(static_cast<const Bfloat *>(a), m, k, threshold, k0, k1, out, col_stats);
+    }
+}
+
+void dequantize_row(int32_t dtype, const int8_t *codes, int64_t k, float stat, void *out) {
+    switch (dtype) {
+        case QC_F32:
+            return dequantize_row_of(codes, k, stat, static_cast<float *>(out));
+        case QC_F16:
+            return dequantize_row_of(codes, k, stat, static_cast<Half *>(out));
+        default:
+            return dequantize_row_of(codes, k, stat, static_cast<Bfloat *>(out));
+    }
+}
+
+}  // namespace
+
+const Int8Kernels int8_kernels = {row_stat, row_codes, clear_outliers, columns, scale_row, dequantize_row};
+
+}  // namespace qcore::cpu::QC_ISA

@@ -1,0 +1,82 @@
+// The kernels behind the int8_* ops, one table per instruction set (dispatch.h).
+#ifndef QCORE_CPU_INT8_KERNELS_H
+#define QCORE_CPU_INT8_KERNELS_H
+
+#include <cstdint>
+
+namespace qcore::cpu {
+
+// What turns the sums of one row into a row of the output (QC-INT8-006).
+struct Int8Scaling {
+    int32_t dtype;
+    int32_t bias_dtype;
+    const float *row_stats;
+    const float *col_stats;
+    const void *bias;  // or null
+    void *out;         // [m, n]
+};
+
+struct Int8Kernels {
+    // Statistics of one row (QC-INT8-002); with a threshold, sets outlier_cols[k] to 1 where it holds an outlier.
+    float (*row_stat)(int32_t dtype, const void *x, int64_t k, float threshold, uint8_t *outlier_cols);
+    // Codes of one row (QC-INT8-003).
+    void (*row_codes)(int32_t dtype, const void *x, int64_t k, float stat, int8_t *out);
+    // out[i] = 0 where outlier_cols[i] is set.
+    void (*clear_outliers)(const uint8_t *outlier_cols, int64_t k, int8_t *out);
+    // Statistics and codes of the columns k0 ... k1 - 1 (QC-INT8-004).
+    void (*columns)(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1,
+                    int8_t *out, float *col_stats);
+    // Row m of the output from the sums of its columns n0 ... n0 + count - 1.
+    void (*scale_row)(const Int8Scaling &s, const int32_t *sums, int64_t m, int64_t n, int64_t n0, int64_t count);
+    // One row (QC-INT8-008).
+    void (*dequantize_row)(int32_t dtype, const int8_t *codes, int64_t k, float stat, void *out);
+};
+
+// C = A B^T in int32, or scaled at once where `scaling` is set.
+struct Int8Gemm {
+    int64_t m, n, k;
+    const int8_t *a, *b;
+    int32_t *c;
+    const Int8Scaling *scaling;  // or null
+};
+
+// product.h says how these are called.
+struct Int8GemmKernels {
+    static constexpr int64_t kRows = 512;
+    static constexpr int64_t kGroup = 16;
+    static constexpr int64_t kColumns = 64;
+
+    int64_t (*packed_bytes)(const Int8Gemm &p, int64_t rows);
+    int64_t (*scratch_bytes)(const Int8Gemm &p, int64_t rows, int64_t columns);
+    void (*pack)(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t group, void *packed);
+    void (*multiply)(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
+                     void *scratch);
+};
+
+namespace portable {
+extern const Int8Kernels int8_kernels;
+extern const Int8GemmKernels int8_gemm_kernels;
+}  // namespace portable
+#ifdef __x86_64__
+namespace avx2 {
+extern const Int8Kernels int8_kernels;
+extern const Int8GemmKernels int8_gemm_kernels;
+}  // namespace avx2
+namespace avx_vnni {
+extern const Int8GemmKernels int8_gemm_kernels;
+}
+namespace avx512 {
+extern const Int8Kernels int8_kernels;
+extern const Int8GemmKernels int8_gemm_kernels;
+}  // namespace avx512
+namespace avx512_vnni {
+extern const Int8GemmKernels int8_gemm_kernels;
+}
+namespace amx {
+extern const Int8GemmKernels int8_gemm_kernels;
+}
+#endif
+
+}  // namespace qcore::cpu
+
+#endif  // QCORE_CPU_INT8_KERNELS_H

@@ -1,0 +1,237 @@
+// Matrix products on AMX tiles, for bfloat16 and int8: Y^T = W X^T. Only kernel files include it.
+//
+// A tile of W is sixteen of its rows by 64 bytes of K, exactly as they lie in memory or are decoded; a tile of X holds
+// sixteen of its rows with groups of four bytes interleaved, as TDPBF16PS and TDPBSSD want their second operand, and is
+// made once (pack_x_tiles). So the weights, which are many, are never rearranged. A tile of sums has columns of Y down
+// and rows of Y across, and is turned when it is finished.
+//
+// Memory picture: 32 rows of W, 1024 bytes at a time, are brought into 34 KiB of scratch (L1) and meet every tile of X
+// of that span, four tiles of sums in registers. With more than 32 rows of X the sums of kTileSlice columns wait in
+// scratch between spans (L2), so that a span of X is read once for all of them.
+#ifndef QCORE_CPU_TILES_H
+#define QCORE_CPU_TILES_H
+
+#include "lanes.h"
+
+#if defined(__AMX_TILE__)
+
+namespace qcore::cpu::QC_ISA {
+
+constexpr int64_t kTile = 16;            // rows of a tile
+constexpr int64_t kTileRowBytes = 64;
+constexpr int64_t kTileBytes = kTile * kTileRowBytes;
+constexpr int64_t kTileSpan = 1024;      // bytes of K at a time
+constexpr int64_t kTilesOfSpan = kTileSpan / kTileRowBytes;
+constexpr int64_t kTilePanel = 32;       // rows of W at a time
+constexpr int64_t kTileSlice = 256;      // columns whose sums wait in scratch
+constexpr int64_t kTileStride = kTileSpan + 64;  // of rows of W: an odd number of cache lines spreads them over the sets
+constexpr int64_t kTileWeightBytes = kTilePanel * kTileStride;
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Lane j of v[i] <-> lane i of v[j].
+inline void transpose_16x16(__m512i *v) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+inline int64_t row_tiles(int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+inline int64_t tile_slice(int64_t rows, int64_t columns) {
+    const int64_t most = row_tiles(rows) <= 2 ? kTilePanel : kTileSlice;
+    const int64_t wanted = (columns + kTilePanel - 1) / kTilePanel * kTilePanel;
+    return wanted < most ? wanted : most;
+}
+
+// Tiles of X lie by span, then by group of sixteen rows, then along K.
+inline int64_t x_tile(int64_t span, int64_t groups, int64_t group) {
+    return (span * groups + group) * kTilesOfSpan * kTileBytes;
+}
+
+inline int64_t x_tile_bytes(int64_t rows, int64_t k_bytes) {
+    return x_tile((k_bytes + kTileSpan - 1) / kTileSpan, row_tiles(rows), 0);
+}
+
+inline int64_t tile_scratch_bytes(int64_t rows, int64_t columns) {
+    return kTileWeightBytes + tile_slice(rows, columns) / kTile * row_tiles(rows) * kTileBytes;
+}
+
+// Packs rows 16 * group ... of `rows` rows of k_bytes bytes each, padded with zeros.
+inline void pack_x_tiles(const void *x_rows, int64_t rows, int64_t k_bytes, int64_t group, uint8_t *tiles) {
+    const auto *x = static_cast<const uint8_t *>(x_rows) + group * kTile * k_bytes;
+    const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
+    for (int64_t b = 0; b < k_bytes; b += kTileRowBytes) {
+        const __mmask64 valid = k_bytes - b >= kTileRowBytes ? ~__mmask64{0} : (__mmask64{1} << (k_bytes - b)) - 1;
+        __m512i v[16];
+        for (int64_t i = 0; i < kTile; ++i) {
+            v[i] = i < some ? _mm512_maskz_loadu_epi8(valid, x + i * k_bytes + b) : _mm512_setzero_si512();
+        }
+        transpose_16x16(v);
+        uint8_t *tile = tiles + x_tile(b / kTileSpan, row_tiles(rows), group) + b % kTileSpan / kTileRowBytes * kTileBytes;
+        for (int i = 0; i < 16; ++i) {
+            _mm512_storeu_si512(tile + 64 * i, v[i]);
+        }
+    }
+}
+
+// sums += W tiles * X tiles over `count` tiles of K; kTwo: two groups of rows of X, else one.
+template <class Product, bool kTwo>
+inline void multiply_tiles(const uint8_t *w, const uint8_t *x, int64_t count, bool first, uint8_t *upper,
+                           uint8_t *lower) {
+    const uint8_t *x2 = x + kTilesOfSpan * kTileBytes;
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(2);
+        if (kTwo) {
+            _tile_zero(1);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, upper, 64);
+        _tile_loadd(2, lower, 64);
+        if (kTwo) {
+            _tile_loadd(1, upper + kTileBytes, 64);
+            _tile_loadd(3, lower + kTileBytes, 64);
+        }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        _tile_loadd(4, w + t * kTileRowBytes, kTileStride);
+        _tile_loadd(6, x + t * kTileBytes, 64);
+        _tile_loadd(5, w + kTile * kTileStride + t * kTileRowBytes, kTileStride);
+        Product::template add<0>();
+        Product::template add<2>();
+        if (kTwo) {
+            _tile_loadd(7, x2 + t * kTileBytes, 64);
+            Product::template add<1>();
+            Product::template add<3>();
+        }
+    }
+    _tile_stored(0, upper, 64);
+    _tile_stored(2, lower, 64);
+    if (kTwo) {
+        _tile_stored(1, upper + kTileBytes, 64);
+        _tile_stored(3, lower + kTileBytes, 64);
+    }
+}
+
+// Tile kSum += W tile * X tile: 0 = 4 * 6, 1 = 4 * 7, 2 = 5 * 6, 3 = 5 * 7.
+struct Bf16Tiles {
+    template <int kSum>
+    static void add() {
+        if constexpr (kSum == 0) {
+            _tile_dpbf16ps(0, 4, 6);
+        } else if constexpr (kSum == 1) {
+            _tile_dpbf16ps(1, 4, 7);
+        } else if constexpr (kSum == 2) {
+            _tile_dpbf16ps(2, 5, 6);
+        } else {
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+};
+
+struct Int8Tiles {
+    template <int kSum>
+    static void add() {
+        if constexpr (kSum == 0) {
+            _tile_dpbssd(0, 4, 6);
+        } else if constexpr (kSum == 1) {
+            _tile_dpbssd(1, 4, 7);
+        } else if constexpr (kSum == 2) {
+            _tile_dpbssd(2, 5, 6);
+        } else {
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+};
+
+// Columns n0 ... n1 - 1 of `rows` rows, k_bytes > 0. The caller's functions:
+//   fill(n, first byte, bytes, out)     brings part of row n of W into scratch
+//   finish(n, count, group, v)          takes finished sums: lane j of v[i] belongs to row 16 * group + i and column
+//                                       n + j, `count` columns
+//   slice_done(first column, end)
+template <class Product, class Fill, class Finish, class SliceDone>
+inline void multiply_by_tiles(int64_t rows, int64_t n0, int64_t n1, int64_t k_bytes, const uint8_t *x, void *scratch,
+                              const Fill &fill, const Finish &finish, const SliceDone &slice_done) {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+    auto *w = static_cast<uint8_t *>(scratch);
+    uint8_t *sums = w + kTileWeightBytes;
+    const int64_t groups = row_tiles(rows);
+    const int64_t slice = tile_slice(rows, n1 - n0);
+    for (int64_t first = n0; first < n1; first += slice) {
+        const int64_t end = first + slice < n1 ? first + slice : n1;
+        for (int64_t b = 0; b < k_bytes; b += kTileSpan) {
+            const int64_t span = b + kTileSpan < k_bytes ? kTileSpan : k_bytes - b;
+            const int64_t count = (span + kTileRowBytes - 1) / kTileRowBytes;
+            for (int64_t n = first; n < end; n += kTilePanel) {
+                for (int64_t i = 0; i < kTilePanel; ++i) {
+                    uint8_t *row = w + i * kTileStride;
+                    const int64_t filled = n + i < end ? span : 0;
+                    if (filled > 0) {
+                        fill(n + i, b, span, row);
+                    }
+                    if (filled < count * kTileRowBytes) {
+                        __builtin_memset(row + filled, 0, static_cast<size_t>(count * kTileRowBytes - filled));
+                    }
+                }
+                asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
+                for (int64_t group = 0; group < groups; group += 2) {
+                    uint8_t *upper = sums + ((n - first) / kTile * groups + group) * kTileBytes;
+                    uint8_t *lower = upper + groups * kTileBytes;
+                    const uint8_t *x_span = x + x_tile(b / kTileSpan, groups, group);
+                    if (group + 1 < groups) {
+                        multiply_tiles<Product, true>(w, x_span, count, b == 0, upper, lower);
+                    } else {
+                        multiply_tiles<Product, false>(w, x_span, count, b == 0, upper, lower);
+                    }
+                }
+            }
+        }
+        for (int64_t n = first; n < end; n += kTile) {
+            const uint8_t *tile = sums + (n - first) / kTile * groups * kTileBytes;
+            for (int64_t group = 0; group < groups; ++group, tile += kTileBytes) {
+                __m512i v[16];
+                for (int i = 0; i < 16; ++i) {
+                    v[i] = _mm512_loadu_si512(tile + 64 * i);
+                }
+                transpose_16x16(v);
+                finish(n, end - n < kTile ? end - n : kTile, group, v);
+            }
+        }
+        slice_done(first, end);
+    }
+    _tile_release();
+}
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif
+#endif  // QCORE_CPU_TILES_H
