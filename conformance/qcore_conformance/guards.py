@@ -1,8 +1,9 @@
 """Guarded buffers: every tensor that a backend sees lies inside a larger one, between canaries.
 
 A call runs twice, with different poison around and inside the buffers and with a different alignment. What a backend
-writes outside an output, or into an input, shows in the canaries; what it reads outside an input, or leaves unwritten in
-an output, shows as a difference between the two runs (QC-NUM-006). Works on any torch device: a guarded tensor is a view.
+writes outside an output, or into an input, shows in the canaries; what it reads outside an input, or leaves unwritten
+in an output, shows as a difference between the two runs (QC-NUM-006). A guarded tensor is a view: any torch device will
+do.
 """
 
 from __future__ import annotations

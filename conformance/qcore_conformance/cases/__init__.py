@@ -1,7 +1,7 @@
 """The cases, one module an op family, imported when they are first asked for.
 
-A module has a function ``cases()`` that yields :class:`~qcore_conformance.model.Case` objects. To add an op, add its name
-to ``FAMILIES`` and its cases to a module; every clause of the spec needs a case that lists it.
+A module has a function ``cases()`` that yields :class:`~qcore_conformance.model.Case` objects. To add an op, add its
+name to ``FAMILIES`` and its cases to a module; every clause of the spec needs a case that lists it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 # Modules that add cases for ops of any family.
-ACROSS = ("rounding", "counts", "memory")
+ACROSS = ("frontend", "rejection", "rounding", "counts", "memory", "stress")
 OPS = tuple(op for ops in FAMILIES.values() for op in ops)
 
 

@@ -59,7 +59,7 @@ def _lane_order(s: Session) -> None:
 
 
 def _ties(s: Session) -> None:
-    """Every midpoint and code with its neighbours, in pairs of both signs: the offset is 0, so d is the value itself."""
+    """Every midpoint and code with its neighbours, in pairs of both signs: the offset is 0, d the value itself."""
     books = {kind: generators.custom_codebook(s.rng, kind) for kind in ("repeated", "denormal", "wide")}
     for name, code in {**generators.CODEBOOKS, **books}.items():
         points = np.concatenate([oracle.midpoints(code), code.astype(np.float64)])

@@ -191,7 +191,7 @@ def _empty(s: Session) -> None:
 def _ceiling(s: Session) -> None:
     """QC-GEMM4-002: a declared depth above K + 8 is refused for every K that the suite uses."""
     declaration = s.gemm
-    for k in range(0, 4097):
+    for k in range(4097):
         declaration.depth(k)
 
 
@@ -231,8 +231,8 @@ def cases() -> Iterator[Case]:
         for dtype in DTYPES:
             name = f"{qt}-{dtype}"
             for m, k, blocksize, nested in (
-                (1, 131, 64, 0), (2, 96, 32, 0), (4, 130, 64, 256), (8, 129, 128, 0), (16, 200, 64, 0), (33, 131, 32, 64),
-                (65, 257, 64, 0), (128, 128, 64, 0), (320, 320, 4096, 0),
+                (1, 131, 64, 0), (2, 96, 32, 0), (4, 130, 64, 256), (8, 129, 128, 0), (16, 200, 64, 0),
+                (33, 131, 32, 64), (65, 257, 64, 0), (128, 128, 64, 0), (320, 320, 4096, 0),
             ):  # fmt: skip
                 run = _one_hot(qt, dtype, m, k, blocksize, nested)
                 label = f"{name}-one-hot-m{m}-k{k}-bs{blocksize}" + (f"-nested{nested}" if nested else "")

@@ -1,0 +1,283 @@
+"""The C ABI of a native library, called without the Python adapter: what a careless caller could pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcore_conformance import generators
+from qcore_conformance.floats import Floats, f32, rounded
+from qcore_conformance.model import NotRun
+
+if TYPE_CHECKING:
+    from qcore_conformance.session import Session
+
+Array = Floats | NDArray[Any]
+DTYPE_CODES = {"f32": 0, "f16": 1, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a C function, after device and stream.
+
+    ``kind``: ``dtype``, ``format``, ``count``, ``blocksize``, ``threshold``, ``bias_dtype``, ``workspace``,
+    ``workspace_bytes``; ``in``, ``out`` or ``optional`` for the address of the tensor ``name``; ``weight`` for a
+    pointer to a ``qc_weight_4bit`` whose fields are ``fields``.
+    """
+
+    name: str
+    kind: str
+    value: Any = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CCall:
+    """A valid call of one function: its arrays, its outputs (shape, dtype) and its arguments in order."""
+
+    op: str
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, tuple[tuple[int, ...], str]]
+    arguments: Sequence[Argument]
+    sizes: tuple[int, int, int] = (0, 0, 0)  # of workspace()
+
+
+class Library:
+    """The function table of the library under test."""
+
+    def __init__(self, session: Session) -> None:
+        if not session.description.abi:
+            raise NotRun("a Python backend: it has no C ABI")
+        from qcore.backend.abi import constants, ffi
+
+        self.ffi: Any = ffi
+        self.qc: Any = constants
+        self.handle: Any = ffi.dlopen(session.description.library, os.RTLD_NOW | os.RTLD_LOCAL)
+        self.api: Any = self.handle.qcore_backend_open(constants.QC_ABI_MAJOR)
+        assert self.api != ffi.NULL, "qcore_backend_open(1) gave NULL, although the library was loaded before"
+        self._session = session
+
+    def where(self) -> tuple[int, int]:
+        """(device, stream): the default stream, or the library's own choice of threads."""
+        return (0 if self._session.on_host else self._session.device.index or 0), 0
+
+    def last_error(self) -> str:
+        text: bytes = self.ffi.string(self.api.last_error())
+        return text.decode()
+
+    def function(self, op: str) -> Any:
+        offset = self.ffi.offsetof("qc_api", op)
+        function = getattr(self.api, op) if offset < self.api.size else self.ffi.NULL
+        if function == self.ffi.NULL:
+            raise NotRun(f"the library does not serve {op}")
+        return function
+
+    def workspace_bytes(self, call: CCall, dtype: int) -> int:
+        count = self.ffi.new("int64_t *", -1)
+        status = self.api.workspace(
+            getattr(self.qc, f"QC_OP_{call.op.upper()}"), *self.where(), dtype, *call.sizes, count
+        )
+        assert status == 0, f"workspace({call.op}) answered {status}: {self.last_error()}"
+        assert count[0] >= 0, f"workspace({call.op}) says {count[0]} bytes"
+        return int(count[0])
+
+
+def invoke(
+    library: Library,
+    call: CCall,
+    tensors: Mapping[str, Any],
+    change: Callable[[list[Any], list[str]], None] = lambda values, names: None,
+    weight_change: Mapping[str, Any] | None = None,
+    device: int | None = None,
+) -> int:
+    """Call the function with the addresses of ``tensors``; ``change`` edits the argument values first.
+
+    Returns the status. ``weight_change`` overrides fields of the weight struct; a value of the form ``("shift", 1)``
+    moves an address.
+    """
+    dtype = next((a.value for a in call.arguments if a.kind == "dtype"), 0)
+    size = library.workspace_bytes(call, dtype) if any(a.kind == "workspace" for a in call.arguments) else 0
+    scratch = _Scratch(size, tensors)
+    keep: list[Any] = [scratch]
+    values = []
+    for argument in call.arguments:
+        if argument.kind in ("in", "out", "optional"):
+            values.append(tensors[argument.name].data_ptr() if argument.name in tensors else 0)
+        elif argument.kind == "weight":
+            fields = {k: tensors[v].data_ptr() if isinstance(v, str) else v for k, v in argument.fields.items()}
+            for key, value in (weight_change or {}).items():
+                fields[key] = fields[key] + value[1] if isinstance(value, tuple) else value
+            struct = library.ffi.new("qc_weight_4bit *", fields)
+            keep.append(struct)
+            values.append(struct)
+        elif argument.kind == "workspace":
+            values.append(scratch.address)
+        elif argument.kind == "workspace_bytes":
+            values.append(size)
+        else:
+            values.append(argument.value)
+    change(values, [argument.name for argument in call.arguments])
+    index, stream = library.where()
+    status = int(library.function(call.op)(index if device is None else device, stream, *values))
+    scratch.check(call.op)
+    return status
+
+
+class _Scratch:
+    """A workspace of exactly ``size`` bytes, aligned to 256, between canaries."""
+
+    _MARGIN = 4096
+
+    def __init__(self, size: int, tensors: Mapping[str, Any]) -> None:
+        import torch
+
+        device = next(iter(tensors.values())).device if tensors else "cpu"
+        self._raw = torch.full((size + 256 + 2 * self._MARGIN,), 0xC3, dtype=torch.uint8, device=device)
+        self._start = self._MARGIN + -(self._raw.data_ptr() + self._MARGIN) % 256
+        self._size = size
+        self.address = self._raw.data_ptr() + self._start if size else 0
+
+    def check(self, op: str) -> None:
+        raw = self._raw.cpu().numpy()
+        inside = slice(self._start, self._start + self._size)
+        outside = np.concatenate([raw[: inside.start], raw[inside.stop :]])
+        assert (outside == 0xC3).all(), f"{op}: written outside the workspace of {self._size} bytes that it asked for"
+
+
+def _weight(numel: int, nested: bool, format_code: int) -> Argument:
+    fields = {
+        "packed": "packed",
+        "absmax": "absmax",
+        "nested_absmax": "nested_absmax" if nested else 0,
+        "nested_code": "nested_code" if nested else 0,
+        "nested_offset": "nested_offset" if nested else 0,
+        "numel": numel,
+        "blocksize": 64,
+        "nested_blocksize": 256 if nested else 0,
+        "format": format_code,
+        "layout": 0,
+    }
+    return Argument("w", "weight", fields=fields)
+
+
+def _weight_inputs(rng: generators.Rng, numel: int, nested: bool) -> dict[str, Array]:
+    blocks = -(-numel // 64)
+    inputs: dict[str, Array] = {"packed": rng.integers(0, 256, (numel + 1) // 2, dtype=np.uint8)}
+    if not nested:
+        return inputs | {"absmax": rounded(rng.uniform(0.5, 2, blocks), "f32")}
+    return inputs | {
+        "absmax": rng.integers(0, 256, blocks, dtype=np.uint8),
+        "nested_absmax": rounded(rng.uniform(0.5, 2, -(-blocks // 256)), "f32"),
+        "nested_code": f32(generators.CODEBOOKS["dynamic"]),
+        "nested_offset": rounded([0.5], "f32"),
+    }
+
+
+def valid_call(
+    op: str,
+    rng: generators.Rng,
+    *,
+    dtype: str = "f16",
+    nested: bool = False,
+    product: tuple[int, int, int] = (3, 5, 96),
+) -> CCall:
+    """A valid call of ``op``; ``product`` is M, N and K of a GEMM."""
+    code = f32(generators.CODEBOOKS["dynamic"])
+    n = 130
+    m, cols, k = product
+    kind = Argument("dtype", "dtype", DTYPE_CODES[dtype])
+
+    def ptr(name: str, role: str = "in") -> Argument:
+        return Argument(name, role)
+
+    def count(name: str, value: int) -> Argument:
+        return Argument(name, "count", value)
+
+    size = Argument("blocksize", "blocksize", 64)
+    blocks = -(-n // 64)
+    a = generators.values("normal", rng, n, dtype)
+    bytes_ = rng.integers(0, 256, n, dtype=np.uint8)
+    absmax = rounded(rng.uniform(0.5, 2, blocks), "f32")
+    arguments: tuple[Argument, ...]
+    if op == "quantize_blockwise":
+        arguments = (kind, ptr("a"), ptr("code"), count("n", n), size, ptr("absmax", "out"), ptr("out", "out"))
+        return CCall(op, {"a": a, "code": code}, {"absmax": ((blocks,), "f32"), "out": ((n,), "u8")}, arguments)
+    if op == "dequantize_blockwise":
+        arguments = (kind, ptr("a"), ptr("absmax"), ptr("code"), count("n", n), size, ptr("out", "out"))
+        return CCall(op, {"a": bytes_, "absmax": absmax, "code": code}, {"out": ((n,), dtype)}, arguments)
+    if op == "quantize_4bit":
+        arguments = (
+            kind, Argument("format", "format", 0), ptr("a"), count("n", n), size, ptr("absmax", "out"),
+            ptr("out", "out"),
+        )  # fmt: skip
+        return CCall(op, {"a": a}, {"absmax": ((blocks,), "f32"), "out": (((n + 1) // 2,), "u8")}, arguments)
+    if op == "dequantize_4bit":
+        arguments = (kind, _weight(n, nested, 1), ptr("out", "out"))
+        return CCall(op, _weight_inputs(rng, n, nested), {"out": ((n,), dtype)}, arguments)
+    if op == "quantize_absmax":
+        outputs = {"out": ((n,), "u8"), "nested_absmax": ((blocks,), "f32"), "offset": ((1,), "f32")}
+        arguments = (
+            ptr("absmax"), ptr("code"), count("n", n), size, ptr("out", "out"), ptr("nested_absmax", "out"),
+            ptr("offset", "out"),
+        )  # fmt: skip
+        return CCall(op, {"absmax": generators.values("normal", rng, n, "f32"), "code": code}, outputs, arguments)
+    if op == "dequantize_absmax":
+        inputs = {"a": bytes_, "nested_absmax": absmax, "code": code, "offset": rounded([0.5], "f32")}
+        arguments = (
+            ptr("a"), ptr("nested_absmax"), ptr("code"), ptr("offset"), count("n", n), size, ptr("out", "out"),
+        )  # fmt: skip
+        return CCall(op, inputs, {"out": ((n,), "f32")}, arguments)
+    if op == "gemm_4bit":
+        x = generators.values("normal", rng, m * k, dtype).reshape(m, k)
+        inputs = {"a": x, "bias": generators.values("normal", rng, cols, dtype)} | _weight_inputs(rng, cols * k, nested)
+        arguments = (
+            kind, count("m", m), count("n", cols), count("k", k), ptr("a"), _weight(cols * k, nested, 0),
+            Argument("bias_dtype", "bias_dtype", kind.value), ptr("bias", "optional"), ptr("out", "out"),
+            Argument("workspace", "workspace"), Argument("workspace_bytes", "workspace_bytes"),
+        )  # fmt: skip
+        return CCall(op, inputs, {"out": ((m, cols), dtype)}, arguments, (m, cols, k))
+    return _int8_call(op, rng, dtype, m, cols, k)
+
+
+def _int8_call(op: str, rng: generators.Rng, dtype: str, m: int, n: int, k: int) -> CCall:
+    kind = Argument("dtype", "dtype", DTYPE_CODES[dtype])
+    bias_kind = Argument("bias_dtype", "bias_dtype", kind.value)
+    work = (Argument("workspace", "workspace"), Argument("workspace_bytes", "workspace_bytes"))
+    sizes = tuple(Argument(name, "count", value) for name, value in (("m", m), ("n", n), ("k", k)))
+    rows, cols = rounded(rng.uniform(0.5, 2, m), "f32"), rounded(rng.uniform(0.5, 2, n), "f32")
+    bias = generators.values("normal", rng, n, dtype)
+    x = generators.values("normal", rng, m * k, dtype).reshape(m, k)
+    a, b = (rng.integers(-128, 128, (size, k), dtype=np.int8) for size in (m, n))
+    out = Argument("out", "out")
+
+    def ptr(name: str, role: str = "in") -> Argument:
+        return Argument(name, role)
+
+    if op in ("int8_quantize_rows", "int8_quantize_cols"):
+        by_row = op == "int8_quantize_rows"
+        outputs: dict[str, tuple[tuple[int, ...], str]] = {"out": ((m, k), "i8")}
+        outputs |= (
+            {"row_stats": ((m,), "f32"), "outlier_cols": ((k,), "u8")} if by_row else {"col_stats": ((k,), "f32")}
+        )
+        arguments = (kind, ptr("a"), sizes[0], sizes[2], Argument("threshold", "threshold", 2.0))
+        return CCall(op, {"a": x}, outputs, (*arguments, *(Argument(name, "out") for name in outputs)))
+    if op == "int8_gemm":
+        return CCall(
+            op, {"a": a, "b": b}, {"out": ((m, n), "i32")}, (*sizes, ptr("a"), ptr("b"), out, *work), (m, n, k)
+        )
+    scales: dict[str, Array] = {"row_stats": rows, "col_stats": cols, "bias": bias}
+    scaling = (ptr("row_stats"), ptr("col_stats"), bias_kind, ptr("bias", "optional"), out)
+    if op == "int8_dequantize_gemm":
+        c = rng.integers(-1000, 1000, (m, n), dtype=np.int32)
+        return CCall(op, {"c": c} | scales, {"out": ((m, n), dtype)}, (kind, *sizes[:2], ptr("c"), *scaling))
+    if op == "int8_scaled_gemm":
+        arguments = (kind, *sizes, ptr("a"), ptr("b"), *scaling, *work)
+        return CCall(op, {"a": a, "b": b} | scales, {"out": ((m, n), dtype)}, arguments, (m, n, k))
+    assert op == "int8_dequantize_rows"
+    arguments = (kind, sizes[0], sizes[2], ptr("a"), ptr("row_stats"), out)
+    return CCall(op, {"a": a, "row_stats": rows}, {"out": ((m, k), dtype)}, arguments)

@@ -1,0 +1,221 @@
+"""What a backend has to refuse, with a message and before any output is written (QC-NUM-006)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcore_conformance.floats import Floats
+from qcore_conformance.generators import rng_for
+from qcore_conformance.model import Case, NotRun
+from qcore_conformance.samples import OPS
+from qcore_conformance.session import Session, empty
+
+if TYPE_CHECKING:
+    from qcore_conformance.capi import Argument, CCall
+
+_INVALID, _NO_DEVICE = 1, 3
+_BAD = {
+    "dtype": (-1, 3, 99),
+    "format": (-1, 2, 99),
+    "count": (-1, -(2**62)),
+    "blocksize": (0, 16, 48, 96, 8192, -64, 2**40),
+    "threshold": (float("nan"), float("inf"), -1.0),
+    "bias_dtype": (-1, 3),
+}
+_ADDRESSES = ("in", "out", "optional")
+
+
+def _item_size(call: CCall, name: str) -> int:
+    if name in call.outputs:
+        return {"u8": 1, "i8": 1, "i32": 4, "f32": 4}.get(call.outputs[name][1], 2)
+    array = call.inputs[name]
+    return int((array.bits if isinstance(array, Floats) else array).dtype.itemsize)
+
+
+def _refuse(
+    op: str,
+    says: str,
+    *,
+    value: Any = None,
+    shift: int = 0,
+    fields: Mapping[str, Any] | None = None,
+    device: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[[Session], None]:
+    """A valid call succeeds; the same call with one bad argument (named ``says``) is refused and writes nothing."""
+
+    def run(s: Session) -> None:
+        from qcore_conformance import capi
+
+        library = capi.Library(s)
+        call = capi.valid_call(op, s.rng, **(options or {}))
+        if says.startswith("workspace"):
+            call = _call_with_workspace(library, op, s)
+        outputs = {name: empty(*form) for name, form in call.outputs.items()}
+
+        def valid(tensors: Mapping[str, Any]) -> None:
+            status = capi.invoke(library, call, tensors)
+            assert status == 0, f"a valid call was refused with status {status}: {library.last_error()}"
+
+        def change(values: list[Any], names: list[str]) -> None:
+            if fields is None and device is None:
+                index = names.index(says)
+                values[index] = values[index] + shift if shift else value
+                if values[index] is None:
+                    values[index] = library.ffi.NULL
+
+        def invalid(tensors: Mapping[str, Any]) -> None:
+            status = capi.invoke(library, call, tensors, change, fields, device)
+            allowed = (_INVALID, _NO_DEVICE) if device is not None else (_INVALID,)
+            text = library.last_error()
+            assert status in allowed, f"{op}: bad {says}: status {status}, expected {allowed[0]} ({text!r})"
+            assert op in text, f"the message names no op: {text!r}"
+            assert says.removesuffix("_bytes").lower() in text.lower(), f"the message does not name {says!r}: {text!r}"
+
+        contents: dict[str, Any] = dict(call.inputs)
+        _expect_allowed(s, contents, outputs, valid)
+        s.call_refused(contents, outputs, invalid)
+
+    return run
+
+
+def _call_with_workspace(library: Any, op: str, s: Session) -> CCall:
+    """The first of several sizes for which the library asks for scratch."""
+    from qcore_conformance import capi
+
+    for product in ((3, 5, 96), (1, 1024, 1024), (70, 130, 1000), (5, 2048, 2048), (1, 4096, 4096)):
+        call = capi.valid_call(op, s.rng, product=product)
+        if library.workspace_bytes(call, capi.DTYPE_CODES["f16"]):
+            return call
+    raise NotRun("the library needs no workspace for this op")
+
+
+def _expect_allowed(s: Session, inputs: Any, outputs: Any, valid: Callable[[Mapping[str, Any]], None]) -> None:
+    s.call("", inputs, outputs, lambda _, tensors: valid(tensors))
+
+
+def _argument_cases(op: str, argument: Argument, call: CCall) -> Iterator[tuple[str, Callable[[Session], None]]]:
+    name = argument.name
+    for bad in _BAD.get(argument.kind, ()):
+        yield f"{name}={bad}", _refuse(op, name, value=bad)
+    if argument.kind in ("in", "out"):
+        # With a threshold the outlier columns are needed (qcore_backend.h).
+        yield f"{name}-null", _refuse(op, name, value=0)
+    if argument.kind in _ADDRESSES and _item_size(call, name) > 1:
+        yield f"{name}-misaligned", _refuse(op, name, shift=1)
+    if argument.kind == "weight":
+        yield "w-null", _refuse(op, name)
+        yield from _weight_cases(op, call)
+    if argument.kind == "workspace":
+        yield "workspace-null", _refuse(op, name, value=0)
+    if argument.kind == "workspace_bytes":
+        yield "workspace-short", _refuse(op, name, shift=-1)
+
+
+def _weight_cases(op: str, call: CCall) -> Iterator[tuple[str, Callable[[Session], None]]]:
+    for field, bad in (
+        ("packed", 0), ("absmax", 0), ("blocksize", 0), ("blocksize", 48), ("blocksize", 8192), ("format", 2),
+        ("format", -1), ("layout", 7), ("numel", -1),
+    ):  # fmt: skip
+        yield f"w.{field}={bad}", _refuse(op, field, fields={field: bad})
+    yield "w.absmax-misaligned", _refuse(op, "absmax", fields={"absmax": ("shift", 2)})
+    if op == "gemm_4bit":
+        yield "w.numel-too-large", _refuse(op, "numel", fields={"numel": 5 * 96 + 1})
+    nested = {"nested": True}
+    for field, bad in (("nested_code", 0), ("nested_offset", 0), ("nested_blocksize", 0), ("nested_blocksize", 100)):
+        yield f"w.{field}={bad}", _refuse(op, field, fields={field: bad}, options=nested)
+    for field in ("nested_absmax", "nested_code", "nested_offset"):
+        yield f"w.{field}-misaligned", _refuse(op, field, fields={field: ("shift", 2)}, options=nested)
+
+
+def _too_many_columns(op: str) -> Callable[[Session], None]:
+    """K of 131,072 could leave the range of int32 (QC-INT8-005)."""
+
+    def run(s: Session) -> None:
+        from qcore.errors import InvalidArgument
+
+        k = 131_072
+        ones = np.ones((1, k), dtype=np.int8)
+        scale = Floats(np.ones(1, dtype=np.uint32) * 0x3F800000, "f32")
+        scaled = op == "int8_scaled_gemm"
+        inputs: dict[str, Any] = {"A": ones, "B": ones} | ({"row_stats": scale, "col_stats": scale} if scaled else {})
+
+        def invoke(t: Mapping[str, Any]) -> None:
+            try:
+                if scaled:
+                    s.backend.int8_scaled_gemm(t["A"], t["B"], t["row_stats"], t["col_stats"], None, out=t["out"])
+                else:
+                    s.backend.int8_gemm(t["A"], t["B"], out=t["out"])
+            except InvalidArgument:
+                return
+            raise AssertionError(f"{op}: K = {k} was not refused; 131,071 is the largest (QC-INT8-005)")
+
+        s.call_refused(inputs, {"out": empty((1, 1), "f32" if scaled else "i32")}, invoke)
+
+    return run
+
+
+def _bad_codebook(op: str, kind: str) -> Callable[[Session], None]:
+    """Quantization refuses a codebook that is not finite and ascending (QC-Q8-001), where the host can read it."""
+
+    def run(s: Session) -> None:
+        from qcore.errors import InvalidArgument
+
+        if not s.on_host:
+            raise NotRun("a backend of a device cannot read a codebook without synchronising; the frontend checks it")
+        code = np.linspace(-1, 1, 256).astype(np.float32)
+        if kind == "descending":
+            code[200] = code[199] - np.float32(0.25)
+        else:
+            code[255] = {"nan": np.nan, "inf": np.inf}[kind]
+        a = Floats(rng_for(op, 0).integers(0, 0x3F800000, 100, dtype=np.uint32), "f32")
+
+        def invoke(t: Mapping[str, Any]) -> None:
+            try:
+                if op == "quantize_blockwise":
+                    s.backend.quantize_blockwise(t["A"], t["code"], 64, absmax=t["absmax"], out=t["out"])
+                else:
+                    s.backend.quantize_absmax(
+                        t["A"], t["code"], 64, out=t["out"], nested_absmax=t["absmax"], offset=t["offset"]
+                    )
+            except InvalidArgument:
+                return
+            raise AssertionError(f"{op}: a codebook with a {kind} entry was not refused (QC-Q8-001)")
+
+        outputs = {"absmax": empty((2,), "f32"), "out": empty((100,), "u8"), "offset": empty((1,), "f32")}
+        s.call_refused({"A": a, "code": Floats(code.view(np.uint32), "f32")}, outputs, invoke)
+
+    return run
+
+
+def _optional_bias(op: str) -> Callable[[Session], None]:
+    """Bias of a third dtype is refused: it has the output's dtype or float32."""
+    return _refuse(op, "bias_dtype", value=2)  # the call's own dtype is float16
+
+
+def cases() -> Iterator[Case]:
+    from qcore_conformance import capi
+
+    for op in OPS:
+        call = capi.valid_call(op, rng_for(op, 0))
+        for argument in call.arguments:
+            for label, run in _argument_cases(op, argument, call):
+                yield Case(f"{op}/L0/abi-{label}", op, "L0", _clauses(op, argument), run, {"isolated": True})
+            if argument.kind == "bias_dtype":
+                yield Case(f"{op}/L0/abi-bias-of-third-dtype", op, "L0", ("QC-NUM-006",), _optional_bias(op))
+        for index in (-1, 10_000):
+            run = _refuse(op, "device", device=index)
+            yield Case(f"{op}/L0/abi-device={index}", op, "L0", ("QC-NUM-006",), run, {"isolated": True})
+    for op in ("int8_gemm", "int8_scaled_gemm"):
+        yield Case(f"{op}/L0/k-131072", op, "L0", ("QC-INT8-005", "QC-NUM-006"), _too_many_columns(op))
+    for op in ("quantize_blockwise", "quantize_absmax"):
+        for kind in ("descending", "nan", "inf"):
+            yield Case(f"{op}/L0/codebook-{kind}", op, "L0", ("QC-Q8-001", "QC-NUM-006"), _bad_codebook(op, kind))
+
+
+def _clauses(op: str, argument: Argument) -> tuple[str, ...]:
+    extra = {"blocksize": ("QC-NUM-005",), "threshold": ("QC-INT8-001",), "count": ("QC-NUM-005",)}
+    return ("QC-NUM-006", *extra.get(argument.kind, ()))
