@@ -54,18 +54,48 @@ class BlockQuantizer {
 
     template <class T>
     float quantize(const T *a, int64_t n, uint8_t *out) const {
-        const int32_t bits = highest_magnitude(a, n);
-        const float absmax = float_of(static_cast<uint32_t>(bits));
-        const float r = 1.0f / absmax;
-        if (bits == 0 || (bits < static_cast<int32_t>(kInfinity) && bits_of(r) < kInfinity)) {
-            // Every y is finite, and no NaN. Multiplying by 0 gives a zero block's y = 0; its sign changes no code.
-            encode(a, n, broadcast(bits == 0 ? 0.0f : r), out);
-            return absmax;
+        if (n == kElements) {
+            return quantize_group(a, out);
         }
-        return quantize_with_care(a, n, out);
+        const int32_t bits = highest_magnitude(a, n);
+        const float r = reciprocal(bits);
+        if (bits_of(r) >= kInfinity) {
+            return quantize_with_care(a, n, out);
+        }
+        encode(a, n, broadcast(r), out);
+        return float_of(static_cast<uint32_t>(bits));
     }
 
    private:
+    // 1 / absmax if that makes every y finite and none NaN, else infinity. 0 for a block of zeros: y = 0, whose sign
+    // changes no code.
+    static float reciprocal(int32_t bits) {
+        const float r = bits == 0 ? 0.0f : 1.0f / float_of(static_cast<uint32_t>(bits));
+        return bits < static_cast<int32_t>(kInfinity) ? r : float_of(kInfinity);
+    }
+
+    // A block of one group never leaves the registers.
+    template <class T>
+    float quantize_group(const T *a, uint8_t *out) const {
+        Float x[Encoder::kVectors];
+        Int m = zero();
+        for (int v = 0; v < Encoder::kVectors; ++v) {
+            x[v] = load(a + v * kLanes);
+            m = maximum(m, magnitude(x[v]));
+        }
+        const int32_t bits = highest(m);
+        const float r = reciprocal(bits);
+        if (bits_of(r) >= kInfinity) {
+            return quantize_with_care(a, kElements, out);
+        }
+        Int codes[Encoder::kVectors];
+        for (int v = 0; v < Encoder::kVectors; ++v) {
+            codes[v] = encoder_.codes(multiply(x[v], broadcast(r)));
+        }
+        encoder_.pack(codes, out);
+        return float_of(static_cast<uint32_t>(bits));
+    }
+
     template <class T>
     void encode(const T *a, int64_t n, Float r, uint8_t *out) const {
         int64_t i = 0;

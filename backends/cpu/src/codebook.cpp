@@ -84,16 +84,16 @@ bool Codebook::choose_shift(const int32_t *positive, int n_positive, const int32
 }
 
 void Codebook::fill_half(uint32_t *half_entry, uint32_t code, const int32_t *limit, int n) {
-    int next = 0;
-    for (int32_t bucket = 0; bucket < half; ++bucket) {
-        half_entry[bucket] = code << shift;
-        if (next < n && ((limit[next] - low) >> shift) == bucket) {
-            const uint32_t last = (uint32_t{1} << shift) - 1;
-            half_entry[bucket] += last - (static_cast<uint32_t>(limit[next] - low) & last);
-            ++next;
-            ++code;
-        }
+    const uint32_t last = (uint32_t{1} << shift) - 1;
+    int32_t bucket = 0;
+    for (int i = 0; i < n; ++i, ++code) {
+        const uint32_t position = static_cast<uint32_t>(limit[i] - low);
+        const int32_t holder = static_cast<int32_t>(position >> shift);
+        std::fill(half_entry + bucket, half_entry + holder, code << shift);
+        half_entry[holder] = (code << shift) + last - (position & last);
+        bucket = holder + 1;
     }
+    std::fill(half_entry + bucket, half_entry + half, code << shift);
 }
 
 }  // namespace qcore::cpu

@@ -22,7 +22,7 @@ namespace qcore::cpu {
 struct Codebook {
     static constexpr int kMaxEntries = 8192;
     // Building the table costs as much as searching about this many values.
-    static constexpr int64_t kMinIndexedValues = 4096;
+    static constexpr int64_t kMinIndexedValues = 1024;
 
     // `code` is valid (QC-Q8-001); n values will be quantized with it. Call it under IeeeArithmetic.
     Codebook(const float *code, int64_t n);

@@ -76,7 +76,7 @@ def check_blockwise(comparison: Comparison, blocksize: int, seed: int) -> None:
     for table, values in code_tables(seed).items():
         code = torch.from_numpy(values)
         for name, x in vectors(midpoints(values), blocksize, seed):
-            # The look-up table serves calls of 4096 values and more, the search smaller ones.
+            # The look-up table serves large calls, the search small ones (kMinIndexedValues).
             for repeat in (1, -(-4096 // max(x.numel(), 1))):
                 a = x.repeat(repeat)
                 n, blocks = a.numel(), -(-a.numel() // blocksize)
