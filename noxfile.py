@@ -76,7 +76,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the frontend's tests on cpu_reference and cpu; arguments go to pytest."""
+    """Run the frontend's tests on cpu_reference and cpu, and cpu's own; arguments go to pytest."""
     args = session.posargs or ["-n", "2", "--dist", "worksteal"]
     _pytest(session, "tests", *args, QCORE_REQUIRE_NATIVE="1")
 
@@ -92,7 +92,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session
 def mutants(session: nox.Session) -> None:
     """Run the suite on backends that are wrong on purpose: every one has to be found out."""
-    _tool(session, "qcore-conformance", "mutants")
+    _tool(session, "qcore-conformance", "mutants", "--jobs", "2", "--report", str(REPORTS / "mutants"))
 
 
 @nox.session
