@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import click
+
+from qcore.errors import FormatError
 from qcore_conformance.model import Outcome, Report, Result
 
 # A worst ratio depends on the seed and on the order of a sum; below this factor it is the same.
@@ -158,3 +163,19 @@ def _context(before: Report, after: Report) -> list[tuple[str, str, str]]:
 
 def _word(outcome: Outcome | None) -> str:
     return "absent" if outcome is None else outcome.value
+
+
+@click.command("diff")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+def diff_command(before: Path, after: Path) -> None:
+    """What changed from one JSON report to another: exits with 1 if anything got worse, with 2 if one is unreadable."""
+    from qcore_conformance.report.json_file import read_json
+
+    try:
+        difference = compare(read_json(before), read_json(after))
+    except FormatError as error:
+        click.echo(f"qcore-conformance: {error}", err=True)
+        sys.exit(2)
+    click.echo(to_text(difference), nl=False)
+    sys.exit(1 if difference.regressions else 0)

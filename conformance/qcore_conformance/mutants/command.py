@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from qcore.errors import QcoreError
-from qcore_conformance.mutants.runner import Matrix, Row, run
+from qcore_conformance.mutants.runner import Control, Matrix, Row, run
 from qcore_conformance.report.json_file import write_text
 
 
@@ -50,14 +50,21 @@ def mutants(
 
 def _run_with_progress(names: tuple[str, ...], ops: tuple[str, ...], seed: int, jobs: int) -> Matrix:
     if not sys.stderr.isatty():
-        return run(names, ops, seed, jobs)
+
+        def tell(done: int, total: int, last: Row | Control) -> None:
+            if isinstance(last, Row) and not last.killed:
+                click.echo(f"SURVIVED {last.mutant} in {last.op}", err=True)
+            if done % 100 == 0 or done == total:
+                click.echo(f"{done} of {total}", err=True)
+
+        return run(names, ops, seed, jobs, tell)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
-        return run(names, ops, seed, jobs, lambda done, total: bar.update(task, completed=done, total=total))
+        return run(names, ops, seed, jobs, lambda done, total, last: bar.update(task, completed=done, total=total))
 
 
 def _by_mutant(matrix: Matrix) -> Iterator[tuple[str, list[Row]]]:
