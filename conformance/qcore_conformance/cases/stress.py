@@ -16,7 +16,7 @@ from qcore_conformance.generators import CODEBOOKS, values
 from qcore_conformance.guards import GUARDS
 from qcore_conformance.model import Case, NotRun
 from qcore_conformance.samples import LARGE, OPS, TAILS, Sample, samples
-from qcore_conformance.session import Session, from_torch, to_torch
+from qcore_conformance.session import Session, to_torch
 from qcore_conformance.streams import DELAYED, captured, needs_cuda, on_side_stream
 from qcore_conformance.weights import random_weight
 
@@ -147,16 +147,14 @@ def _expect_tiled(what: str, actual: torch.Tensor, tile: Any, rest: Any) -> None
     """Every period equals the tile bit for bit, and the tail equals ``rest``."""
     import torch
 
-    one = to_torch(tile).to(actual.device)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
-    flat, one = actual.view(bits), one.view(bits)
-    for i, start in enumerate(range(0, flat.numel() - one.numel() + 1, one.numel())):
-        assert torch.equal(flat[start : start + one.numel()], one), (
-            f"{what}: period {i}, from element {start}, is wrong"
-        )
-    tail = from_torch(flat[flat.numel() // one.numel() * one.numel() :])
-    wanted = rest.bits.view(np.int16 if rest.bits.itemsize == 2 else np.int32) if isinstance(rest, Floats) else rest
-    assert np.array_equal(np.asarray(tail).view(wanted.dtype), wanted), f"{what}: the tail is wrong"
+    flat = actual.view(bits)
+    one, tail = (to_torch(part).to(actual.device).view(bits) for part in (tile, rest))
+    whole = flat.numel() // one.numel() * one.numel()
+    for i, start in enumerate(range(0, whole, one.numel())):
+        period = flat[start : start + one.numel()]
+        assert torch.equal(period, one), f"{what}: period {i}, from element {start}, is wrong"
+    assert torch.equal(flat[whole:], tail), f"{what}: the tail, from element {whole}, is wrong"
 
 
 def _huge_quantize(s: Session) -> None:
