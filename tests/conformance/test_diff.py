@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 import sample_reports as samples
 from qcore_conformance.diff import compare, to_text
 from qcore_conformance.model import Outcome

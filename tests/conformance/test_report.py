@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
 import sample_reports as samples
 from qcore.errors import FormatError, OutputError
 from qcore_conformance.model import SCHEMA, Outcome

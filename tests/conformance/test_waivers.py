@@ -6,6 +6,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+
 import sample_reports as samples
 from qcore.errors import FormatError
 from qcore_conformance.model import Outcome
