@@ -105,14 +105,86 @@ inline __m512i bf16_table(__m512 table, float absmax) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
 }
 
-// The same as above into bfloat16; false if a block is not regular.
-inline bool decode_bf16(const Gemm4Weight &w, int64_t first, int64_t count, Bfloat *out) {
-    const __m512 codes = _mm512_loadu_ps(w.table);
+constexpr int64_t kAbsmaxRun = 64;   // absmax values decoded at a time, at most
+constexpr int64_t kPrefetch = 2048;  // bytes that a row of W is fetched ahead
+
+// absmax of `count` blocks from `block` on, as float32: where they lie, or decoded into `out` (QC-NEST-003).
+inline const float *absmax_run(const Gemm4Weight &w, int64_t block, int64_t count, float *out) {
+    if (w.absmax != nullptr) {
+        return w.absmax + block;
+    }
+    const int64_t group = block >> w.nested_shift;
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i start = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(block - (group << w.nested_shift))));
+    for (int64_t i = 0; i < count; i += 16) {
+        const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.codes + block + i));
+        const __m512i owner = _mm512_srli_epi32(_mm512_add_epi32(start, _mm512_set1_epi32((int)i)), w.nested_shift);
+        const __m512 zero = _mm512_setzero_ps();
+        const __m512 value = _mm512_mask_i32gather_ps(zero, some, code, w.nested_code, 4);
+        const __m512 scale = _mm512_mask_i32gather_ps(zero, some, owner, w.nested_absmax + group, 4);
+        const __m512 scaled = _mm512_mul_ps(value, scale);
+        _mm512_mask_storeu_ps(out + i, some, _mm512_add_ps(scaled, _mm512_set1_ps(w.nested_offset)));
+    }
+    return out;
+}
+
+inline bool regular_blocks(const float *absmax, int64_t count) {
+    const __m512 least = _mm512_set1_ps(0x1p-28f);
+    __mmask16 odd = 0;
+    for (int64_t i = 0; i < count; i += 16) {
+        const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __m512 a = _mm512_maskz_loadu_ps(some, absmax + i);
+        const __mmask16 nonzero = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        odd |= _mm512_mask_cmp_ps_mask(nonzero, _mm512_abs_ps(a), least, _CMP_LT_OQ);
+    }
+    return odd == 0;
+}
+
+// 32 values of a block by the nibbles of 16 bytes: each byte is put into two words, the high nibble brought down in
+// the first.
+inline __m512i decode_32(__m128i bytes, __m512i table) {
     const __m512i spread = _mm512_set_epi8(
         -1, 15, -1, 15, -1, 14, -1, 14, -1, 13, -1, 13, -1, 12, -1, 12, -1, 11, -1, 11, -1, 10, -1, 10, -1, 9, -1, 9,
         -1, 8, -1, 8, -1, 7, -1, 7, -1, 6, -1, 6, -1, 5, -1, 5, -1, 4, -1, 4, -1, 3, -1, 3, -1, 2, -1, 2, -1, 1, -1, 1,
         -1, 0, -1, 0);
-    const __m512i shift = _mm512_set1_epi32(4);
+    const __m512i words = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), spread);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_set1_epi32(4)), table);
+}
+
+// decode_bf16 for whole groups of 64 that lie in one block each, at most kAbsmaxRun of them.
+inline bool decode_bf16_groups(const Gemm4Weight &w, int64_t first, int64_t count, Bfloat *out) {
+    const __m512 codes = _mm512_loadu_ps(w.table);
+    const int64_t block0 = first >> w.shift;
+    float decoded[kAbsmaxRun];
+    const int64_t blocks = ((first + count - 1) >> w.shift) - block0 + 1;
+    const float *absmax = absmax_run(w, block0, blocks, decoded);
+    const uint8_t *bytes = w.packed + (first >> 1);
+    const int64_t group_shift = w.shift - 6;
+    const int64_t phase = (first >> 6) - (block0 << group_shift);
+    __m512i table = bf16_table(codes, absmax[0]);
+    int64_t block = 0;
+    for (int64_t g = 0; g < count >> 6; ++g) {
+        if (const int64_t own = (g + phase) >> group_shift; own != block) {
+            block = own;
+            table = bf16_table(codes, absmax[block]);
+        }
+        _mm_prefetch(bytes + kPrefetch / 8, _MM_HINT_T0);
+        const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
+        _mm512_storeu_si512(out, decode_32(_mm256_castsi256_si128(pair), table));
+        _mm512_storeu_si512(out + 32, decode_32(_mm256_extracti128_si256(pair, 1), table));
+        bytes += 32;
+        out += 64;
+    }
+    return regular_blocks(absmax, blocks);
+}
+
+// As decode(), into bfloat16; false if a block is not regular.
+inline bool decode_bf16(const Gemm4Weight &w, int64_t first, int64_t count, Bfloat *out) {
+    if (w.shift >= 6 && ((first | count) & 63) == 0 && count <= 64 * kAbsmaxRun) {
+        return count == 0 || decode_bf16_groups(w, first, count, out);
+    }
+    const __m512 codes = _mm512_loadu_ps(w.table);
     const int64_t stop = first + count;
     bool regular = true;
     while (first < stop) {
@@ -131,16 +203,13 @@ inline bool decode_bf16(const Gemm4Weight &w, int64_t first, int64_t count, Bflo
         const int64_t left = end - first;
         int64_t i = 0;
         for (; i + 32 <= left; i += 32) {
-            const __m512i sixteen = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(bytes + (i >> 1))));
-            const __m512i code = _mm512_srlv_epi16(_mm512_shuffle_epi8(sixteen, spread), shift);
-            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(code, table));
+            const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + (i >> 1)));
+            _mm512_storeu_si512(out + i, decode_32(sixteen, table));
         }
         if (i < left) {
             const __mmask16 some = (__mmask16)((1u << ((left - i + 1) >> 1)) - 1);
-            const __m512i sixteen = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(some, bytes + (i >> 1)));
-            const __m512i code = _mm512_srlv_epi16(_mm512_shuffle_epi8(sixteen, spread), shift);
-            _mm512_mask_storeu_epi16(out + i, (__mmask32)((1u << (left - i)) - 1),
-                                     _mm512_permutexvar_epi16(code, table));
+            const __m512i values = decode_32(_mm_maskz_loadu_epi8(some, bytes + (i >> 1)), table);
+            _mm512_mask_storeu_epi16(out + i, (__mmask32)((1u << (left - i)) - 1), values);
         }
         out += left;
         first = end;

@@ -16,7 +16,6 @@
 
 namespace qcore::cpu::QC_ISA {
 
-constexpr int64_t kGemvBlocks = 64;  // absmax values decoded at a time
 
 // Rows must be made of whole blocks and whole groups of 64.
 inline bool gemv_serves(const Gemm4 &p) {
@@ -38,40 +37,6 @@ inline void split_even_odd(const Bfloat *x, int64_t k, Bfloat *out) {
     }
 }
 
-// absmax of `count` blocks from `block` on, as float32: where they lie, or decoded into `out` (QC-NEST-003).
-inline const float *absmax_run(const Gemm4Weight &w, int64_t block, int64_t count, float *out) {
-    if (w.absmax != nullptr) {
-        return w.absmax + block;
-    }
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w.codes + block + i)));
-        const __m512 value = _mm512_i32gather_ps(code, w.nested_code, 4);
-        if (((block + i) >> w.nested_shift) != ((block + i + 15) >> w.nested_shift)) {
-            break;
-        }
-        const __m512 scale = _mm512_set1_ps(w.nested_absmax[(block + i) >> w.nested_shift]);
-        const __m512 offset = _mm512_set1_ps(w.nested_offset);
-        _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_mul_ps(value, scale), offset));
-    }
-    for (; i < count; ++i) {
-        out[i] = block_absmax(w, block + i);
-    }
-    return out;
-}
-
-inline bool regular_blocks(const float *absmax, int64_t count) {
-    const __m512 least = _mm512_set1_ps(0x1p-28f);
-    __mmask16 odd = 0;
-    for (int64_t i = 0; i < count; i += 16) {
-        const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
-        const __m512 a = _mm512_maskz_loadu_ps(some, absmax + i);
-        odd |= _mm512_mask_cmp_ps_mask(_mm512_test_epi32_mask((__m512i)a, (__m512i)a), _mm512_abs_ps(a), least,
-                                       _CMP_LT_OQ);
-    }
-    return odd == 0;
-}
-
 // The sum of one row of W with `x` in split order; false if a block is not regular.
 inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
     const Gemm4Weight &w = p.w;
@@ -79,10 +44,10 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
     const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
     const int64_t blocks = p.k >> w.shift;
     const int64_t groups = int64_t{1} << (w.shift - 6);
-    float decoded[kGemvBlocks];
+    float decoded[kAbsmaxRun];
     F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
-    for (int64_t b0 = 0; b0 < blocks; b0 += kGemvBlocks) {
-        const int64_t count = b0 + kGemvBlocks < blocks ? kGemvBlocks : blocks - b0;
+    for (int64_t b0 = 0; b0 < blocks; b0 += kAbsmaxRun) {
+        const int64_t count = b0 + kAbsmaxRun < blocks ? kAbsmaxRun : blocks - b0;
         const float *absmax = absmax_run(w, n * blocks + b0, count, decoded);
         if (!regular_blocks(absmax, count)) {
             return false;
@@ -90,6 +55,7 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
         for (int64_t b = 0; b < count; ++b) {
             const __m512i table = bf16_table(codes, absmax[b]);
             for (int64_t g = 0; g < groups; ++g) {
+                _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
                 const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
                 const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(pair, 4), table);
                 const __m512i low = _mm512_permutexvar_epi16(pair, table);
