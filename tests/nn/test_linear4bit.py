@@ -85,8 +85,10 @@ def test_each_input_is_computed_in_its_own_dtype():
 @pytest.mark.parametrize("compute", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compute_dtype_is_used_and_the_inputs_returned(compute, dtype):
-    layer = quantized(compute_dtype=compute)
+    layer = quantized()
     x = torch.randn(3, 64).to(dtype)
+    layer(x)  # whatever was prepared for another dtype must not be used
+    layer.compute_dtype = compute
     y = layer(x)
     assert y.dtype == dtype
     check(layer, x, y, compute)
@@ -97,6 +99,7 @@ def test_compute_dtype_is_used_and_the_inputs_returned(compute, dtype):
 def test_autocast_gives_what_a_linear_layer_gives(cast, compute):
     layer = quantized(compute_dtype=compute)
     x = torch.randn(3, 64, requires_grad=True)
+    layer(x)
     with torch.autocast("cpu", dtype=cast):
         y = layer(x)
         assert y.dtype == nn.Linear(64, 96)(x).dtype == cast
