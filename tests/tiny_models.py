@@ -16,7 +16,8 @@ from transformers import (
     Qwen2Config,
 )
 
-WORDS = ["<s>", "</s>", "<unk>", *"the sky is blue because light of short waves scatters more in air than long".split()]
+_SENTENCE = "the sky is blue because light of short waves scatters more in air than long"
+WORDS = ["<s>", "</s>", "<unk>", *_SENTENCE.split()]
 
 # Widths that no block size divides: 72 * 40 is no multiple of 64 in a row, 23 rows make an odd tail.
 _LLAMA: dict[str, Any] = {
@@ -42,7 +43,9 @@ def config_of(name: str) -> PretrainedConfig:
     if name == "qwen2":
         return Qwen2Config(**_LLAMA, tie_word_embeddings=False)
     if name == "gpt2":
-        return GPT2Config(vocab_size=48, n_embd=72, n_layer=2, n_head=6, n_positions=128, bos_token_id=0, eos_token_id=1)
+        return GPT2Config(
+            vocab_size=48, n_embd=72, n_layer=2, n_head=6, n_positions=128, bos_token_id=0, eos_token_id=1
+        )
     raise KeyError(name)
 
 

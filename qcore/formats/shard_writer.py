@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qcore.errors import FormatError, OutputError
+from qcore.formats.output import writing_failed
 from qcore.formats.safetensors import NAMES, SafetensorsFile, byte_view
 
 _METADATA = {"format": "pt"}
@@ -89,7 +90,7 @@ class ShardWriter:
             _claim(self._fd, offset + sum(spec.nbytes for spec in self._specs if spec.late))
         except OSError as error:
             self.abort()
-            raise _output_error(path, error) from error
+            raise writing_failed(path, error) from error
 
     def write(self, name: str, chunk: Tensor) -> None:
         """Append ``chunk`` (any shape, contiguous, of the declared dtype) to tensor ``name``."""
@@ -109,7 +110,7 @@ class ShardWriter:
             while done < len(view):
                 done += os.pwrite(self._open_fd(), view[done:], offset + done)
         except OSError as error:
-            raise _output_error(self.path, error) from error
+            raise writing_failed(self.path, error) from error
 
     def _open_fd(self) -> int:
         if self._fd is None:
@@ -141,7 +142,7 @@ class ShardWriter:
             os.posix_fadvise(self._open_fd(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._close()
         except OSError as error:
-            raise _output_error(self.path, error) from error
+            raise writing_failed(self.path, error) from error
         return {name: digest.hexdigest() for name, digest in self._hashes.items()}
 
     def abort(self) -> None:
@@ -157,10 +158,6 @@ def _claim(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: writing failed: {error.strerror}; nothing that existed before was changed")
 
 
 # Rows of this many bytes are hashed at a time when a file is verified.

@@ -106,7 +106,7 @@ def _fill(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: tor
                 raise FormatError(f"{source.path}: the weights of {name} are missing")
             try:
                 module.load_state_dict(entries, strict=True, assign=True)
-            except RuntimeError as error:
+            except (RuntimeError, FormatError) as error:
                 raise FormatError(f"{source.path}: {name}: {error}") from error
             left.difference_update(names)
         else:

@@ -281,5 +281,3 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument):
         Options(**{"format": "nf4", **options})  # type: ignore[arg-type]
-
-
