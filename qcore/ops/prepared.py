@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -14,7 +15,7 @@ from torch.compiler import is_compiling
 from qcore.backend.interface import Backend, PreparedGemm, Weight4bit
 from qcore.backend.registry import backend_for
 from qcore.ops import compose, validate
-from qcore.ops.gradient import Product, product
+from qcore.ops.gradient import product, record
 from qcore.ops.weight4bit import checked_weight_values, planned_product, require_matrix
 
 
@@ -23,6 +24,22 @@ class HasAbsmax(Protocol):
 
     @property
     def absmax(self) -> Tensor: ...
+
+
+class _Ready(NamedTuple):
+    """What a handle was prepared for, and the last arguments that were found to fit."""
+
+    backend: Backend
+    call: PreparedGemm
+    packed_address: int
+    absmax_address: int
+    device: torch.device
+    weight: Weight4bit
+    dtype: torch.dtype | None
+    shape: torch.Size | None
+    out_shape: tuple[int, ...]
+    bias: Tensor | None
+    bias_address: int
 
 
 class PreparedGemm4bit:
@@ -37,23 +54,7 @@ class PreparedGemm4bit:
     whoever holds it prepares it again.
     """
 
-    __slots__ = (
-        "_absmax_address",
-        "_backend",
-        "_bias",
-        "_bias_address",
-        "_call",
-        "_decode",
-        "_device",
-        "_dtype",
-        "_features",
-        "_load",
-        "_n",
-        "_packed",
-        "_packed_address",
-        "_state",
-        "weight",
-    )
+    __slots__ = ("_decode", "_load", "_packed", "_ready", "_state")
 
     def __init__(
         self,
@@ -62,86 +63,84 @@ class PreparedGemm4bit:
         state: HasAbsmax | None,
         decode: Callable[[Weight4bit, torch.dtype], Tensor],
     ) -> None:
-        self._decode = decode
         self._load: Callable[[], Weight4bit] = weight if callable(weight) else lambda: weight
+        self._decode = decode
         first = self._load()
         self._packed = first.packed if packed is None else packed
         self._state: HasAbsmax = first if state is None else state
-        self._prepare(first)
+        self._ready = self._prepared(first)
 
-    def _prepare(self, weight: Weight4bit) -> None:
+    @property
+    def weight(self) -> Weight4bit:
+        """The weight as it was last prepared."""
+        return self._ready.weight
+
+    def _prepared(self, weight: Weight4bit) -> _Ready:
         weight = checked_weight_values("gemm_4bit", weight)
         require_matrix(weight)
-        self.weight = weight
-        self._device = weight.packed.device
-        self._n, k = weight.shape
-        self._features = (k,)
-        self._packed_address = self._packed.data_ptr()
-        self._absmax_address = self._state.absmax.data_ptr()
-        self._dtype: torch.dtype | None = None  # of the last x that was checked, and the bias that came with it
-        self._bias: Tensor | None = None
-        self._bias_address = 0
-        self._backend: Backend = backend_for(self._device)
-        self._call: PreparedGemm = (
-            self._backend.prepare_gemm_4bit(weight)
-            if self._backend.supports("gemm_4bit")
-            else compose.prepare_gemm_4bit(self._backend, weight)
+        device = weight.packed.device
+        backend = backend_for(device)
+        prepare = (
+            backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
         )
+        addresses = (self._packed.data_ptr(), self._state.absmax.data_ptr())
+        return _Ready(backend, prepare(weight), *addresses, device, weight, None, None, (), None, 0)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        shape = x.shape
+        # One read of one attribute: another thread may prepare the handle again meanwhile.
+        backend, call, packed, absmax, device, weight, dtype, shape, out_shape, known_bias, bias_address = self._ready
         if (
             is_compiling()
             or type(x) is not Tensor
-            or x.dtype is not self._dtype
-            or shape[-1:] != self._features
-            or x.device != self._device
+            or x.dtype is not dtype
+            or x.shape != shape
+            or x.device != device
             or not x.is_contiguous()
             or x.is_neg()
-            or backend_for(self._device) is not self._backend
-            or self._packed.data_ptr() != self._packed_address
-            or self._state.absmax.data_ptr() != self._absmax_address
-            or (bias is not None and (bias is not self._bias or bias.data_ptr() != self._bias_address))
+            or backend_for(device) is not backend
+            or self._packed.data_ptr() != packed
+            or self._state.absmax.data_ptr() != absmax
+            or (bias is not None and (bias is not known_bias or bias.data_ptr() != bias_address))
             or _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None
         ):
             return self._slow(x, bias)
         if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            recorded = Product.apply(x, bias, self.weight, self._run, self._decode)  # type: ignore[no-untyped-call]
-            return cast(Tensor, recorded)
-        out = x.new_empty((*shape[:-1], self._n))
-        self._call(x, bias, out)
+            return record(x, bias, weight, self._run, self._decode)
+        out = x.new_empty(out_shape)
+        call(x, bias, out)
         return out
 
     def _run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of arguments that were found to fit."""
-        out = x.new_empty((*x.shape[:-1], self._n))
-        self._call(x, bias, out)
+        ready = self._ready
+        out = x.new_empty((*x.shape[:-1], ready.weight.shape[0]))
+        ready.call(x, bias, out)
         return out
 
     def _slow(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the short path leaves out: tracing, transforms, other layouts, a changed weight or backend."""
-        if not is_compiling() and self._is_stale():
-            self._prepare(self._load())
-        # A tracer has to see where the weight comes from, not the copy of its address that was prepared.
-        return product(x, self._load() if is_compiling() else self.weight, bias, self._run_any, self._decode)
+        if is_compiling():
+            # A tracer has to see where the weight comes from, not the copy of its address that was prepared.
+            return product(x, self._load(), bias, self._run_any, self._decode)
+        ready = self._ready
+        if (
+            backend_for(self._packed.device) is not ready.backend
+            or self._packed.data_ptr() != ready.packed_address
+            or self._state.absmax.data_ptr() != ready.absmax_address
+        ):
+            self._ready = self._prepared(self._load())
+        return product(x, self._ready.weight, bias, self._run_any, self._decode)
 
     def _run_any(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of plain tensors, checked; what was found to fit is remembered for the short path."""
-        out = planned_product(x, self.weight, bias)
-        if x.dtype is not self._dtype:
-            self._dtype, self._bias = x.dtype, None
-        if bias is not None and bias.is_contiguous() and not bias.is_neg():
-            self._bias, self._bias_address = bias, bias.data_ptr()
-        self._call(validate.readable(x), None if bias is None else validate.readable(bias), out)
+        ready = self._ready
+        out = planned_product(x, ready.weight, bias)
+        plain = bias is None or (bias.is_contiguous() and not bias.is_neg())
+        known = (bias, 0 if bias is None else bias.data_ptr()) if plain else (None, 0)
+        self._ready = _Ready(*ready[:6], x.dtype, x.shape, tuple(out.shape), *known)
+        ready.call(validate.readable(x), None if bias is None else validate.readable(bias), out)
         return out
-
-    def _is_stale(self) -> bool:
-        return (
-            backend_for(self._packed.device) is not self._backend
-            or self._packed.data_ptr() != self._packed_address
-            or self._state.absmax.data_ptr() != self._absmax_address
-        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

@@ -45,9 +45,8 @@ def checked_weight(op: str, weight: Weight4bit) -> Weight4bit:
     parts = (weight.packed, weight.absmax, *nested)
     if all(part is None or part.is_contiguous() for part in parts):
         return weight
-    packed, absmax, *nested_parts = (None if part is None else part.contiguous() for part in parts)
-    meta = (weight.quant_type, weight.blocksize, weight.shape)
-    return Weight4bit(packed, absmax, *meta, *nested_parts, weight.nested_blocksize)  # type: ignore[arg-type]
+    contiguous: dict[str, Any] = {name: None if part is None else part.contiguous() for name, part in named}
+    return replace(weight, packed=weight.packed.contiguous(), absmax=weight.absmax.contiguous(), **contiguous)
 
 
 def weight_arguments(weight: Weight4bit) -> tuple[Any, ...]:
