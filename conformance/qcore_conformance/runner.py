@@ -29,7 +29,7 @@ from qcore_conformance.model import SCHEMA, Case, Outcome, Report, Result
 START_SECONDS = 180.0
 # Enough for a loaded machine; a stress case moves gigabytes.
 CASE_SECONDS = {"L0": 120.0, "L1": 120.0, "L2": 120.0, "L3": 1800.0}
-_TAIL = 1500
+_TAIL = 2500
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ class Worker:
         if code < 0:
             how = f"the worker was killed by {signal.Signals(-code).name}"
         self._stderr.seek(0)
-        tail = self._stderr.read()[-_TAIL:].decode(errors="replace").strip()
+        lines = self._stderr.read().decode(errors="replace").splitlines()
+        # Python's own report of a crash ends with a list of every extension module.
+        tail = "\n".join(line for line in lines if not line.startswith("Extension modules:"))[-_TAIL:].strip()
         self.stop()
         return f"{how}; its last words:\n{tail}" if tail else f"{how} without a word"
 

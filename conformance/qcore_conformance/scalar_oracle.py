@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import cache
 
 from qcore import codebooks
 
@@ -66,7 +67,7 @@ def div(a: float, b: float, dtype: str = "f32") -> float:
     if math.isinf(a):
         return math.nan if math.isinf(b) else math.copysign(math.inf, a) * math.copysign(1.0, b)
     if math.isinf(b):
-        return 0.0
+        return math.copysign(0.0, a) * math.copysign(1.0, b)
     return _operate(a, b, lambda p, q: p / q, dtype) if a else 0.0
 
 
@@ -82,6 +83,7 @@ def _scaled(values: Numbers, absmax: float) -> list[float]:
     return [0.0 if math.isnan(y) else y for y in scaled]
 
 
+@cache
 def _midpoint(low: float, high: float) -> float:
     return mul(add(low, high), 0.5)
 
