@@ -72,6 +72,25 @@ def _ties(s: Session) -> None:
         _check_quantize(s, absmax, code, 4096)
 
 
+def _differences(s: Session) -> None:
+    """A codebook with a tie at every quotient of a rounded difference: an unrounded one falls beside it."""
+    absmax = rounded(np.exp(s.rng.standard_normal(1024)), "f32")
+    mean = oracle.offset(absmax)
+    exact = (absmax.f64() - mean).reshape(-1, 256)
+    scale = oracle.r32(1 / np.abs(oracle.r32(exact)).max(axis=1))[:, None]
+    y, unrounded = oracle.r32(oracle.r32(exact) * scale).reshape(-1), oracle.r32(exact * scale).reshape(-1)
+    # Quotients with room for a pair of codes 8 ulp around each; the midpoint of an even j sends its tie down.
+    pairs, bite = [-1.0], 0
+    for i in np.argsort(y):
+        step = 8 * float(np.spacing(np.float32(abs(y[i]))))
+        if unrounded[i] > y[i] and pairs[-1] < y[i] - step and 2.0**-6 < abs(y[i]) < 0.99 and len(pairs) < 253:
+            pairs += [y[i] - step, y[i] + step]
+            bite += 1
+    assert bite > 20, "the probe has lost its bite"
+    code = np.array([-1.0, *pairs, *[1.0] * (255 - len(pairs))]).astype(np.float32)
+    _check_quantize(s, absmax, code, 256)
+
+
 def _dequantize(book: str, blocksize: int) -> Callable[[Session], None]:
     def run(s: Session) -> None:
         code = generators.CODEBOOKS[book]
@@ -111,6 +130,7 @@ def cases() -> Iterator[Case]:
         run = _quantize("weights", "dynamic", blocksize)
         yield Case(f"{op}/L1/dynamic-bs{blocksize}-lengths", op, "L1", (*_QUANTIZE, "QC-NUM-005"), run)
     yield Case(f"{op}/L1/lane-order", op, "L1", _QUANTIZE, _lane_order)
+    yield Case(f"{op}/L1/rounded-differences", op, "L1", ("QC-NUM-001", "QC-NEST-002"), _differences)
     yield Case(f"{op}/L1/ties", op, "L1", ("QC-NEST-002", "QC-Q8-001", "QC-Q8-004"), _ties)
     yield from golden.cases(op, _QUANTIZE)
 

@@ -227,7 +227,7 @@ def _scaled_gemm_large_sums(dtype: str) -> Callable[[Session], None]:
     """Sums beyond 2^24: the conversion to float32 rounds once, at the end of the exact sum."""
 
     def run(s: Session) -> None:
-        for k in (2049, 8191):
+        for k in (2049, 8191, 131_071):
             a, b = np.full((5, k), 127, dtype=np.int8), np.full((7, k), 127, dtype=np.int8)
             a[:, :9] = _int8(s, 5, 9)
             rows, cols, bias = _random_scaled(s, 5, 7, dtype, dtype)

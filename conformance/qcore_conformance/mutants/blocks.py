@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore.errors import InvalidArgument
 from qcore_conformance.mutants.mutant import mutant
 from qcore_conformance.mutants.steps import F32, ONE, ZERO, Steps
 
@@ -182,25 +181,6 @@ class LargestBlocksizeHalved(Steps):
             half, maxima = super().quotients(x, 2048)
             return half, maxima[: absmax.size]
         return y, absmax
-
-
-@mutant("QC-NUM-005", *ON_FLOATS)
-class BlocksizeNotChecked(Steps):
-    """A blocksize that is no power of two from 32 to 4096 is rounded up to one and served."""
-
-    def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
-        try:
-            super().quantize_blockwise(A, code, blocksize, absmax=absmax, out=out)
-        except InvalidArgument as error:
-            if "blocksize" not in str(error):
-                raise
-
-    def quantize_4bit(self, A: Tensor, quant_type: str, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
-        try:
-            super().quantize_4bit(A, quant_type, blocksize, absmax=absmax, out=out)
-        except InvalidArgument as error:
-            if "blocksize" not in str(error):
-                raise
 
 
 @mutant("QC-NUM-002", *ON_FLOATS)

@@ -73,20 +73,6 @@ class OutlierColumnsAccumulate(Steps):
             outlier_cols |= before
 
 
-@mutant("QC-INT8-001", *QUANTIZE)
-class ThresholdNotChecked(Steps):
-    """A negative or NaN threshold counts as 0 instead of being refused."""
-
-    def int8_quantize_rows(
-        self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None
-    ) -> None:
-        threshold = threshold if threshold >= 0 else 0.0
-        super().int8_quantize_rows(A, threshold, out=out, row_stats=row_stats, outlier_cols=outlier_cols)
-
-    def int8_quantize_cols(self, A: Tensor, threshold: float, *, out: Tensor, col_stats: Tensor) -> None:
-        super().int8_quantize_cols(A, threshold if threshold >= 0 else 0.0, out=out, col_stats=col_stats)
-
-
 @mutant("QC-INT8-002", *QUANTIZE)
 class StatisticsWithOutliers(Steps):
     """Outliers take part in the largest magnitude."""

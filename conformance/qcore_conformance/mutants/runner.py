@@ -1,7 +1,8 @@
 """Runs the suite on every mutant, op by op, until a case notices it; and on the right backends, which must pass.
 
-Cases that cite the broken clause come first, so that a kill usually has the right reason. Mutants that only compute
-wrongly share worker processes; one that may take its process with it runs through the suite's own isolation.
+Cases that cite the broken clause come first, so that a kill usually has the right reason, and every case that noticed a
+mutant then runs on the right backends: it convicts nobody if it fails one of them. Mutants that only compute wrongly
+share worker processes; one that takes its process with it runs through the suite's own isolation.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from multiprocessing import get_context
-from typing import Any
 from zlib import crc32
 
 from qcore.backend import Backend
@@ -30,7 +30,8 @@ CONTROLS = (
 )
 # A worker that is only slow answers a single case well within this.
 HANG_SECONDS = 10.0
-KILLED = frozenset({Outcome.FAILED, Outcome.CRASHED, Outcome.HUNG})
+# Cases that take a second and more on the reference.
+_SLOW = ("/threads", "-every-pattern", "/repeats-50", "-lengths", "-n135283")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Control:
-    """A right backend in one op: how many cases it passed, and the false alarms."""
+    """A right backend in one op: how many of the cases that noticed a mutant it passed, and the false alarms."""
 
     backend: str
     op: str
@@ -79,7 +80,7 @@ class Matrix:
 
     @property
     def alarms(self) -> list[Control]:
-        return [control for control in self.controls if control.alarms or not control.passed]
+        return [control for control in self.controls if control.alarms]
 
     @property
     def exit_code(self) -> int:
@@ -94,7 +95,7 @@ class _Job:
     spec: str  # module:attribute of the backend
     op: str
     seed: int
-    clause: str = ""  # that a mutant breaks; none for a control
+    clause: str
 
 
 def run(
@@ -136,29 +137,34 @@ def run(
         for op in mutant.ops
         if not ops or op in ops
     ]
-    wanted = list(dict.fromkeys(job.op for _, job in jobs))
-    controls = [_Job(spec, op, seed) for spec in CONTROLS for op in wanted]
     matrix = Matrix(seed)
     rows: dict[int, Row] = {}
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     # Fresh processes: a forked one would inherit the thread pools of this one, without their threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[Any], int | None] = {pool.submit(_control, job): None for job in controls}
-        for index, (mutant, job) in enumerate(jobs):
-            futures[pool.submit(_hunt, job, mutant.expects)] = index
-        for done, future in enumerate(as_completed(futures), start=1):
-            place = futures[future]
-            if place is None:
-                last = future.result()
-                matrix.controls.append(last)
-            else:
-                mutant, job = jobs[place]
-                last = rows[place] = _row(mutant.name, mutant.says, job, future.result())
-            progress(done, len(futures), last)
-    matrix.rows = [rows[index] for index in sorted(rows)]
-    matrix.controls.sort(key=lambda control: (CONTROLS.index(control.backend), wanted.index(control.op)))
+        hunts = {pool.submit(_hunt, job, mutant.expects): i for i, (mutant, job) in enumerate(jobs)}
+        for done, future in enumerate(as_completed(hunts), start=1):
+            mutant, job = jobs[hunts[future]]
+            row = Row(mutant=mutant.name, says=mutant.says, clause=job.clause, op=job.op, **vars(future.result()))
+            rows[hunts[future]] = row
+            progress(done, len(hunts), row)
+        matrix.rows = [rows[index] for index in sorted(rows)]
+        controls = [pool.submit(_control, spec, seed, group) for group in _convicting(matrix) for spec in CONTROLS]
+        for done, control in enumerate(as_completed(controls), start=1):
+            matrix.controls.append(control.result())
+            progress(done, len(controls), matrix.controls[-1])
+    matrix.controls.sort(key=lambda control: (CONTROLS.index(control.backend), control.op))
     matrix.seconds = time.perf_counter() - start
     return matrix
+
+
+def _convicting(matrix: Matrix) -> list[tuple[str, ...]]:
+    """The cases that noticed a mutant, by op: what right backends have to pass for a kill to count."""
+    groups: dict[str, dict[str, None]] = {}
+    for row in matrix.rows:
+        if row.killed:
+            groups.setdefault(row.op, {})[row.case_id] = None
+    return [tuple(group) for group in groups.values()]
 
 
 @dataclass(frozen=True)
@@ -174,10 +180,19 @@ class _Found:
 
 def _hunt(job: _Job, expects: Outcome) -> _Found:
     """Run the cases of an op on a mutant, up to the first that notices it."""
-    start = time.perf_counter()
-    number = 0
-    with _results(job, expects) as results:
-        for case, result in results:
+    from qcore_conformance.cases import select
+
+    def order(case: Case) -> tuple[bool, bool, int]:
+        """By clause, the cheap ones first; then at random but always the same, as neighbours in the list are alike."""
+        return job.clause not in case.clauses, case.id.endswith(_SLOW), crc32(case.id.encode())
+
+    start, number = time.perf_counter(), 0
+    # Stress only where the clause asks for it; a case that needs a process of its own says NOT_RUN in this one.
+    cases = [case for case in select([job.op]) if case.level != "L3" or job.clause in case.clauses]
+    seconds = HANG_SECONDS if expects is Outcome.HUNG else None
+    with _opened(job.spec, job.seed, isolated=expects is not Outcome.FAILED, seconds=seconds) as run_case:
+        for case in sorted(cases, key=order):
+            result = run_case(case)
             number += 1
             # A mutant that takes its process with it is noticed only by a report that says so.
             if result.outcome is expects:
@@ -193,30 +208,40 @@ def _hunt(job: _Job, expects: Outcome) -> _Found:
     return _Found(number, time.perf_counter() - start)
 
 
+def _control(spec: str, seed: int, case_ids: Sequence[str]) -> Control:
+    """Run cases of one op that noticed mutants on a right backend."""
+    from qcore_conformance.cases import case_by_id
+
+    cases = [case_by_id(case_id) for case_id in case_ids]
+    passed, alarms = 0, []
+    for isolated in (False, True):
+        chosen = [case for case in cases if bool(case.params.get("isolated")) is isolated]
+        with _opened(spec, seed, isolated=isolated) as run_case:
+            for case in chosen:
+                result = run_case(case)
+                if result.outcome is Outcome.PASSED:
+                    passed += 1
+                else:
+                    alarms.append(f"{case.id}: {result.outcome.value}: {result.message}")
+    return Control(spec, cases[0].op, passed, tuple(alarms))
+
+
 @contextmanager
-def _results(job: _Job, expects: Outcome) -> Iterator[Iterator[tuple[Case, Result]]]:
-    """The cases of a job with their results, one by one, in this process or in a worker of its own."""
-    from qcore_conformance.cases import select
-
-    def order(case: Case) -> tuple[bool, bool, int]:
-        """By clause, the cheap ones first; then at random but always the same, as neighbours in the list are alike."""
-        return job.clause not in case.clauses, case.id.endswith("/threads"), crc32(case.id.encode())
-
-    # Stress only where the clause asks for it; a case that needs a process of its own says NOT_RUN in this one.
-    cases = [case for case in select([job.op]) if case.level != "L3" or job.clause in case.clauses]
-    cases.sort(key=order)
-    if expects is Outcome.FAILED:
+def _opened(
+    spec: str, seed: int, *, isolated: bool, seconds: float | None = None
+) -> Iterator[Callable[[Case], Result]]:
+    """A function that runs a case on a backend, in this process or in a worker that is replaced when it ends."""
+    if not isolated:
         from qcore_conformance.session import Session
 
-        session = Session(_backend(job.spec), seed=job.seed, spec=job.spec)
-        yield ((case, session.run_case(case)) for case in cases)
+        yield Session(_backend(spec), seed=seed, spec=spec).run_case
         return
     from qcore_conformance.runner import Target, Worker, WorkerDied, WorkerHung
 
-    target = Target(job.spec, seed=job.seed, case_seconds=HANG_SECONDS if expects is Outcome.HUNG else None)
+    target = Target(spec, seed=seed, case_seconds=seconds)
     workers: list[Worker] = []
 
-    def run(case: Case) -> Result:
+    def run_case(case: Case) -> Result:
         if not workers:
             workers.append(Worker(target))
             workers[0].start()
@@ -228,21 +253,10 @@ def _results(job: _Job, expects: Outcome) -> Iterator[Iterator[tuple[Case, Resul
             return Result(case.id, case.op, case.level, list(case.clauses), outcome, message=str(error))
 
     try:
-        yield ((case, run(case)) for case in cases)
+        yield run_case
     finally:
         for worker in workers:
             worker.stop()
-
-
-def _control(job: _Job) -> Control:
-    """Run every case of an op on a right backend."""
-    passed, alarms = 0, []
-    with _results(job, Outcome.FAILED) as results:
-        for case, result in results:
-            passed += result.outcome is Outcome.PASSED
-            if result.outcome in KILLED:
-                alarms.append(f"{case.id}: {result.message}")
-    return Control(job.spec, job.op, passed, tuple(alarms))
 
 
 def _backend(spec: str) -> Backend:
@@ -250,7 +264,3 @@ def _backend(spec: str) -> Backend:
     module, _, attribute = spec.partition(":")
     backend: Backend = getattr(import_module(module), attribute)()
     return backend
-
-
-def _row(mutant: str, says: str, job: _Job, found: _Found) -> Row:
-    return Row(mutant=mutant, says=says, clause=job.clause, op=job.op, **vars(found))
