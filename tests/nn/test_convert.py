@@ -111,6 +111,7 @@ def test_tied_weights_stay_tied(convert, kind):
     assert len({name for name, _ in model.named_parameters() if name.endswith("up.weight")}) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @each_converter
 def test_owners_that_rely_on_their_weight_keep_it(convert, kind):
     model = nn.ModuleDict(

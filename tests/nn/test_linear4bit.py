@@ -92,6 +92,8 @@ def test_compute_dtype_is_used_and_the_inputs_returned(compute, dtype):
     y = layer(x)
     assert y.dtype == dtype
     check(layer, x, y, compute)
+    layer.compute_dtype = None
+    assert torch.equal(y, layer(x.to(compute)).to(dtype))
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
