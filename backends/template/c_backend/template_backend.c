@@ -96,10 +96,15 @@ static qc_status check_array(const char *op, const char *argument, uintptr_t add
     return fail(QC_INVALID_ARGUMENT, "%s: %s is not aligned to its element of %zu bytes", op, argument, align);
 }
 
-static qc_status check_blocksize(const char *op, int64_t blocksize) {
+static qc_status check_blocksize(const char *op, const char *argument, int64_t blocksize) {
     if (blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0) return QC_OK;
-    return fail(QC_INVALID_ARGUMENT, "%s: blocksize is %lld; expected a power of two from 32 to 4096 (QC-NUM-005)", op,
-                (long long)blocksize);
+    return fail(QC_INVALID_ARGUMENT, "%s: %s is %lld; expected a power of two from 32 to 4096 (QC-NUM-005)", op,
+                argument, (long long)blocksize);
+}
+
+static qc_status check_count(const char *op, const char *argument, int64_t count) {
+    if (count >= 0) return QC_OK;
+    return fail(QC_INVALID_ARGUMENT, "%s: %s is %lld; expected 0 or more", op, argument, (long long)count);
 }
 
 static qc_status check_format(const char *op, int32_t format) {
@@ -120,10 +125,11 @@ static qc_status check_weight(const char *op, const qc_weight_4bit *w) {
     if (w->layout != 0)
         return fail(QC_UNSUPPORTED, "%s: layout is %d; this backend serves 0, as stored", op, w->layout);
     CHECK(check_format(op, w->format));
-    CHECK(check_blocksize(op, w->blocksize));
+    CHECK(check_count(op, "numel", w->numel));
+    CHECK(check_blocksize(op, "blocksize", w->blocksize));
     CHECK(check_array(op, "packed", w->packed, w->numel, 1));
     if (w->nested_absmax == 0) return check_array(op, "absmax", w->absmax, w->numel, 4);
-    CHECK(check_blocksize(op, w->nested_blocksize));
+    CHECK(check_blocksize(op, "nested_blocksize", w->nested_blocksize));
     CHECK(check_array(op, "absmax", w->absmax, w->numel, 1));
     CHECK(check_array(op, "nested_absmax", w->nested_absmax, w->numel, 4));
     CHECK(check_array(op, "nested_code", w->nested_code, w->numel, 4));
@@ -150,7 +156,8 @@ static qc_status quantize_4bit(int32_t device, uintptr_t stream, int32_t dtype, 
     CHECK(check_device(op, device));
     CHECK(check_dtype(op, "dtype", dtype));
     CHECK(check_format(op, format));
-    CHECK(check_blocksize(op, blocksize));
+    CHECK(check_blocksize(op, "blocksize", blocksize));
+    CHECK(check_count(op, "n", n));
     CHECK(check_array(op, "a", a, n, size_of(dtype)));
     CHECK(check_array(op, "absmax", absmax, n, sizeof(float)));
     CHECK(check_array(op, "out", out, n, 1));
@@ -215,12 +222,12 @@ static qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int6
     (void)stream;
     CHECK(check_device(op, device));
     CHECK(check_dtype(op, "dtype", dtype));
-    if (m < 0 || n < 0 || k < 0)
-        return fail(QC_INVALID_ARGUMENT, "%s: sizes (%lld, %lld, %lld); expected none below 0", op, (long long)m,
-                    (long long)n, (long long)k);
+    CHECK(check_count(op, "m", m));
+    CHECK(check_count(op, "n", n));
+    CHECK(check_count(op, "k", k));
     CHECK(check_weight(op, w));
     if (k != 0 ? w->numel % k != 0 || w->numel / k != n : w->numel != 0)
-        return fail(QC_INVALID_ARGUMENT, "%s: the weight has %lld elements, shape (%lld, %lld) needs their product", op,
+        return fail(QC_INVALID_ARGUMENT, "%s: numel of the weight is %lld, shape (%lld, %lld) needs their product", op,
                     (long long)w->numel, (long long)n, (long long)k);
     CHECK(check_array(op, "a", a, m != 0 ? k : 0, size_of(dtype)));
     CHECK(check_array(op, "out", out, m != 0 ? n : 0, size_of(dtype)));
@@ -269,9 +276,13 @@ static qc_status describe(int32_t device, const char **json) {
 
 static qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
                            int64_t *bytes) {
-    (void)stream, (void)m, (void)n;
+    (void)stream;
     CHECK(check_device("workspace", device));
     CHECK(check_dtype("workspace", "dtype", dtype));
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS)
+        return fail(QC_INVALID_ARGUMENT, "workspace: op is %d; expected one of QC_OP_*", op);
+    CHECK(check_count("workspace", "m", m));
+    CHECK(check_count("workspace", "n", n));
     if (k < 0 || k > INT64_MAX / 8) return fail(QC_INVALID_ARGUMENT, "workspace: k is %lld", (long long)k);
     *bytes = op == QC_OP_GEMM_4BIT ? gemm_scratch(k) : 0;
     return QC_OK;
