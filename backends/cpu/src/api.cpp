@@ -86,7 +86,8 @@ qc_status describe(int32_t device, const char **json) {
     });
 }
 
-qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
+qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                    int64_t *bytes) {
     Arguments arguments("workspace", device);
     arguments.count("m", m).count("n", n).count("k", k);
     if (!arguments.ok()) {

@@ -98,10 +98,14 @@ inline void decode(const Gemm4Weight &w, int64_t first, int64_t count, float *ou
 
 #if defined(__AVX512BF16__)
 
-// 16 values of a block as bfloat16, twice: an index with a stray fifth bit finds the same value. Right for regular
-// blocks only, since the conversion flushes denormals.
+// 16 values of a block as bfloat16. Right for regular blocks only, since the conversion flushes denormals.
+inline __m256i bf16_values(__m512 table, float absmax) {
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(absmax)));
+}
+
+// The same twice: an index with a stray fifth bit finds the same value.
 inline __m512i bf16_table(__m512 table, float absmax) {
-    const __m256i values = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(absmax)));
+    const __m256i values = bf16_values(table, absmax);
     return _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
 }
 

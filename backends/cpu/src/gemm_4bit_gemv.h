@@ -1,9 +1,9 @@
 // gemm_4bit for one row of bfloat16 X on AVX512-BF16.
 //
 // Memory picture: W is read once, half a byte an element, straight through; X is 2 KiB per 1024 elements and stays in
-// L1. A block of 64 weights costs ten instructions on the two vector ports: three make its table (multiply, round,
-// double), one spreads 32 bytes over 32 words, one brings the high nibbles down, two look up, two multiply and add (32
-// products each), so about five cycles; the floor by memory is about three.
+// L1. A block of 64 weights costs ten operations on the two vector ports: three make its table (multiply, round), one
+// spreads 32 bytes over 32 words, two cut out the nibbles, two look up, two multiply and add (32 products each), so
+// about five cycles.
 //
 // The words hold the even elements of the 64 in their high nibbles and the odd ones in their low nibbles, so X is
 // brought into that order: [32 even][32 odd].
@@ -44,6 +44,7 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
     const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
     const int64_t blocks = p.k >> w.shift;
     const int64_t groups = int64_t{1} << (w.shift - 6);
+    const __m512i low_nibble = _mm512_set1_epi16(15);
     float decoded[kAbsmaxRun];
     F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
     for (int64_t b0 = 0; b0 < blocks; b0 += kAbsmaxRun) {
@@ -53,12 +54,12 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
             return false;
         }
         for (int64_t b = 0; b < count; ++b) {
-            const __m512i table = bf16_table(codes, absmax[b]);
+            const __m512i table = _mm512_castsi256_si512(bf16_values(codes, absmax[b]));
             for (int64_t g = 0; g < groups; ++g) {
                 _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
                 const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
                 const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(pair, 4), table);
-                const __m512i low = _mm512_permutexvar_epi16(pair, table);
+                const __m512i low = _mm512_permutexvar_epi16(_mm512_and_si512(pair, low_nibble), table);
                 const F32 even = InBf16::add_product(x, high, s0);
                 const F32 odd = InBf16::add_product(x + 32, low, s1);
                 s0 = s2;

@@ -105,11 +105,7 @@ int8_t code_of(float q) {
 
 template <class T>
 void row_codes_of(const T *x, int64_t k, float stat, int8_t *out) {
-    if (stat == 0.0f) {
-        __builtin_memset(out, 0, static_cast<size_t>(k));
-        return;
-    }
-    const float scale = 127.0f / stat;
+    const float scale = stat == 0.0f ? 0.0f : 127.0f / stat;  // x is then 0, NaN or in an outlier column: code 0
     int64_t i = 0;
     for (; i + kLanes <= k; i += kLanes) {
         store_vector(out + i, code_of(load(x + i) * splat(scale)));

@@ -24,7 +24,8 @@ constexpr int64_t kTileSpan = 1024;      // bytes of K at a time
 constexpr int64_t kTilesOfSpan = kTileSpan / kTileRowBytes;
 constexpr int64_t kTilePanel = 32;       // rows of W at a time
 constexpr int64_t kTileSlice = 256;      // columns whose sums wait in scratch
-constexpr int64_t kTileStride = kTileSpan + 64;  // of rows of W: an odd number of cache lines spreads them over the sets
+// Stride of rows of W: an odd number of cache lines spreads them over the sets.
+constexpr int64_t kTileStride = kTileSpan + 64;
 constexpr int64_t kTileWeightBytes = kTilePanel * kTileStride;
 
 struct alignas(64) TileConfig {
@@ -94,7 +95,8 @@ inline void pack_x_tiles(const void *x_rows, int64_t rows, int64_t k_bytes, int6
             v[i] = i < some ? _mm512_maskz_loadu_epi8(valid, x + i * k_bytes + b) : _mm512_setzero_si512();
         }
         transpose_16x16(v);
-        uint8_t *tile = tiles + x_tile(b / kTileSpan, row_tiles(rows), group) + b % kTileSpan / kTileRowBytes * kTileBytes;
+        uint8_t *tile = tiles + x_tile(b / kTileSpan, row_tiles(rows), group);
+        tile += b % kTileSpan / kTileRowBytes * kTileBytes;
         for (int i = 0; i < 16; ++i) {
             _mm512_storeu_si512(tile + 64 * i, v[i]);
         }
