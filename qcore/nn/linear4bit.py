@@ -91,12 +91,13 @@ class Linear4bit(Quantized4bit, nn.Linear):
         """``x @ W.T + bias``: ``(..., in_features)`` to ``(..., out_features)`` in the dtype of ``x`` or autocast."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         gemm, known, state = self._prepared
+        dtype, compute_dtype = x.dtype, self.compute_dtype
         if (
             gemm is not None
             and weight is known
             and weight.quant_state is state  # type: ignore[union-attr]
-            and self.compute_dtype is None
-            and (bias is None or bias.dtype is x.dtype)
+            and (compute_dtype is None or compute_dtype is dtype)
+            and (bias is None or bias.dtype is dtype)
             and not _is_any_autocast_enabled()
             and not is_compiling()
         ):
