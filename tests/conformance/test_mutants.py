@@ -14,7 +14,7 @@ from qcore.errors import InvalidArgument
 from qcore_conformance.cases import select
 from qcore_conformance.cli import main
 from qcore_conformance.model import Outcome
-from qcore_conformance.mutants import Steps, all_mutants, runner
+from qcore_conformance.mutants import Steps, all_mutants, native, runner
 from qcore_conformance.mutants.command import to_json, to_markdown
 from qcore_conformance.mutants.memory import AnyOp
 from qcore_conformance.mutants.runner import Control, Matrix, Row
@@ -26,7 +26,7 @@ DEAD = Row("m", "It is wrong.", "QC-NUM-001", "gemm_4bit", 1, 0.1, "gemm_4bit/L1
 
 
 def hunt(spec: str, op: str, clause: str, expects: Outcome = Outcome.FAILED):
-    return runner._hunt(runner._Job(spec, op, 0, clause), expects)
+    return runner._hunt(runner._Job(spec, op, 0, clause, expects, expects is not Outcome.FAILED))
 
 
 def test_there_are_more_than_forty_and_each_has_a_name_of_its_own() -> None:
@@ -130,4 +130,12 @@ def test_the_command_kills_and_reports(tmp_path: Path) -> None:
 
 def test_the_list_names_every_mutant() -> None:
     output = CliRunner().invoke(main, ["mutants", "--list"]).output
-    assert output.count("\n") == len(all_mutants())
+    assert output.count("\n") == len(all_mutants()) + len(native.names())
+
+
+def test_a_careless_library_is_caught_through_the_c_abi() -> None:
+    names = ["abi-writes-first", "abi-nesting-unchecked"]
+    matrix = runner.run(names)
+    assert [(row.mutant, row.outcome) for row in matrix.rows] == [(names[0], "failed"), (names[1], "crashed")]
+    assert {control.backend for control in matrix.controls} == {"cpu"}
+    assert matrix.exit_code == 0

@@ -19,7 +19,7 @@ import torch
 from qcore.backend import OPS, Backend, get_backend
 from qcore_conformance.cases import all_cases
 from qcore_conformance.model import LEVELS, Case
-from qcore_conformance.mutants import all_mutants
+from qcore_conformance.mutants import all_mutants, native
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "docs" / "spec"
@@ -195,6 +195,9 @@ def test_every_mutant_breaks_a_known_clause_and_op() -> None:
         assert mutant.clause in clauses, mutant.name
         assert mutant.ops, mutant.name
         assert set(mutant.ops) <= set(OPS), mutant.name
+    for name, op, clause, *_ in native.TABLE:
+        assert clause in clauses, name
+        assert op in OPS, name
 
 
 def test_every_op_has_mutants() -> None:

@@ -18,6 +18,6 @@ _MODULES = (rounding, blocks, eightbit, fourbit, gemm, int8, memory)
 
 
 def all_mutants() -> tuple[Mutant, ...]:
-    """Every mutant, in the order of the modules."""
+    """Every mutant in Python, in the order of the modules; those of the C ABI are in ``native``."""
     order = {module.__name__: index for index, module in enumerate(_MODULES)}
-    return tuple(sorted(registered(), key=lambda mutant: order[mutant.make.__module__]))
+    return tuple(sorted(registered(), key=lambda mutant: order[mutant.spec.partition(":")[0]]))

@@ -32,9 +32,12 @@ def mutants(
     """
     if listing:
         from qcore_conformance.mutants import all_mutants
+        from qcore_conformance.mutants.native import TABLE
 
         for mutant in all_mutants():
-            click.echo(f"{mutant.name} [{mutant.clause}] {mutant.says} ({len(mutant.ops)} ops)")
+            click.echo(f"{mutant.name} [{mutant.clause}] {mutant.says} ({', '.join(mutant.ops)})")
+        for name, op, clause, says, _ in TABLE:
+            click.echo(f"{name} [{clause}] {says} ({op}, behind the C ABI)")
         return
     try:
         matrix = _run_with_progress(names, ops, seed, jobs)

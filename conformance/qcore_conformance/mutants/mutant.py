@@ -17,21 +17,22 @@ B = TypeVar("B", bound=type[Backend])
 class Mutant:
     """One wrong backend.
 
-    ``ops`` are those that are wrong: the suite has to notice each of them from the cases of that op alone. ``expects``
-    is the outcome of a mutant that takes its process with it; such a one runs in a worker process.
+    ``ops`` are those that are wrong: the suite has to notice each of them from the cases of that op alone. ``spec`` is
+    what ``--backend`` takes to run the suite on it. ``expects`` is the outcome that notices it; one that ends its
+    process or has to be called through the C ABI runs in a worker process.
     """
 
     name: str
     says: str
     clause: str
     ops: tuple[str, ...]
-    make: type[Backend]
+    spec: str
     expects: Outcome = Outcome.FAILED
+    native: bool = False
 
     @property
-    def spec(self) -> str:
-        """What ``--backend`` takes to run the suite on it."""
-        return f"{self.make.__module__}:{self.make.__qualname__}"
+    def isolated(self) -> bool:
+        return self.native or self.expects is not Outcome.FAILED
 
 
 _all: list[Mutant] = []
@@ -44,7 +45,8 @@ def mutant(clause: str, *ops: str, expects: Outcome = Outcome.FAILED) -> Callabl
         assert cls.__doc__, cls
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
         cls.name = name
-        _all.append(Mutant(name, " ".join(cls.__doc__.split()), clause, ops, cls, expects))
+        spec = f"{cls.__module__}:{cls.__qualname__}"
+        _all.append(Mutant(name, " ".join(cls.__doc__.split()), clause, ops, spec, expects))
         return cls
 
     return register

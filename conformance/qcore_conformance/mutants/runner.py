@@ -8,6 +8,7 @@ share worker processes; one that takes its process with it runs through the suit
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,11 +17,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from multiprocessing import get_context
+from pathlib import Path
 from zlib import crc32
 
-from qcore.backend import Backend
+from qcore.backend import Backend, get_backend
 from qcore.errors import InvalidArgument
 from qcore_conformance.model import Case, Outcome, Result
+from qcore_conformance.mutants.mutant import Mutant
 
 # Right backends: the reference, the steps that mutants replace, and the wrapper that mutants of memory replace.
 CONTROLS = (
@@ -28,6 +31,8 @@ CONTROLS = (
     "qcore_conformance.mutants.steps:Steps",
     "qcore_conformance.mutants.memory:AnyOp",
 )
+# The library that mutants of the C ABI spoil.
+NATIVE_CONTROL = "cpu"
 # A worker that is only slow answers a single case well within this.
 HANG_SECONDS = 10.0
 # Cases that take a second and more on the reference.
@@ -49,6 +54,7 @@ class Row:
     outcome: str = ""
     message: str = ""
     cites: bool = False  # whether that case cites the clause that the mutant breaks
+    native: bool = False  # a library behind the C ABI
 
     @property
     def killed(self) -> bool:
@@ -92,10 +98,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class _Job:
-    spec: str  # module:attribute of the backend
+    spec: str  # module:attribute or path of the backend
     op: str
     seed: int
     clause: str
+    expects: Outcome = Outcome.FAILED
+    isolated: bool = False
 
 
 def run(
@@ -122,17 +130,40 @@ def run(
     ------
     InvalidArgument
         There is no mutant of a name in ``mutants``.
+    BackendUnavailable
+        The mutants of the C ABI need a C compiler and the cpu backend.
     """
-    from qcore_conformance.mutants import all_mutants
-
-    known = {mutant.name: mutant for mutant in all_mutants()}
-    for name in set(mutants) - set(known):
-        near = get_close_matches(name, known, n=1)
-        raise InvalidArgument(f"no mutant {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    chosen = [known[name] for name in mutants] if mutants else list(known.values())
     start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="qcore-mutants-") as directory:
+        matrix = _run(_chosen(mutants, Path(directory)), ops, seed, workers, progress)
+    matrix.seconds = time.perf_counter() - start
+    return matrix
+
+
+def _chosen(names: Sequence[str], directory: Path) -> list[Mutant]:
+    """The mutants of these names, or all; those of the C ABI are compiled."""
+    from qcore_conformance.mutants import all_mutants, native
+
+    python = {mutant.name: mutant for mutant in all_mutants()}
+    compiled = native.names()
+    for name in names:
+        if name not in python and name not in compiled:
+            near = get_close_matches(name, [*python, *compiled], n=1)
+            raise InvalidArgument(f"no mutant {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    chosen = [mutant for mutant in python.values() if not names or mutant.name in names]
+    wanted = tuple(name for name in compiled if not names or name in names)
+    return chosen + (native.native_mutants(directory, wanted) if wanted else [])
+
+
+def _run(
+    chosen: Sequence[Mutant],
+    ops: Sequence[str],
+    seed: int,
+    workers: int,
+    progress: Callable[[int, int, Row | Control], None],
+) -> Matrix:
     jobs = [
-        (mutant, _Job(mutant.spec, op, seed, mutant.clause))
+        (mutant, _Job(mutant.spec, op, seed, mutant.clause, mutant.expects, mutant.isolated))
         for mutant in chosen
         for op in mutant.ops
         if not ops or op in ops
@@ -142,29 +173,31 @@ def run(
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     # Fresh processes: a forked one would inherit the thread pools of this one, without their threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        hunts = {pool.submit(_hunt, job, mutant.expects): i for i, (mutant, job) in enumerate(jobs)}
+        hunts = {pool.submit(_hunt, job): i for i, (_, job) in enumerate(jobs)}
         for done, future in enumerate(as_completed(hunts), start=1):
             mutant, job = jobs[hunts[future]]
-            row = Row(mutant=mutant.name, says=mutant.says, clause=job.clause, op=job.op, **vars(future.result()))
+            found = vars(future.result())
+            row = Row(mutant.name, mutant.says, job.clause, job.op, native=mutant.native, **found)
             rows[hunts[future]] = row
             progress(done, len(hunts), row)
         matrix.rows = [rows[index] for index in sorted(rows)]
-        controls = [pool.submit(_control, spec, seed, group) for group in _convicting(matrix) for spec in CONTROLS]
+        controls = [pool.submit(_control, spec, seed, cases) for spec, cases in _convicting(matrix.rows)]
         for done, control in enumerate(as_completed(controls), start=1):
             matrix.controls.append(control.result())
             progress(done, len(controls), matrix.controls[-1])
-    matrix.controls.sort(key=lambda control: (CONTROLS.index(control.backend), control.op))
-    matrix.seconds = time.perf_counter() - start
+    matrix.controls.sort(key=lambda control: ((*CONTROLS, NATIVE_CONTROL).index(control.backend), control.op))
     return matrix
 
 
-def _convicting(matrix: Matrix) -> list[tuple[str, ...]]:
-    """The cases that noticed a mutant, by op: what right backends have to pass for a kill to count."""
-    groups: dict[str, dict[str, None]] = {}
-    for row in matrix.rows:
+def _convicting(rows: Sequence[Row]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The cases that noticed a mutant, by op, with each right backend that has to pass them for a kill to count."""
+    groups: dict[tuple[bool, str], dict[str, None]] = {}
+    for row in rows:
         if row.killed:
-            groups.setdefault(row.op, {})[row.case_id] = None
-    return [tuple(group) for group in groups.values()]
+            groups.setdefault((row.native, row.op), {})[row.case_id] = None
+    for (native, _), cases in groups.items():
+        for spec in (NATIVE_CONTROL,) if native else CONTROLS:
+            yield spec, tuple(cases)
 
 
 @dataclass(frozen=True)
@@ -178,7 +211,7 @@ class _Found:
     cites: bool = False
 
 
-def _hunt(job: _Job, expects: Outcome) -> _Found:
+def _hunt(job: _Job) -> _Found:
     """Run the cases of an op on a mutant, up to the first that notices it."""
     from qcore_conformance.cases import select
 
@@ -189,13 +222,13 @@ def _hunt(job: _Job, expects: Outcome) -> _Found:
     start, number = time.perf_counter(), 0
     # Stress only where the clause asks for it; a case that needs a process of its own says NOT_RUN in this one.
     cases = [case for case in select([job.op]) if case.level != "L3" or job.clause in case.clauses]
-    seconds = HANG_SECONDS if expects is Outcome.HUNG else None
-    with _opened(job.spec, job.seed, isolated=expects is not Outcome.FAILED, seconds=seconds) as run_case:
+    seconds = HANG_SECONDS if job.expects is Outcome.HUNG else None
+    with _opened(job.spec, job.seed, isolated=job.isolated, seconds=seconds) as run_case:
         for case in sorted(cases, key=order):
             result = run_case(case)
             number += 1
             # A mutant that takes its process with it is noticed only by a report that says so.
-            if result.outcome is expects:
+            if result.outcome is job.expects:
                 return _Found(
                     number,
                     time.perf_counter() - start,
@@ -216,6 +249,8 @@ def _control(spec: str, seed: int, case_ids: Sequence[str]) -> Control:
     passed, alarms = 0, []
     for isolated in (False, True):
         chosen = [case for case in cases if bool(case.params.get("isolated")) is isolated]
+        if not chosen:
+            continue
         with _opened(spec, seed, isolated=isolated) as run_case:
             for case in chosen:
                 result = run_case(case)
@@ -260,7 +295,9 @@ def _opened(
 
 
 def _backend(spec: str) -> Backend:
-    """A fresh backend: the registry would keep one instance, and mutants have state."""
+    """A fresh backend where it is a class: the registry would keep one instance, and mutants have state."""
+    if ":" not in spec:
+        return get_backend(spec)
     module, _, attribute = spec.partition(":")
     backend: Backend = getattr(import_module(module), attribute)()
     return backend
