@@ -229,36 +229,25 @@ class CffiBackend(Backend):
         packed = _pack(weight)
         n, k = weight.shape
         where, workspace_of, check, host = self._where, self._workspace, self._check, self._host
-        scratch_free: set[tuple[int, int, int]] = set()  # (stream, dtype, m) known to need no workspace
         threads: Callable[[], int] = torch.get_num_threads
-        op = QC.QC_OP_GEMM_4BIT
+        # The last (dtype, outputs, threads) that needed no scratch on a host, with the dtype's code and the rows; one
+        # tuple, so that two threads never see halves of two calls.
+        last: tuple[tuple[torch.dtype, int, int] | None, int, int] = (None, 0, 0)
 
         def gemm(A: Tensor, bias: Tensor | None, out: Tensor) -> None:
-            dtype = _DTYPES[A.dtype]
-            m = out.numel() // n if n else 0
+            nonlocal last
             device, stream = (0, threads()) if host else where(A)
-            key = (stream, dtype, m)
-            _scratch, address, size = None, 0, 0
-            if not (host and key in scratch_free):
-                _scratch, address, size = workspace_of(op, device, stream, dtype, m, n, k, A)
-                if size == 0 and host and len(scratch_free) < 4096:
-                    scratch_free.add(key)
+            key = (A.dtype, out.numel(), stream)
+            scratch, address, size = None, 0, 0
+            known, dtype, m = last
+            if key != known:
+                dtype, m = _DTYPES[A.dtype], out.numel() // n if n else 0
+                scratch, address, size = workspace_of(QC.QC_OP_GEMM_4BIT, device, stream, dtype, m, n, k, A)
+                if host and scratch is None:
+                    last = (key, dtype, m)
             bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
-            status = function(
-                device,
-                stream,
-                dtype,
-                m,
-                n,
-                k,
-                A.data_ptr(),
-                packed,
-                bias_dtype,
-                bias_ptr,
-                out.data_ptr(),
-                address,
-                size,
-            )
+            x, y = A.data_ptr(), out.data_ptr()
+            status = function(device, stream, dtype, m, n, k, x, packed, bias_dtype, bias_ptr, y, address, size)
             if status:
                 check(status)
 

@@ -265,6 +265,11 @@ def _process_selection() -> _Selection:
     return _process
 
 
+def selection() -> object:
+    """What is selected now: the same object as before means that every device still has the same backend."""
+    return _override.get() or _process or _process_selection()
+
+
 def backend_for(device: torch.device | str) -> Backend:
     """The backend that serves tensors of ``device`` under the current selection.
 
