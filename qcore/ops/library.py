@@ -16,15 +16,14 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
-_LIBRARY = torch.library.Library("qcore", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("qcore", "DEF")
 _NO_DISPATCH = Tensor.__torch_dispatch__
 
 
 def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define ``torch.ops.qcore.<name>``: ``kernel`` on every device, ``fake`` for shapes alone."""
-    tags = (torch.Tag.pt2_compliant_tag,)
-    _LIBRARY.define(name + schema, tags=tags)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcore::{name}", fake, lib=_LIBRARY)
 
 
