@@ -56,7 +56,8 @@ def gemm_bound(truth: Product, declaration: GemmDeclaration, k: int, dtype: str)
     out = FORMATS[dtype]
     du = declaration.depth(k) * u
     u_w = out.unit_roundoff if declaration.weight_rounding == "compute" and dtype != "f32" else 0.0
-    a = (du / (1 - du) + u + u_w) * truth.magnitude
+    g = du / (1 - du)
+    a = ((1 + g) * (1 + u) * (1 + u_w) - 1) * truth.magnitude
     bound = a + out.unit_roundoff * (np.abs(truth.exact) + a)
     denormal = np.abs(truth.exact) - bound < out.smallest_normal
     return np.asarray(bound + np.where(denormal, out.smallest_denormal / 2, 0.0))

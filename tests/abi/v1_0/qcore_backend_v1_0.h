@@ -9,7 +9,8 @@
  *  - Arrays are contiguous, row-major. Counts are int64_t and not negative. Inputs and outputs do not overlap.
  *  - Arguments are checked first: on any status but QC_OK nothing has been written (asynchronous faults excepted).
  *  - It never synchronises, allocates device memory, or changes the current device. It is re-entrant. It can be
- *    captured in a CUDA or HIP graph. Scratch comes from the caller; workspace() says how much.
+ *    captured in a CUDA or HIP graph. Scratch comes from the caller, at an address that is a multiple of 64;
+ *    workspace() says how much.
  *  - `device` is the index of the device, 0 on a host. `stream` is the CUDA or HIP stream; on a host it is the
  *    largest number of threads that the call may use, 0 for the library's own choice.
  *  - No exception leaves it.
@@ -71,7 +72,7 @@ typedef struct qc_weight_4bit {
     int64_t blocksize;
     int64_t nested_blocksize;
     int32_t format; /* QC_NF4 or QC_FP4 */
-    int32_t layout; /* 0: as stored */
+    int32_t layout; /* 0: as stored; a library refuses every other with QC_UNSUPPORTED or QC_INVALID_ARGUMENT */
 } qc_weight_4bit;
 
 typedef struct qc_api {
@@ -86,9 +87,9 @@ typedef struct qc_api {
     qc_status (*device_count)(int32_t *count);
     /* JSON (UTF-8) that stays valid while the library is loaded: "name", "arch", "driver", "runtime", "torch_device"
      * ("cpu", "cuda"), and "declarations": {"gemm_4bit": {"depth": {"lanes", "extra"}, "weight_rounding"}, ...};
-     * d(K) = ceil(K / lanes) + extra (QC-GEMM4-002). */
+     * d(K) = ceil(K / lanes) + extra (QC-GEMM4-002). {op: {"deterministic": false}} admits QC-NUM-007's exception. */
     qc_status (*describe)(int32_t device, const char **json);
-    /* Bytes of scratch that op needs for these sizes (GEMM: M, N, K; others: rows, columns, 0), 256-byte aligned. */
+    /* Bytes of scratch that op needs for these sizes (GEMM: M, N, K; others: rows, columns, 0). */
     qc_status (*workspace)(int32_t op, int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
                            int64_t *bytes);
 
