@@ -23,7 +23,7 @@ from qcore.errors import BackendUnavailable, Unsupported
 
 FROZEN = Path(__file__).parent / "v1_0"
 FROZEN_HEADER = FROZEN / "qcore_backend_v1_0.h"
-FROZEN_SHA256 = "017ad2075b9bd63e960d3ac9ae539a463b93a56c3ac34c3b5a61996b9082453b"
+FROZEN_SHA256 = "aaba6764043e2619cf946fb954e2cd738d8a287e3460438ff7c1f8919a469abb"
 
 Build = Callable[..., Path]
 

@@ -38,10 +38,11 @@ def test_a_correctly_rounded_tie_passes_and_the_next_value_fails(dtype: str) -> 
 def test_the_bound_is_the_clauses() -> None:
     d, u = 10, 2.0**-24
     declaration = GemmDeclaration(lanes=2, extra=2, weight_rounding="compute")
-    a = (d * u / (1 - d * u) + u + 2.0**-8) * 7.0
+    g = d * u / (1 - d * u)
+    a = ((1 + g) * (1 + u) * (1 + 2.0**-8) - 1) * 7.0
     want = a + 2.0**-8 * (3.0 + a)
     assert gemm_bound(_truth(-3.0, 7.0), declaration, 16, "bf16")[0, 0] == pytest.approx(want, rel=1e-12)
-    a = (d * u / (1 - d * u) + u) * 7.0
+    a = ((1 + g) * (1 + u) - 1) * 7.0
     assert gemm_bound(_truth(-3.0, 7.0), declaration, 16, "f32")[0, 0] == pytest.approx(a + u * (3 + a), rel=1e-12)
 
 
