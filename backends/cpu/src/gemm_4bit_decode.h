@@ -31,10 +31,7 @@ struct BlockTable {
 
     BlockTable(const float *table, float absmax) {
         for (int i = 0; i < 16; i += kLanes) {
-            const F32 scaled = load(table + i) * splat(absmax);
-            alignas(64) T rounded[kLanes];
-            store(rounded, scaled);
-            store(value + i, load(rounded));
+            store(value + i, rounded_to<T>(load(table + i) * splat(absmax)));
         }
     }
 };
@@ -96,18 +93,7 @@ inline void decode(const Gemm4Weight &w, int64_t first, int64_t count, float *ou
     }
 }
 
-#if defined(__AVX512BF16__)
-
-// 16 values of a block as bfloat16. Right for regular blocks only, since the conversion flushes denormals.
-inline __m256i bf16_values(__m512 table, float absmax) {
-    return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(absmax)));
-}
-
-// The same twice: an index with a stray fifth bit finds the same value.
-inline __m512i bf16_table(__m512 table, float absmax) {
-    const __m256i values = bf16_values(table, absmax);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
-}
+#if defined(__AVX512BW__)
 
 constexpr int64_t kAbsmaxRun = 64;   // absmax values decoded at a time, at most
 constexpr int64_t kPrefetch = 2048;  // bytes that a row of W is fetched ahead
@@ -131,6 +117,21 @@ inline const float *absmax_run(const Gemm4Weight &w, int64_t block, int64_t coun
         _mm512_mask_storeu_ps(out + i, some, _mm512_add_ps(scaled, _mm512_set1_ps(w.nested_offset)));
     }
     return out;
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
+
+// 16 values of a block as bfloat16. Right for regular blocks only, since the conversion flushes denormals.
+inline __m256i bf16_values(__m512 table, float absmax) {
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(absmax)));
+}
+
+// The same twice: an index with a stray fifth bit finds the same value.
+inline __m512i bf16_table(__m512 table, float absmax) {
+    const __m256i values = bf16_values(table, absmax);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
 }
 
 inline bool regular_blocks(const float *absmax, int64_t count) {

@@ -1,4 +1,4 @@
-// gemm_4bit for one row of bfloat16 X on AVX512-BF16.
+// gemm_4bit for one row of X on AVX-512: bfloat16 products on AVX512-BF16, float32 on all.
 //
 // Memory picture: W is read once, half a byte an element, straight through; X is 2 KiB per 1024 elements and stays in
 // L1. A block of 64 weights costs ten operations on the two vector ports: three make its table (multiply, round), one
@@ -6,15 +6,80 @@
 // about five cycles.
 //
 // The words hold the even elements of the 64 in their high nibbles and the odd ones in their low nibbles, so X is
-// brought into that order: [32 even][32 odd].
+// brought into that order: [32 even][32 odd]. In float32 the same happens by 32 elements, [16 even][16 odd].
 #ifndef QCORE_CPU_GEMM_4BIT_GEMV_H
 #define QCORE_CPU_GEMM_4BIT_GEMV_H
 
 #include "gemm_4bit_dot.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BW__)
 
 namespace qcore::cpu::QC_ISA {
+
+// Rows must be made of whole blocks, and so of whole groups of 32.
+inline bool float_gemv_serves(const Gemm4 &p) { return p.m == 1 && p.k % (int64_t{1} << p.w.shift) == 0; }
+
+template <class T>
+inline void split_even_odd(const T *x, int64_t k, float *out) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int64_t i = 0; i < k; i += 32) {
+        const auto a = (__m512)load(x + i);
+        const auto b = (__m512)load(x + i + 16);
+        _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(a, even, b));
+        _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(a, odd, b));
+    }
+}
+
+// The sum of one row of W, rounded to T, with `x` in split order.
+template <class T>
+inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x) {
+    const Gemm4Weight &w = p.w;
+    const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
+    const int64_t blocks = p.k >> w.shift;
+    const int64_t groups = int64_t{1} << (w.shift - 5);
+    float decoded[kAbsmaxRun];
+    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int64_t b0 = 0; b0 < blocks; b0 += kAbsmaxRun) {
+        const int64_t count = b0 + kAbsmaxRun < blocks ? kAbsmaxRun : blocks - b0;
+        const float *absmax = absmax_run(w, n * blocks + b0, count, decoded);
+        for (int64_t b = 0; b < count; ++b) {
+            const auto table = (__m512)rounded_to<T>(load(w.table) * splat(absmax[b]));
+            for (int64_t g = 0; g < groups; ++g) {
+                _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
+                const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
+                const auto high = (F32)_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table);
+                const auto low = (F32)_mm512_permutexvar_ps(pair, table);
+                const F32 even = multiply_add(load(x), high, s0);
+                const F32 odd = multiply_add(load(x + 16), low, s1);
+                s0 = s2;
+                s1 = s3;
+                s2 = even;
+                s3 = odd;
+                bytes += 16;
+                x += 32;
+            }
+        }
+    }
+    float sums[kStrip];
+    sum_lanes(s0, s1, s2, s3, sums);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Columns n0 ... n1 - 1 of the only row; scratch for p.k floats.
+template <class T>
+inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) {
+    auto *x = static_cast<float *>(scratch);
+    split_even_odd(static_cast<const T *>(p.x), p.k, x);
+    for (int64_t n = n0; n < n1; ++n) {
+        float bias;
+        const float sum = float_gemv_row<T>(p, n, x);
+        load_bias(p, n, 1, &bias);
+        finish_row(p, &sum, &bias, 1, static_cast<T *>(p.out) + n);
+    }
+}
+
+#if defined(__AVX512BF16__)
 
 
 // Rows must be made of whole blocks and whole groups of 64.
@@ -76,6 +141,8 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
     *sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     return true;
 }
+
+#endif
 
 }  // namespace qcore::cpu::QC_ISA
 

@@ -11,6 +11,26 @@
 namespace qcore::cpu::QC_ISA {
 namespace {
 
+int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Bytes for multiply_in_float; float_gemv_serves also depends on the weight, which workspace() does not know.
+int64_t float_scratch_bytes(const Gemm4 &p, int64_t rows) {
+    const int64_t row = p.m == 1 ? p.k * static_cast<int64_t>(sizeof(float)) : 0;
+    return max64(DotScratch<InFloat<float>>::bytes(rows), row);
+}
+
+// In float32, from values of T: right for every value.
+template <class T>
+void multiply_in_float(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch) {
+#if defined(__AVX512BW__)
+    if (float_gemv_serves(p)) {
+        multiply_row<T>(p, n0, n1, scratch);
+        return;
+    }
+#endif
+    multiply_by_dots<InFloat<T>>(p, row0, rows, n0, n1, scratch, [](int64_t, int64_t) {});
+}
+
 #if defined(__AVX512BF16__)
 
 constexpr int64_t kFlagBytes = Gemm4Kernels::kRows;  // the packed X starts with a byte for each row: is it irregular?
@@ -60,15 +80,10 @@ void pack(const Gemm4 &p, int64_t row0, int64_t rows, int64_t group, void *packe
 #endif
 }
 
-int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 int64_t scratch_bytes(const Gemm4 &p, int64_t rows, int64_t columns) {
-    const int64_t exact = DotScratch<InFloat<float>>::bytes(rows);
+    const int64_t exact = float_scratch_bytes(p, rows);
     if (p.dtype != QC_BF16) {
         return exact;
-    }
-    if (p.m == 1) {  // gemv_serves also depends on the weight, which workspace() does not know
-        return max64(max64(exact, p.k * static_cast<int64_t>(sizeof(Bfloat))), DotScratch<InBf16>::bytes(rows));
     }
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
@@ -82,9 +97,8 @@ int64_t scratch_bytes(const Gemm4 &p, int64_t rows, int64_t columns) {
 void multiply_bf16(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
                    void *scratch) {
     const auto *flags = static_cast<const uint8_t *>(packed);
-    const auto ignore = [](int64_t, int64_t) {};
     const auto again = [&](int64_t first_row, int64_t some_rows, int64_t first, int64_t end) {
-        multiply_by_dots<InFloat<Bfloat>>(p, row0 + first_row, some_rows, first, end, scratch, ignore);
+        multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, first, end, scratch);
     };
     if (gemv_serves(p) && flags[0] == 0) {
         auto *x = static_cast<Bfloat *>(scratch);
@@ -126,22 +140,21 @@ int64_t packed_bytes(const Gemm4 &, int64_t) { return 0; }
 
 void pack(const Gemm4 &, int64_t, int64_t, int64_t, void *) {}
 
-int64_t scratch_bytes(const Gemm4 &, int64_t rows, int64_t) { return DotScratch<InFloat<float>>::bytes(rows); }
+int64_t scratch_bytes(const Gemm4 &p, int64_t rows, int64_t) { return float_scratch_bytes(p, rows); }
 
 void multiply_bf16(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *, void *scratch) {
-    multiply_by_dots<InFloat<Bfloat>>(p, row0, rows, n0, n1, scratch, [](int64_t, int64_t) {});
+    multiply_in_float<Bfloat>(p, row0, rows, n0, n1, scratch);
 }
 
 #endif
 
 void multiply(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed, void *scratch) {
-    const auto all_served = [](int64_t, int64_t) {};
     switch (p.dtype) {
         case QC_F32:
-            multiply_by_dots<InFloat<float>>(p, row0, rows, n0, n1, scratch, all_served);
+            multiply_in_float<float>(p, row0, rows, n0, n1, scratch);
             break;
         case QC_F16:
-            multiply_by_dots<InFloat<Half>>(p, row0, rows, n0, n1, scratch, all_served);
+            multiply_in_float<Half>(p, row0, rows, n0, n1, scratch);
             break;
         default:
             multiply_bf16(p, row0, rows, n0, n1, packed, scratch);

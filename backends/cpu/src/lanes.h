@@ -90,6 +90,28 @@ inline void store(Half *p, F32 x) {
 #endif
 }
 
+// x rounded to T, as float32.
+template <class T>
+inline F32 rounded_to(F32 x) {
+    alignas(64) T rounded[kLanes];
+    store(rounded, x);
+    return load(rounded);
+}
+template <>
+inline F32 rounded_to<float>(F32 x) {
+    return x;
+}
+template <>
+inline F32 rounded_to<Bfloat>(F32 x) {
+    return (F32)(bf16_bits(x) << 16);
+}
+#if defined(__AVX512F__)
+template <>
+inline F32 rounded_to<Half>(F32 x) {
+    return (F32)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 }  // namespace qcore::cpu::QC_ISA
 
 #endif  // QCORE_CPU_LANES_H
