@@ -52,7 +52,7 @@ def mixed() -> Report:
         [
             result("quantize_4bit/L0/blocksize-33", clauses=["QC-NUM-006"]),
             result("quantize_4bit/L1/nf4-f32-bs64-n65", clauses=["QC-NF4-002", "QC-4BIT-002"], seconds=0.4),
-            result("quantize_4bit/L1/fp4-bf16-bs64-n65", Outcome.FAILED, message="byte 3 <is> 0x17, expected 0x71 & more"),
+            result("quantize_4bit/L1/fp4-bf16-n65", Outcome.FAILED, message="byte 3 <is> 0x17, expected 0x71 & more"),
             result("gemm_4bit/L2/nf4-f32-m1", worst=0.31),
             result("gemm_4bit/L2/nf4-bf16-m1", worst=0.62),
             result("gemm_4bit/L2/nf4-f16-m1", Outcome.WAIVED, worst=1.8, message="failed: 1.8 over bound",

@@ -162,8 +162,8 @@ def test_junit_counts_and_reproduces() -> None:
         "tests": "12", "failures": "2", "errors": "2", "skipped": "3",
     }  # fmt: skip
     assert len(root.findall(".//testcase")) == 12
-    (failure,) = [case for case in root.iter("testcase") if case.get("name") == "quantize_4bit/L1/fp4-bf16-bs64-n65"]
-    assert "repro quantize_4bit/L1/fp4-bf16-bs64-n65 --backend acme --seed 7" in (failure[0].text or "")
+    (failure,) = [case for case in root.iter("testcase") if case.get("name") == "quantize_4bit/L1/fp4-bf16-n65"]
+    assert "repro quantize_4bit/L1/fp4-bf16-n65 --backend acme --seed 7" in (failure[0].text or "")
     assert failure[0].get("message") == "byte 3 <is> 0x17, expected 0x71 & more"
 
 
