@@ -101,7 +101,7 @@ class Linear4bit(Quantized4bit, nn.Linear):
             and not _is_any_autocast_enabled()
             and not is_compiling()
         ):
-            return gemm(x, bias)  # the handle looks at everything else that may have changed
+            return gemm.eager(x, bias)  # the handle looks at everything else that may have changed
         return self._forward_any(x)
 
     def _forward_any(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from qcore.backend.interface import Backend, PreparedGemm, Weight4bit
-from qcore.backend.registry import backend_for
+from qcore.backend.registry import backend_for, selection
 from qcore.ops import compose, validate
 from qcore.ops.gradient import product, record
 from qcore.ops.weight4bit import checked_weight_values, planned_product, require_matrix
@@ -29,6 +29,7 @@ class HasAbsmax(Protocol):
 class _Ready(NamedTuple):
     """What a handle was prepared for, and the last arguments that were found to fit."""
 
+    selection: object  # while this is selected, `backend` serves `device`
     backend: Backend
     call: PreparedGemm
     packed_address: int
@@ -79,25 +80,30 @@ class PreparedGemm4bit:
         weight = checked_weight_values("gemm_4bit", weight)
         require_matrix(weight)
         device = weight.packed.device
-        backend = backend_for(device)
+        selected, backend = selection(), backend_for(device)
         prepare = (
             backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
         )
         addresses = (self._packed.data_ptr(), self._state.absmax.data_ptr())
-        return _Ready(backend, prepare(weight), *addresses, device, weight, None, None, (), None, 0)
+        return _Ready(selected, backend, prepare(weight), *addresses, device, weight, None, None, (), None, 0)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._traced(x, bias) if is_compiling() else self.eager(x, bias)
+
+    def eager(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The call, for a layer that has asked ``is_compiling()`` itself."""
         # One read of one attribute: another thread may prepare the handle again meanwhile.
-        backend, call, packed, absmax, device, weight, dtype, shape, out_shape, known_bias, bias_address = self._ready
+        selected, _, call, packed, absmax, device, weight, dtype, shape, out_shape, known_bias, bias_address = (
+            self._ready
+        )
         if (
-            is_compiling()
-            or type(x) is not Tensor
+            type(x) is not Tensor
             or x.dtype is not dtype
             or x.shape != shape
             or x.device != device
             or not x.is_contiguous()
             or x.is_neg()
-            or backend_for(device) is not backend
+            or selection() is not selected
             or self._packed.data_ptr() != packed
             or self._state.absmax.data_ptr() != absmax
             or (bias is not None and (bias is not known_bias or bias.data_ptr() != bias_address))
@@ -118,18 +124,21 @@ class PreparedGemm4bit:
         ready.call(x, bias, out)
         return out
 
+    def _traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """A tracer has to see where the weight comes from, not the copy of its address that was prepared."""
+        return product(x, self._load(), bias, self._run_any, self._decode)
+
     def _slow(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What the short path leaves out: tracing, transforms, other layouts, a changed weight or backend."""
-        if is_compiling():
-            # A tracer has to see where the weight comes from, not the copy of its address that was prepared.
-            return product(x, self._load(), bias, self._run_any, self._decode)
-        ready = self._ready
+        """What the short path leaves out: modes, transforms, other layouts, a changed weight or backend."""
+        ready, selected = self._ready, selection()
         if (
             backend_for(self._packed.device) is not ready.backend
             or self._packed.data_ptr() != ready.packed_address
             or self._state.absmax.data_ptr() != ready.absmax_address
         ):
             self._ready = self._prepared(self._load())
+        elif selected is not ready.selection:
+            self._ready = ready._replace(selection=selected)
         return product(x, self._ready.weight, bias, self._run_any, self._decode)
 
     def _run_any(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,7 +147,7 @@ class PreparedGemm4bit:
         out = planned_product(x, ready.weight, bias)
         plain = bias is None or (bias.is_contiguous() and not bias.is_neg())
         known = (bias, 0 if bias is None else bias.data_ptr()) if plain else (None, 0)
-        self._ready = _Ready(*ready[:6], x.dtype, x.shape, tuple(out.shape), *known)
+        self._ready = _Ready(*ready[:7], x.dtype, x.shape, tuple(out.shape), *known)
         ready.call(validate.readable(x), None if bias is None else validate.readable(bias), out)
         return out
 
