@@ -135,8 +135,9 @@ def smoke(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Time the ops and the host cost of a layer beside bitsandbytes."""
-    _python(session, "benchmarks/host_cost.py", *session.posargs)
-    _python(session, "benchmarks/ops.py", *session.posargs)
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    for program in ("host_cost", "ops"):
+        _python(session, f"benchmarks/{program}.py", "--json", str(REPORTS / f"{program}.json"), *session.posargs)
 
 
 @nox.session
