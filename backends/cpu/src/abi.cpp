@@ -79,9 +79,9 @@ Arguments &Arguments::at_most(const char *name, int64_t value, int64_t limit) {
 
 Arguments &Arguments::extent(const char *names, int64_t rows, int64_t columns) {
     if (ok() && rows > 0 && columns > kMaxElements / rows) {
-        status_ = fail(QC_INVALID_ARGUMENT, "%s: %s: expected a product of at most %lld, got %lld * %lld", op_, names,
-                       static_cast<long long>(kMaxElements), static_cast<long long>(rows),
-                       static_cast<long long>(columns));
+        status_ =
+            fail(QC_INVALID_ARGUMENT, "%s: %s: expected a product of at most %lld, got %lld * %lld", op_, names,
+                 static_cast<long long>(kMaxElements), static_cast<long long>(rows), static_cast<long long>(columns));
     }
     return *this;
 }

@@ -39,8 +39,7 @@ Machine probe() {
 #ifdef __x86_64__
     // __builtin_cpu_supports also asks XGETBV whether the operating system saves the registers.
     __builtin_cpu_init();
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
@@ -80,8 +79,7 @@ IsaChoice choose() {
             return choice;
         }
     }
-    choice.error =
-        std::string("QCORE_CPU_ISA=") + wanted + ": no such instruction set; this machine has " + available;
+    choice.error = std::string("QCORE_CPU_ISA=") + wanted + ": no such instruction set; this machine has " + available;
     return choice;
 }
 

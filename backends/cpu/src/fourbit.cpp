@@ -1,8 +1,7 @@
 // 4-bit quantize and dequantize: arguments, chunks, threads (docs/spec/20-4bit.md).
-#include "fourbit_kernels.h"
-
 #include "abi.h"
 #include "dispatch.h"
+#include "fourbit_kernels.h"
 #include "ops.h"
 #include "parallel.h"
 

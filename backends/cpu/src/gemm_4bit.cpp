@@ -72,11 +72,8 @@ std::string gemm_4bit_declaration() {
 }
 
 qc_status gemm_4bit_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
-    const Arguments arguments = Arguments(kOp, 0)
-                                    .dtype("dtype", dtype)
-                                    .extent("m, k", m, k)
-                                    .extent("n, k", n, k)
-                                    .extent("m, n", m, n);
+    const Arguments arguments =
+        Arguments(kOp, 0).dtype("dtype", dtype).extent("m, k", m, k).extent("n, k", n, k).extent("m, n", m, n);
     if (!arguments.ok()) {
         return arguments.status();
     }

@@ -33,7 +33,7 @@ inline void multiply_bf16_by_tiles(const Gemm4 &p, int64_t row0, int64_t rows, i
         const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
         for (int64_t i = 0; i < some; ++i) {
             const F32 sum = p.bias != nullptr ? (F32)v[i] + bias : (F32)v[i];
-            _mm256_mask_storeu_epi16(y + i * p.n, valid, (__m256i)__builtin_convertvector(bf16_bits(sum), U16));
+            _mm256_mask_storeu_epi16(y + i * p.n, valid, (__m256i) __builtin_convertvector(bf16_bits(sum), U16));
         }
     };
     const auto slice_done = [&](int64_t first, int64_t end) {

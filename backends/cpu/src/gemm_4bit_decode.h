@@ -43,9 +43,9 @@ inline void decode_even_run(const uint8_t *packed, int64_t first, int64_t count,
 #if defined(__AVX512F__)
     const __m512 table = _mm512_load_ps(value);
     // Byte e/2 into the dword of element e; its high nibble comes first. vpermps looks at 4 bits only.
-    const __m512i spread = _mm512_set_epi32(-256 + 7, -256 + 7, -256 + 6, -256 + 6, -256 + 5, -256 + 5, -256 + 4,
-                                            -256 + 4, -256 + 3, -256 + 3, -256 + 2, -256 + 2, -256 + 1, -256 + 1,
-                                            -256 + 0, -256 + 0);
+    const __m512i spread =
+        _mm512_set_epi32(-256 + 7, -256 + 7, -256 + 6, -256 + 6, -256 + 5, -256 + 5, -256 + 4, -256 + 4, -256 + 3,
+                         -256 + 3, -256 + 2, -256 + 2, -256 + 1, -256 + 1, -256 + 0, -256 + 0);
     const __m512i shift = _mm512_set1_epi64(4);
     for (; i + 16 <= count; i += 16) {
         uint64_t eight;
@@ -149,10 +149,10 @@ inline bool regular_blocks(const float *absmax, int64_t count) {
 // 32 values of a block by the nibbles of 16 bytes: each byte is put into two words, the high nibble brought down in
 // the first.
 inline __m512i decode_32(__m128i bytes, __m512i table) {
-    const __m512i spread = _mm512_set_epi8(
-        -1, 15, -1, 15, -1, 14, -1, 14, -1, 13, -1, 13, -1, 12, -1, 12, -1, 11, -1, 11, -1, 10, -1, 10, -1, 9, -1, 9,
-        -1, 8, -1, 8, -1, 7, -1, 7, -1, 6, -1, 6, -1, 5, -1, 5, -1, 4, -1, 4, -1, 3, -1, 3, -1, 2, -1, 2, -1, 1, -1, 1,
-        -1, 0, -1, 0);
+    const __m512i spread =
+        _mm512_set_epi8(-1, 15, -1, 15, -1, 14, -1, 14, -1, 13, -1, 13, -1, 12, -1, 12, -1, 11, -1, 11, -1, 10, -1, 10,
+                        -1, 9, -1, 9, -1, 8, -1, 8, -1, 7, -1, 7, -1, 6, -1, 6, -1, 5, -1, 5, -1, 4, -1, 4, -1, 3, -1,
+                        3, -1, 2, -1, 2, -1, 1, -1, 1, -1, 0, -1, 0);
     const __m512i words = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), spread);
     return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_set1_epi32(4)), table);
 }

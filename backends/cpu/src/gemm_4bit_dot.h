@@ -16,8 +16,8 @@
 namespace qcore::cpu::QC_ISA {
 
 constexpr int64_t kSpan = 1024;
-constexpr int64_t kStrip = 4;      // columns of Y, rows of W
-constexpr int64_t kFewRows = 4;    // rows of X up to which a panel is one strip
+constexpr int64_t kStrip = 4;    // columns of Y, rows of W
+constexpr int64_t kFewRows = 4;  // rows of X up to which a panel is one strip
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 

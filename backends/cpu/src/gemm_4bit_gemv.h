@@ -81,7 +81,6 @@ inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) 
 
 #if defined(__AVX512BF16__)
 
-
 // Rows must be made of whole blocks and whole groups of 64.
 inline bool gemv_serves(const Gemm4 &p) {
     return p.dtype == QC_BF16 && p.m == 1 && p.w.shift >= 6 && p.k % (int64_t{1} << p.w.shift) == 0;

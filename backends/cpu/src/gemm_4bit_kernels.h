@@ -8,14 +8,14 @@ namespace qcore::cpu {
 
 struct Gemm4Weight {
     const uint8_t *packed;
-    const float *absmax;         // one a block, or null: then codes, decoded by QC-NEST-003
+    const float *absmax;  // one a block, or null: then codes, decoded by QC-NEST-003
     const uint8_t *codes;
     const float *nested_absmax;
     const float *nested_code;
     float nested_offset;
-    int32_t shift;               // log2 of the block size
+    int32_t shift;  // log2 of the block size
     int32_t nested_shift;
-    const float *table;          // 16 values, by code
+    const float *table;  // 16 values, by code
 };
 
 struct Gemm4 {
@@ -23,7 +23,7 @@ struct Gemm4 {
     int32_t bias_dtype;
     int64_t m, n, k;
     const void *x;
-    const void *bias;            // or null
+    const void *bias;  // or null
     void *out;
     Gemm4Weight w;
 };

@@ -7,7 +7,6 @@
 // Memory picture without tiles: a panel of rows of B of up to 256 KiB (L2) meets four rows of A at a time (L1), four
 // columns at a time, sixteen sums in registers; with few rows of A, B is read once, straight through.
 #include "int8_kernels.h"
-
 #include "int8_scale.h"
 #include "tiles.h"
 
@@ -55,8 +54,8 @@ void multiply(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t
 
 #else
 
-constexpr int64_t kStrip = 4;                 // columns of C, rows of B
-constexpr int64_t kFewRows = 4;               // rows of A at a time
+constexpr int64_t kStrip = 4;    // columns of C, rows of B
+constexpr int64_t kFewRows = 4;  // rows of A at a time
 constexpr int64_t kPanelBytes = 256 << 10;
 
 // How kBytes elements of A and of B are multiplied into sums of Sum. `kOffset` says that A counts from -128.
@@ -181,8 +180,8 @@ void dot(const int8_t *a, const int8_t *const *b, const uint32_t *offset, int64_
     for (int r = 0; r < kRows; ++r) {
         for (int c = 0; c < kStrip; ++c) {
             const uint32_t total = static_cast<uint32_t>(Step::total(sum[r][c])) - offset[c];
-            out[r * out_stride + c] = static_cast<int32_t>(
-                total + static_cast<uint32_t>(tail_product(a + r * k, b[c], whole, k)));
+            out[r * out_stride + c] =
+                static_cast<int32_t>(total + static_cast<uint32_t>(tail_product(a + r * k, b[c], whole, k)));
         }
     }
 }

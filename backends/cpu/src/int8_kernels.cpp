@@ -8,9 +8,9 @@
 namespace qcore::cpu::QC_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;        // elements after which a row is looked through for outliers
+constexpr int64_t kChunk = 256;  // elements after which a row is looked through for outliers
 constexpr int64_t kStripColumns = 512;
-constexpr float kRound = 0x1.8p23f;    // adding and taking it away rounds to an integer, ties to even, up to 2^22
+constexpr float kRound = 0x1.8p23f;         // adding and taking it away rounds to an integer, ties to even, up to 2^22
 constexpr float kSeventh = 0x1.020408p-7f;  // 1 / 127
 
 I32 magnitude_bits(F32 x) { return (I32)x & 0x7fffffff; }

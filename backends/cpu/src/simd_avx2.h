@@ -83,8 +83,8 @@ class Nf4Codes {
         root_ = _mm256_set1_ps(middle(7));
         second_ = _mm256_setr_ps(middle(3), middle(11), 0, 0, 0, 0, 0, 0);
         third_ = _mm256_setr_ps(middle(1), middle(5), middle(9), middle(13), 0, 0, 0, 0);
-        fourth_ = _mm256_setr_ps(middle(0), middle(2), middle(4), middle(6), middle(8), middle(10), middle(12),
-                                 middle(14));
+        fourth_ =
+            _mm256_setr_ps(middle(0), middle(2), middle(4), middle(6), middle(8), middle(10), middle(12), middle(14));
     }
     Int operator()(Float y) const {
         Int node = descend(zero(), y, root_);

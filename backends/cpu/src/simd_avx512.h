@@ -15,9 +15,7 @@ using Float = __m512;
 using Int = __m512i;
 
 inline Float load(const float *p) { return _mm512_loadu_ps(p); }
-inline Float load(const Half *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-}
+inline Float load(const Half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
 inline Float load(const Bfloat *p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

@@ -103,7 +103,7 @@ class CodebookCodes {
         const Int sign = reinterpret_cast<Int>(y) >> 31;
         Int code = zero();
         for (int i = 0; i < kLanes; ++i) {
-            code[i] = size[i] == 0 ? book_.zero_code
+            code[i] = size[i] == 0    ? book_.zero_code
                       : book_.indexed ? look_up(size[i], sign[i])
                                       : search((size[i] ^ sign[i]) - sign[i]);
         }

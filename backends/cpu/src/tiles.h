@@ -17,13 +17,13 @@
 
 namespace qcore::cpu::QC_ISA {
 
-constexpr int64_t kTile = 16;            // rows of a tile
+constexpr int64_t kTile = 16;  // rows of a tile
 constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kTileBytes = kTile * kTileRowBytes;
-constexpr int64_t kTileSpan = 1024;      // bytes of K at a time
+constexpr int64_t kTileSpan = 1024;  // bytes of K at a time
 constexpr int64_t kTilesOfSpan = kTileSpan / kTileRowBytes;
-constexpr int64_t kTilePanel = 32;       // rows of W at a time
-constexpr int64_t kTileSlice = 256;      // columns whose sums wait in scratch
+constexpr int64_t kTilePanel = 32;   // rows of W at a time
+constexpr int64_t kTileSlice = 256;  // columns whose sums wait in scratch
 // Stride of rows of W: an odd number of cache lines spreads them over the sets.
 constexpr int64_t kTileStride = kTileSpan + 64;
 constexpr int64_t kTileWeightBytes = kTilePanel * kTileStride;
