@@ -34,7 +34,10 @@ def test_help_does_not_wait_for_torch() -> None:
     assert all(name in done.stdout for name in ("quantize", "generate", "eval", "info"))
 
 
-def test_quantize_prints_a_table_and_sizes(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_prints_a_table_and_sizes(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrower terminal cuts the names short
     assert quantize(source, "--format", "nf4") == 0
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if "down_proj" in line)
