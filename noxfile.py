@@ -155,12 +155,14 @@ def summary(session: nox.Session) -> None:
     """Add up the JUnit reports of build/reports; fails if nothing ran."""
     passed = failed = skipped = 0
     for path in sorted(REPORTS.rglob("*.xml")):
-        for suite in ElementTree.parse(path).getroot().iter("testsuite"):
-            count, bad, left_out = (int(suite.get(key, 0)) for key in ("tests", "failures", "skipped"))
-            bad += int(suite.get("errors", 0))
-            good = count - bad - left_out
-            session.log(f"{path.relative_to(REPORTS)}: {good} passed, {bad} failed, {left_out} skipped")
-            passed, failed, skipped = passed + good, failed + bad, skipped + left_out
+        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+        ran, bad, broken, left = (
+            sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+        )
+        bad += broken
+        good = ran - bad - left
+        session.log(f"{path.relative_to(REPORTS)}: {good} passed, {bad} failed, {left} skipped")
+        passed, failed, skipped = passed + good, failed + bad, skipped + left
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
     if failed or not passed:
         session.error("tests failed" if failed else "no test ran")
