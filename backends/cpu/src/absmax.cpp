@@ -86,8 +86,12 @@ qc_status dequantize_absmax(int32_t device, uintptr_t stream, uintptr_t a, uintp
         const float center = *pointer<const float>(offset);
         float *values = pointer<float>(out);
         for_blocks(n, blocksize, stream, [&](int64_t first, int64_t last) {
-            for (int64_t i = first * blocksize; i < n && i < last * blocksize; ++i) {
-                values[i] = table[codes[i]] * scales[i / blocksize] + center;
+            for (int64_t block = first; block < last; ++block) {
+                const float scale = scales[block];
+                const int64_t end = (block + 1) * blocksize < n ? (block + 1) * blocksize : n;
+                for (int64_t i = block * blocksize; i < end; ++i) {
+                    values[i] = table[codes[i]] * scale + center;
+                }
             }
         });
         return qc_status{QC_OK};
