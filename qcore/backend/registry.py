@@ -42,8 +42,8 @@ ANY_DEVICE = "*"
 # Backends of this project and how to get them; everything else is found through its entry point alone.
 _FIRST_PARTY: Mapping[str, str] = {
     "cpu": "pip install qcore-cpu",
-    "cuda": "pip install qcore-cuda",
-    "hip": "pip install qcore-hip",
+    "cuda": "this project has released no CUDA backend yet",
+    "hip": "this project has released no HIP backend yet",
     "cpu_reference": "pip install qcore-quant",
 }
 
