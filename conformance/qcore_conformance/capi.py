@@ -129,7 +129,7 @@ def invoke(
 
 
 class _Scratch:
-    """A workspace of exactly ``size`` bytes, aligned to 256, between canaries."""
+    """A workspace of exactly ``size`` bytes, aligned to 64 and no more, between canaries."""
 
     _MARGIN = 4096
 
@@ -138,7 +138,8 @@ class _Scratch:
 
         device = next(iter(tensors.values())).device if tensors else "cpu"
         self._raw = torch.full((size + 256 + 2 * self._MARGIN,), 0xC3, dtype=torch.uint8, device=device)
-        self._start = self._MARGIN + -(self._raw.data_ptr() + self._MARGIN) % 256
+        # A multiple of 64, as the header promises, and of nothing larger.
+        self._start = self._MARGIN + (64 - (self._raw.data_ptr() + self._MARGIN)) % 128
         self._size = size
         self.address = self._raw.data_ptr() + self._start if size else 0
 
