@@ -227,11 +227,6 @@ class Params4bit(CodedParameter):
             return tuple(args[0]._with_data(part) for part in result)
         return result
 
-    def data_ptr(self) -> int:
-        # Asked for in every forward pass: the way through __torch_function__ takes four times as long.
-        address: int = torch._C._disabled_torch_function_impl(Tensor.data_ptr, (), (self,), {})
-        return address
-
     # FSDP resolves "weight.absmax" and the other names of a state dict by getattr. Properties, not __getattr__:
     # torch.compile traces them.
 

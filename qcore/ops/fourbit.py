@@ -15,7 +15,7 @@ from torch import Tensor
 from qcore.backend.interface import Weight4bit
 from qcore.backend.registry import backend_for
 from qcore.ops import compose, validate
-from qcore.ops.gradient import bias_gradient, input_gradient, product
+from qcore.ops.gradient import Factor, bias_gradient, input_gradient, product
 from qcore.ops.library import register, register_autograd, traced
 from qcore.ops.prepared import HasAbsmax, PreparedGemm4bit
 from qcore.ops.weight4bit import (
@@ -244,7 +244,7 @@ def gemm_4bit(A: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tens
     def run(A: Tensor, bias: Tensor | None) -> Tensor:
         return _gemm(A, weight, bias)
 
-    return product(A, weight, bias, run, dequantize_4bit)
+    return product(A, bias, Factor(weight, run, dequantize_4bit))
 
 
 def prepare_gemm_4bit(

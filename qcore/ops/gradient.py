@@ -7,7 +7,7 @@ Eager calls use :class:`Product`, a short call; functorch transforms use :class:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from qcore.backend.interface import Weight4bit
 from qcore.errors import Unsupported
 from qcore.ops.library import traced
 from qcore.ops.weight4bit import weight_arguments
+
+
+class Factor(NamedTuple):
+    """What a recorded product is made of: the weight, how to multiply by it, how to read it back."""
+
+    weight: Weight4bit
+    multiply: Callable[[Tensor, Tensor | None], Tensor]
+    decode: Callable[[Weight4bit, torch.dtype], Tensor]
 
 
 def wanted(A: Tensor, bias: Tensor | None) -> bool:
@@ -36,27 +44,22 @@ def bias_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """``apply(A, bias, weight, run, decode)``: ``run(A, bias)`` forward, ``decode(weight, dtype)`` for the way back."""
+    """``apply(A, bias, factor)``: ``factor.multiply(A, bias)`` forward, a product with the decoded weight back."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        A: Tensor,
-        bias: Tensor | None,
-        weight: Weight4bit,
-        run: Callable[[Tensor, Tensor | None], Tensor],
-        decode: Callable[[Weight4bit, torch.dtype], Tensor],
-    ) -> Tensor:
-        ctx.weight, ctx.decode = weight, decode
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return run(A, bias)
+    def forward(ctx: Any, A: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
+        ctx.factor = factor
+        if bias is not None:
+            ctx.bias_dtype = bias.dtype
+        return factor.multiply(A, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        wants_A, wants_bias, *_ = ctx.needs_input_grad
-        d_A = input_gradient(gradient, ctx.decode(ctx.weight, gradient.dtype)) if wants_A else None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        wants_A, wants_bias, _ = ctx.needs_input_grad
+        factor = ctx.factor
+        d_A = input_gradient(gradient, factor.decode(factor.weight, gradient.dtype)) if wants_A else None
         d_bias = bias_gradient(gradient, ctx.bias_dtype) if wants_bias else None
-        return d_A, d_bias, None, None, None
+        return d_A, d_bias, None
 
 
 # Function.apply without its search for functorch's wrappers, a third of its cost: for plain tensors outside transforms.
@@ -67,52 +70,36 @@ class FunctorchProduct(Product):
     """:class:`Product` for functorch transforms, which need a separate ``setup_context``: 30 us more a call."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        A: Tensor,
-        bias: Tensor | None,
-        weight: Weight4bit,
-        run: Callable[[Tensor, Tensor | None], Tensor],
-        decode: Callable[[Weight4bit, torch.dtype], Tensor],
-    ) -> Tensor:
-        return run(A, bias)
+    def forward(A: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:  # type: ignore[override]
+        return factor.multiply(A, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, bias, ctx.weight, _, ctx.decode = inputs
+        _, bias, ctx.factor = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        A: Tensor,
-        bias: Tensor | None,
-        weight: Weight4bit,
-        run: Callable[[Tensor, Tensor | None], Tensor],
-        decode: Callable[[Weight4bit, torch.dtype], Tensor],
+        info: Any, in_dims: tuple[int | None, ...], A: Tensor, bias: Tensor | None, factor: Factor
     ) -> tuple[Tensor, int]:
         if in_dims[0] is None or in_dims[1] is not None:
             raise Unsupported("gemm_4bit: vmap over bias is not supported, only over A; add a mapped bias afterwards")
-        return run(A.movedim(in_dims[0], 0), bias), 0
+        return factor.multiply(A.movedim(in_dims[0], 0), bias), 0
 
 
-def product(
-    A: Tensor,
-    weight: Weight4bit,
-    bias: Tensor | None,
-    run: Callable[[Tensor, Tensor | None], Tensor],
-    decode: Callable[[Weight4bit, torch.dtype], Tensor],
-) -> Tensor:
-    """``run(A, bias)`` with its gradient, or the registered op, as whoever watches this call needs it."""
+def product(A: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
+    """The product with its gradient, or the registered op, as whoever watches this call needs it."""
+    weight = factor.weight
     if not is_compiling() and peek_interpreter_stack() is not None:
-        # Inside a transform the tensors are wrapped; `run` may meet the next transform's wrappers.
+        # Inside a transform the tensors are wrapped; `multiply` may meet the next transform's wrappers.
         def unwrapped(A: Tensor, bias: Tensor | None) -> Tensor:
-            return product(A, weight, bias, run, decode)
+            return product(A, bias, factor)
 
-        transformed = FunctorchProduct.apply(A, bias, weight, unwrapped, decode)  # type: ignore[no-untyped-call]
+        inner = factor._replace(multiply=unwrapped)
+        transformed = FunctorchProduct.apply(A, bias, inner)  # type: ignore[no-untyped-call]
         return cast(Tensor, transformed)
     if traced(A, weight.packed, weight.absmax, bias):
         return cast(Tensor, torch.ops.qcore.gemm_4bit(A, bias, *weight_arguments(weight)))
     if wanted(A, bias):
-        return record(A, bias, weight, run, decode)
-    return run(A, bias)
+        return record(A, bias, factor)
+    return factor.multiply(A, bias)

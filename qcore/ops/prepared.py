@@ -8,15 +8,17 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _disabled_torch_function_impl, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from qcore.backend.interface import Backend, PreparedGemm, Weight4bit
 from qcore.backend.registry import backend_for, selection
 from qcore.ops import compose, validate
-from qcore.ops.gradient import product, record
+from qcore.ops.gradient import Factor, product, record
 from qcore.ops.weight4bit import checked_weight_values, planned_product, require_matrix
+
+_DATA_PTR = (Tensor.data_ptr, ())  # the function, and the types that would override it
 
 
 class HasAbsmax(Protocol):
@@ -35,7 +37,7 @@ class _Ready(NamedTuple):
     packed_address: int
     absmax_address: int
     device: torch.device
-    weight: Weight4bit
+    factor: Factor  # for products of `shape`, once there is one
     dtype: torch.dtype | None
     shape: torch.Size | None
     out_shape: tuple[int, ...]
@@ -55,7 +57,7 @@ class PreparedGemm4bit:
     whoever holds it prepares it again.
     """
 
-    __slots__ = ("_decode", "_load", "_packed", "_ready", "_state")
+    __slots__ = ("_decode", "_load", "_packed", "_packed_address", "_ready", "_state")
 
     def __init__(
         self,
@@ -68,13 +70,17 @@ class PreparedGemm4bit:
         self._decode = decode
         first = self._load()
         self._packed = first.packed if packed is None else packed
+        # Asked for in every call: a parameter's own data_ptr goes through __torch_function__, three times as long.
+        self._packed_address: Callable[[], int] = partial(
+            _disabled_torch_function_impl, *_DATA_PTR, (self._packed,), {}
+        )
         self._state: HasAbsmax = first if state is None else state
         self._ready = self._prepared(first)
 
     @property
     def weight(self) -> Weight4bit:
         """The weight as it was last prepared."""
-        return self._ready.weight
+        return self._ready.factor.weight
 
     def _prepared(self, weight: Weight4bit) -> _Ready:
         weight = checked_weight_values("gemm_4bit", weight)
@@ -84,8 +90,9 @@ class PreparedGemm4bit:
         prepare = (
             backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
         )
-        addresses = (self._packed.data_ptr(), self._state.absmax.data_ptr())
-        return _Ready(selected, backend, prepare(weight), *addresses, device, weight, None, None, (), None, 0)
+        addresses = (self._packed_address(), self._state.absmax.data_ptr())
+        factor = Factor(weight, self._run_any, self._decode)
+        return _Ready(selected, backend, prepare(weight), *addresses, device, factor, None, None, (), None, 0)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._traced(x, bias) if is_compiling() else self.eager(x, bias)
@@ -93,7 +100,7 @@ class PreparedGemm4bit:
     def eager(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The call, for a layer that has asked ``is_compiling()`` itself."""
         # One read of one attribute: another thread may prepare the handle again meanwhile.
-        selected, _, call, packed, absmax, device, weight, dtype, shape, out_shape, known_bias, bias_address = (
+        selected, _, call, packed, absmax, device, factor, dtype, shape, out_shape, known_bias, bias_address = (
             self._ready
         )
         if (
@@ -104,7 +111,7 @@ class PreparedGemm4bit:
             or not x.is_contiguous()
             or x.is_neg()
             or selection() is not selected
-            or self._packed.data_ptr() != packed
+            or self._packed_address() != packed
             or self._state.absmax.data_ptr() != absmax
             or (bias is not None and (bias is not known_bias or bias.data_ptr() != bias_address))
             or _len_torch_dispatch_stack()
@@ -112,44 +119,46 @@ class PreparedGemm4bit:
         ):
             return self._slow(x, bias)
         if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return record(x, bias, weight, self._run, self._decode)
+            return record(x, bias, factor)
         out = x.new_empty(out_shape)
         call(x, bias, out)
         return out
 
-    def _run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product of arguments that were found to fit."""
-        ready = self._ready
-        out = x.new_empty((*x.shape[:-1], ready.weight.shape[0]))
-        ready.call(x, bias, out)
-        return out
-
     def _traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """A tracer has to see where the weight comes from, not the copy of its address that was prepared."""
-        return product(x, self._load(), bias, self._run_any, self._decode)
+        return product(x, bias, Factor(self._load(), self._run_any, self._decode))
 
     def _slow(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the short path leaves out: modes, transforms, other layouts, a changed weight or backend."""
         ready, selected = self._ready, selection()
         if (
             backend_for(self._packed.device) is not ready.backend
-            or self._packed.data_ptr() != ready.packed_address
+            or self._packed_address() != ready.packed_address
             or self._state.absmax.data_ptr() != ready.absmax_address
         ):
             self._ready = self._prepared(self._load())
         elif selected is not ready.selection:
             self._ready = ready._replace(selection=selected)
-        return product(x, self._ready.weight, bias, self._run_any, self._decode)
+        return product(x, bias, self._ready.factor._replace(multiply=self._run_any))
 
     def _run_any(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of plain tensors, checked; what was found to fit is remembered for the short path."""
         ready = self._ready
-        out = planned_product(x, ready.weight, bias)
+        out = planned_product(x, ready.factor.weight, bias)
         plain = bias is None or (bias.is_contiguous() and not bias.is_neg())
         known = (bias, 0 if bias is None else bias.data_ptr()) if plain else (None, 0)
-        self._ready = _Ready(*ready[:7], x.dtype, x.shape, tuple(out.shape), *known)
+        out_shape = tuple(out.shape)
+        factor = ready.factor._replace(multiply=partial(_multiply, ready.call, out_shape))
+        self._ready = _Ready(*ready[:6], factor, x.dtype, x.shape, out_shape, *known)
         ready.call(validate.readable(x), None if bias is None else validate.readable(bias), out)
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def _multiply(call: PreparedGemm, out_shape: tuple[int, ...], x: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of arguments that were found to fit."""
+    out = x.new_empty(out_shape)
+    call(x, bias, out)
+    return out
