@@ -168,19 +168,31 @@ void columns_of(const T *a, int64_t m, int64_t k, float threshold, int64_t k0, i
             }
         }
         float scale[kStripColumns];
+        bool finite = true;
         for (int64_t i = 0; i < width; ++i) {
             scale[i] = stats[i] == 0.0f ? 0.0f : 127.0f / stats[i];
+            finite &= scale[i] <= 0x1.fffffep+127f;
         }
+        (void)finite;
+        const auto scaled = [&](const T *x, int64_t i) {
+            F32 v = load(x + i);
+            if (limit > 0.0f) {
+                v = (F32)((I32)v & (magnitude(v) < limit));
+            }
+            return v * load(scale + i);
+        };
         for (int64_t r = 0; r < m; ++r) {
             const T *x = a + r * k + strip;
             int8_t *codes = out + r * k + strip;
             int64_t i = 0;
+#if defined(__AVX512BW__)
+            for (; finite && i + 64 <= width; i += 64) {
+                store_codes((__m512)scaled(x, i), (__m512)scaled(x, i + 16), (__m512)scaled(x, i + 32),
+                            (__m512)scaled(x, i + 48), codes + i);
+            }
+#endif
             for (; i + kLanes <= width; i += kLanes) {
-                F32 v = load(x + i);
-                if (limit > 0.0f) {
-                    v = (F32)((I32)v & (magnitude(v) < limit));
-                }
-                store_vector(codes + i, code_of(v * load(scale + i)));
+                store_vector(codes + i, code_of(scaled(x, i)));
             }
             for (; i < width; ++i) {
                 const float v = to_float(x[i]);
