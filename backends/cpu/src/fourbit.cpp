@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "fourbit_kernels.h"
 #include "ops.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace qcore::cpu {
@@ -44,6 +45,7 @@ qc_status quantize_4bit(int32_t device, uintptr_t stream, int32_t dtype, int32_t
             return arguments.status();
         }
         const auto quantize = fourbit_kernels().quantize[dtype][format];
+        prefer_huge_pages(out, n / 2);
         for_blocks(n, blocksize, stream, [&](int64_t first, int64_t last) {
             quantize(pointer<const void>(a), n, blocksize, first, last, pointer<float>(absmax), pointer<uint8_t>(out));
         });
@@ -63,6 +65,7 @@ qc_status dequantize_4bit(int32_t device, uintptr_t stream, int32_t dtype, const
         }
         const auto dequantize = fourbit_kernels().dequantize[dtype][w->format];
         const BlockScales scales = scales_of(*w);
+        prefer_huge_pages(out, w->numel * dtype_size(dtype));
         for_blocks(w->numel, w->blocksize, stream, [&](int64_t first, int64_t last) {
             dequantize(pointer<const uint8_t>(w->packed), scales, w->numel, w->blocksize, first, last,
                        pointer<void>(out));

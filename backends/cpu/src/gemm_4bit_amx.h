@@ -2,6 +2,12 @@
 //
 // TDPBF16PS flushes denormals and is therefore right for regular rows and panels only (regular_block, irregular_row);
 // the others are computed again as float32 dot products.
+//
+// Memory picture for few rows of X (multiply_few_rows): W is read once, sixteen of its rows side by side, 128 elements
+// of each at a time, into 4 KiB of scratch, while the tile unit multiplies the 4 KiB before. Decoding (split order,
+// gemm_4bit_split.h) keeps the vector ports busy for 128 cycles a step, the four tile products of the step the tile
+// unit for 64, so a row of X or eight cost what the decoding costs. The tiles of X are as narrow as X has rows, so that
+// they stay in L1; the lines that the next sixteen rows of W will need are fetched into L2 meanwhile.
 #ifndef QCORE_CPU_GEMM_4BIT_AMX_H
 #define QCORE_CPU_GEMM_4BIT_AMX_H
 
@@ -12,29 +18,225 @@
 
 namespace qcore::cpu::QC_ISA {
 
+constexpr int64_t kFewTileRows = 8;                  // rows of X up to which multiply_few_rows takes them
+constexpr int64_t kStepBytes = kTile * kGroupBytes;  // of 16 rows of W, decoded
+
+inline bool few_rows_serve(const Gemm4 &p, int64_t rows) { return rows <= kFewTileRows && split_serves(p); }
+
+// Bytes of K in the tiles.
+inline int64_t tile_k_bytes(const Gemm4 &p) {
+    return (split_serves(p) ? split_length(p.k) : p.k) * static_cast<int64_t>(sizeof(Bfloat));
+}
+
+// Sizes are asked for before the weight is known, so they suffice for any block size.
+inline int64_t bf16_x_tile_bytes(const Gemm4 &p, int64_t rows) {
+    return x_tile_bytes(rows, split_length(p.k) * static_cast<int64_t>(sizeof(Bfloat)));
+}
+
+// Packs group `group` of the `rows` rows from `x` on.
+inline void pack_bf16_x_tiles(const Gemm4 &p, const Bfloat *x, int64_t rows, int64_t group, uint8_t *tiles) {
+    if (!split_serves(p)) {
+        pack_x_tiles(x, rows, tile_k_bytes(p), group, tiles);
+        return;
+    }
+    const auto split = [&](int64_t row, int64_t byte, __m512i *v) {
+        const int64_t first = byte / static_cast<int64_t>(sizeof(Bfloat));
+        split_planes(x + row * p.k + first, p.k - first, v);
+    };
+    pack_x_tiles<4>(rows, tile_k_bytes(p), group, few_rows_serve(p, rows) ? rows : kTile, split, tiles);
+}
+
+// Lane j of v[i] is the sum of row 16 * group + i and column n + j; `count` columns.
+inline void finish_tile(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n, int64_t count, int64_t group,
+                        const __m512i *v) {
+    const auto valid = static_cast<__mmask16>((1u << count) - 1);
+    float bias_values[kTile] = {};
+    load_bias(p, n, count, bias_values);
+    const F32 bias = load(bias_values);
+    Bfloat *y = static_cast<Bfloat *>(p.out) + (row0 + group * kTile) * p.n + n;
+    const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
+    for (int64_t i = 0; i < some; ++i) {
+        const F32 sum = p.bias != nullptr ? (F32)v[i] + bias : (F32)v[i];
+        _mm256_mask_storeu_epi16(y + i * p.n, valid, (__m256i) __builtin_convertvector(bf16_bits(sum), U16));
+    }
+}
+
+// What multiply_few_rows needs to itself: two steps of decoded W, the scales of sixteen rows, four tiles of sums.
+struct FewRowsScratch {
+    alignas(64) uint8_t step[2][kStepBytes];
+    alignas(64) float scale[kTile][kScaleElements / 64];
+    alignas(64) float sums[4][kTile * kTile];
+};
+
+// What is read of a row of W.
+struct RowOfWeight {
+    const uint8_t *bytes;
+    const float *scale;
+};
+
+// Group g of four rows of W, to tile rows from `out` on.
+template <bool kHalf>
+inline void decode_four_rows(const SplitDecoder &decoder, const RowOfWeight *rows, int64_t g, int64_t ahead,
+                             uint8_t *out) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const uint8_t *bytes = rows[i].bytes + 64 * g;
+        _mm_prefetch(bytes + ahead, _MM_HINT_T1);
+        __m512i plane[4];
+        if (kHalf) {
+            decoder.decode_half(bytes, rows[i].scale + 2 * g, plane);
+        } else {
+            decoder.decode(_mm512_loadu_si512(bytes), rows[i].scale + 2 * g, plane);
+        }
+        for (int j = 0; j < 4; ++j) {
+            _mm512_store_si512(out + j * kTileBytes + i * kTileRowBytes, plane[j]);
+        }
+    }
+}
+
+// Columns n0 ... n1 - 1 of up to kFewTileRows rows; odd_panel(first, end) is called for columns that are not regular.
+template <class OddPanel>
+inline void multiply_few_rows(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const uint8_t *x,
+                              void *scratch_bytes, const OddPanel &odd_panel) {
+    auto &scratch = *static_cast<FewRowsScratch *>(scratch_bytes);
+    const int64_t columns = 4 * rows;  // bytes of a row of the tiles of X and of sums
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+        const bool of_w = tile == 4 || tile == 5;
+        config.row_bytes[tile] = static_cast<uint16_t>(of_w ? kTileRowBytes : columns);
+    }
+    const SplitDecoder decoder(p.w.table);
+    const int64_t ahead = kTile * p.k / 2;
+    _tile_loadconfig(&config);
+    for (int64_t n = n0; n < n1; n += kTile) {
+        const int64_t count = n1 - n < kTile ? n1 - n : kTile;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        bool regular = true;
+        for (int64_t k0 = 0; k0 < p.k; k0 += kScaleElements) {
+            const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
+            const int64_t groups = split_length(length) / kGroup;
+            const int64_t whole = length / kGroup;
+            RowOfWeight w_rows[kTile];
+            for (int64_t i = 0; i < kTile; ++i) {  // beyond the last column, that one again
+                const int64_t first = (n + (i < count ? i : count - 1)) * p.k + k0;
+                w_rows[i] = {p.w.packed + (first >> 1), split_scales(p.w, first, length, scratch.scale[i])};
+                regular &= regular_blocks(w_rows[i].scale, length >> 6);
+            }
+            const uint8_t *x_step = x + k0 / 32 * kTileRowBytes * rows;
+            for (int64_t g = 0; g <= groups; ++g) {
+                uint8_t *out = scratch.step[g & 1];
+                const auto decode = [&](int quarter) {
+                    uint8_t *to = out + 4 * quarter * kTileRowBytes;
+                    if (g < whole) {
+                        decode_four_rows<false>(decoder, w_rows + 4 * quarter, g, ahead, to);
+                    } else if (g < groups) {
+                        decode_four_rows<true>(decoder, w_rows + 4 * quarter, g, ahead, to);
+                    }
+                };
+                if (g == 0) {
+                    decode(0), decode(1), decode(2), decode(3);
+                    asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
+                    continue;
+                }
+                const uint8_t *w = scratch.step[(g - 1) & 1];
+                decode(0);
+                _tile_loadd(4, w, kTileRowBytes);
+                _tile_loadd(6, x_step, columns);
+                _tile_dpbf16ps(0, 4, 6);
+                decode(1);
+                _tile_loadd(5, w + kTileBytes, kTileRowBytes);
+                _tile_loadd(7, x_step + 16 * columns, columns);
+                _tile_dpbf16ps(1, 5, 7);
+                decode(2);
+                _tile_loadd(4, w + 2 * kTileBytes, kTileRowBytes);
+                _tile_loadd(6, x_step + 32 * columns, columns);
+                _tile_dpbf16ps(2, 4, 6);
+                decode(3);
+                _tile_loadd(5, w + 3 * kTileBytes, kTileRowBytes);
+                _tile_loadd(7, x_step + 48 * columns, columns);
+                _tile_dpbf16ps(3, 5, 7);
+                x_step += 64 * columns;
+                asm volatile("" ::: "memory");
+            }
+        }
+        _tile_stored(0, scratch.sums[0], kTileRowBytes);
+        _tile_stored(1, scratch.sums[1], kTileRowBytes);
+        _tile_stored(2, scratch.sums[2], kTileRowBytes);
+        _tile_stored(3, scratch.sums[3], kTileRowBytes);
+        const auto valid = static_cast<__mmask16>((1u << rows) - 1);
+        __m512i v[kTile];
+        for (int i = 0; i < kTile; ++i) {
+            const __m512 a = _mm512_maskz_loadu_ps(valid, scratch.sums[0] + kTile * i);
+            const __m512 b = _mm512_maskz_loadu_ps(valid, scratch.sums[1] + kTile * i);
+            const __m512 c = _mm512_maskz_loadu_ps(valid, scratch.sums[2] + kTile * i);
+            const __m512 d = _mm512_maskz_loadu_ps(valid, scratch.sums[3] + kTile * i);
+            v[i] = (__m512i)_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+        }
+        if (regular) {
+            transpose_16x16(v);
+            finish_tile(p, row0, rows, n, count, 0, v);
+        } else {
+            odd_panel(n, n + count);
+        }
+    }
+    _tile_release();
+}
+
+inline int64_t bf16_tile_scratch_bytes(int64_t rows, int64_t columns) {
+    const auto few = static_cast<int64_t>(sizeof(FewRowsScratch));
+    const int64_t many = tile_scratch_bytes(rows, columns);
+    return rows <= kFewTileRows && few > many ? few : many;
+}
+
+// `count` elements of W, at most a span, in split order, and zeros to the end of their last group; false if a block is
+// not regular. Fetches what lies `ahead` bytes further into L2.
+inline bool decode_split(const Gemm4Weight &w, const SplitDecoder &decoder, int64_t first, int64_t count, int64_t ahead,
+                         uint8_t *out) {
+    float made[kTileSpan / sizeof(Bfloat) / 64];
+    const float *scale = split_scales(w, first, count, made);
+    const uint8_t *bytes = w.packed + (first >> 1);
+    for (int64_t g = 0; g * kGroup < count; ++g, out += kGroupBytes) {
+        _mm_prefetch(bytes + 64 * g + ahead, _MM_HINT_T1);
+        __m512i plane[4];
+        if (count - g * kGroup < kGroup) {
+            decoder.decode_half(bytes + 64 * g, scale + 2 * g, plane);
+        } else {
+            decoder.decode(_mm512_loadu_si512(bytes + 64 * g), scale + 2 * g, plane);
+        }
+        for (int j = 0; j < 4; ++j) {
+            _mm512_storeu_si512(out + j * kPlaneBytes, plane[j]);
+        }
+    }
+    return regular_blocks(scale, count >> 6);
+}
+
 // Columns n0 ... n1 - 1 of all rows; odd_panel(first, end) is called for columns that are not regular.
 template <class OddPanel>
 inline void multiply_bf16_by_tiles(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const uint8_t *x,
                                    void *scratch, const OddPanel &odd_panel) {
+    if (few_rows_serve(p, rows)) {
+        multiply_few_rows(p, row0, rows, n0, n1, x, scratch, odd_panel);
+        return;
+    }
     constexpr int64_t kSize = sizeof(Bfloat);
     uint32_t odd = 0;  // a bit for each panel of the slice
     const int64_t slice = tile_slice(rows, n1 - n0);
+    const bool split = split_serves(p);
+    const SplitDecoder decoder(p.w.table);
     const auto fill = [&](int64_t n, int64_t byte, int64_t bytes, uint8_t *out) {
-        if (!decode_bf16(p.w, n * p.k + byte / kSize, bytes / kSize, reinterpret_cast<Bfloat *>(out))) {
+        const int64_t first = byte / kSize;
+        const int64_t left = p.k - first < bytes / kSize ? p.k - first : bytes / kSize;
+        const bool regular = split ? decode_split(p.w, decoder, n * p.k + first, left, kTilePanel * p.k / 2, out)
+                                   : decode_bf16(p.w, n * p.k + first, left, reinterpret_cast<Bfloat *>(out));
+        if (!regular) {
             odd |= 1u << ((n - n0) % slice / kTilePanel);
         }
     };
     const auto finish = [&](int64_t n, int64_t count, int64_t group, const __m512i *v) {
-        const auto valid = static_cast<__mmask16>((1u << count) - 1);
-        float bias_values[kTile] = {};
-        load_bias(p, n, count, bias_values);
-        const F32 bias = load(bias_values);
-        Bfloat *y = static_cast<Bfloat *>(p.out) + (row0 + group * kTile) * p.n + n;
-        const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
-        for (int64_t i = 0; i < some; ++i) {
-            const F32 sum = p.bias != nullptr ? (F32)v[i] + bias : (F32)v[i];
-            _mm256_mask_storeu_epi16(y + i * p.n, valid, (__m256i) __builtin_convertvector(bf16_bits(sum), U16));
-        }
+        finish_tile(p, row0, rows, n, count, group, v);
     };
     const auto slice_done = [&](int64_t first, int64_t end) {
         for (int64_t n = first; odd != 0; n += kTilePanel, odd >>= 1) {
@@ -43,7 +245,7 @@ inline void multiply_bf16_by_tiles(const Gemm4 &p, int64_t row0, int64_t rows, i
             }
         }
     };
-    multiply_by_tiles<Bf16Tiles>(rows, n0, n1, p.k * kSize, x, scratch, fill, finish, slice_done);
+    multiply_by_tiles<Bf16Tiles>(rows, n0, n1, tile_k_bytes(p), x, scratch, fill, finish, slice_done);
 }
 
 }  // namespace qcore::cpu::QC_ISA

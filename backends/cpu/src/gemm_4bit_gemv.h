@@ -1,16 +1,20 @@
 // gemm_4bit for one row of X on AVX-512: bfloat16 products on AVX512-BF16, float32 on all.
 //
 // Memory picture: W is read once, half a byte an element, straight through; X is 2 KiB per 1024 elements and stays in
-// L1. A block of 64 weights costs ten operations on the two vector ports: three make its table (multiply, round), one
-// spreads 32 bytes over 32 words, two cut out the nibbles, two look up, two multiply and add (32 products each), so
-// about five cycles.
+// L1. The limit is the two vector ports, not memory. For 128 weights, in port cycles: bfloat16 takes 15 to decode
+// (gemm_4bit_split.h) and 16 to multiply and add, because VDPBF16PS keeps both ports busy for two cycles on the
+// processors that have tiles, just what two float32 products and their unpacking would take: 31, so 15.5 cycles for 72
+// bytes, 10 GB/s a core at 2.2 GHz, half of what one core draws from the L3 cache. Float32 takes 26.
+// The tile unit would do the products beside the decoding, but it is shared by the two threads of a core: measured
+// 0.7 times the time where the other thread leaves it alone, 1.3 times where it does not. So tiles serve two rows and
+// more, where the vector ports would have 16 more cycles to spend on each row.
 //
-// The words hold the even elements of the 64 in their high nibbles and the odd ones in their low nibbles, so X is
-// brought into that order: [32 even][32 odd]. In float32 the same happens by 32 elements, [16 even][16 odd].
+// In float32, X is brought into the order [16 even][16 odd] of the nibbles of 16 bytes, spread over 16 dwords.
 #ifndef QCORE_CPU_GEMM_4BIT_GEMV_H
 #define QCORE_CPU_GEMM_4BIT_GEMV_H
 
 #include "gemm_4bit_dot.h"
+#include "gemm_4bit_split.h"
 
 #if defined(__AVX512BW__)
 
@@ -81,58 +85,44 @@ inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) 
 
 #if defined(__AVX512BF16__)
 
-// Rows must be made of whole blocks and whole groups of 64.
-inline bool gemv_serves(const Gemm4 &p) {
-    return p.dtype == QC_BF16 && p.m == 1 && p.w.shift >= 6 && p.k % (int64_t{1} << p.w.shift) == 0;
-}
-
-inline void split_even_odd(const Bfloat *x, int64_t k, Bfloat *out) {
-    alignas(64) uint16_t even[32];
-    for (int i = 0; i < 32; ++i) {
-        even[i] = static_cast<uint16_t>(2 * i);
-    }
-    const __m512i pick = _mm512_load_si512(even);
-    const __m512i one = _mm512_set1_epi16(1);
-    for (int64_t i = 0; i < k; i += 64) {
-        const __m512i a = _mm512_loadu_si512(x + i);
-        const __m512i b = _mm512_loadu_si512(x + i + 32);
-        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(a, pick, b));
-        _mm512_storeu_si512(out + i + 32, _mm512_permutex2var_epi16(a, _mm512_add_epi16(pick, one), b));
+// X in split order (gemm_4bit_split.h), split_length(p.k) values.
+inline void split_row(const Gemm4 &p, Bfloat *out) {
+    for (int64_t i = 0; i < p.k; i += kGroup) {
+        __m512i plane[4];
+        split_planes(static_cast<const Bfloat *>(p.x) + i, p.k - i, plane);
+        for (int j = 0; j < 4; ++j) {
+            _mm512_storeu_si512(out + i + 32 * j, plane[j]);
+        }
     }
 }
 
 // The sum of one row of W with `x` in split order; false if a block is not regular.
-inline bool gemv_row(const Gemm4 &p, int64_t n, const Bfloat *x, float *sum) {
-    const Gemm4Weight &w = p.w;
-    const __m512 codes = _mm512_loadu_ps(w.table);
-    const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
-    const int64_t blocks = p.k >> w.shift;
-    const int64_t groups = int64_t{1} << (w.shift - 6);
-    const __m512i low_nibble = _mm512_set1_epi16(15);
-    float decoded[kAbsmaxRun];
+inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, const Bfloat *x, float *sum) {
+    float made[kScaleElements / 64];
     F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
-    for (int64_t b0 = 0; b0 < blocks; b0 += kAbsmaxRun) {
-        const int64_t count = b0 + kAbsmaxRun < blocks ? kAbsmaxRun : blocks - b0;
-        const float *absmax = absmax_run(w, n * blocks + b0, count, decoded);
-        if (!regular_blocks(absmax, count)) {
+    __m512i plane[4];
+    const auto add_products = [&] {
+        s0 = InBf16::add_product(x, plane[0], s0);
+        s1 = InBf16::add_product(x + 32, plane[1], s1);
+        s2 = InBf16::add_product(x + 64, plane[2], s2);
+        s3 = InBf16::add_product(x + 96, plane[3], s3);
+        x += kGroup;
+    };
+    for (int64_t k0 = 0; k0 < p.k; k0 += kScaleElements) {
+        const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
+        const float *scale = split_scales(p.w, n * p.k + k0, length, made);
+        if (!regular_blocks(scale, length >> 6)) {
             return false;
         }
-        for (int64_t b = 0; b < count; ++b) {
-            const __m512i table = _mm512_castsi256_si512(bf16_values(codes, absmax[b]));
-            for (int64_t g = 0; g < groups; ++g) {
-                _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
-                const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
-                const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(pair, 4), table);
-                const __m512i low = _mm512_permutexvar_epi16(_mm512_and_si512(pair, low_nibble), table);
-                const F32 even = InBf16::add_product(x, high, s0);
-                const F32 odd = InBf16::add_product(x + 32, low, s1);
-                s0 = s2;
-                s1 = s3;
-                s2 = even;
-                s3 = odd;
-                bytes += 32;
-                x += 64;
-            }
+        const uint8_t *bytes = p.w.packed + ((n * p.k + k0) >> 1);
+        for (int64_t g = 0; g < length / kGroup; ++g, bytes += 64, scale += 2) {
+            _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
+            decoder.decode(_mm512_loadu_si512(bytes), scale, plane);
+            add_products();
+        }
+        if (length % kGroup != 0) {
+            decoder.decode_half(bytes, scale, plane);
+            add_products();
         }
     }
     float sums[kStrip];

@@ -59,8 +59,8 @@ int64_t packed_bytes(const Gemm4 &p, int64_t rows) {
         return 0;
     }
 #if defined(__AMX_BF16__)
-    if (by_tiles(p)) {
-        return kFlagBytes + x_tile_bytes(rows, p.k * static_cast<int64_t>(sizeof(Bfloat)));
+    if (p.m > 1 && p.k > 0) {
+        return kFlagBytes + bf16_x_tile_bytes(p, rows);
     }
 #endif
     return round_up(rows, 64);
@@ -75,7 +75,7 @@ void pack(const Gemm4 &p, int64_t row0, int64_t rows, int64_t group, void *packe
     }
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
-        pack_x_tiles(x, rows, p.k * static_cast<int64_t>(sizeof(Bfloat)), group, flags + kFlagBytes);
+        pack_bf16_x_tiles(p, x, rows, group, flags + kFlagBytes);
     }
 #endif
 }
@@ -87,7 +87,7 @@ int64_t scratch_bytes(const Gemm4 &p, int64_t rows, int64_t columns) {
     }
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
-        return max64(exact, tile_scratch_bytes(rows, columns));
+        return max64(exact, bf16_tile_scratch_bytes(rows, columns));
     }
 #endif
     (void)columns;
@@ -100,17 +100,18 @@ void multiply_bf16(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64
     const auto again = [&](int64_t first_row, int64_t some_rows, int64_t first, int64_t end) {
         multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, first, end, scratch);
     };
-    if (gemv_serves(p) && flags[0] == 0) {
+    if (p.m == 1 && split_serves(p) && flags[0] == 0) {
         auto *x = static_cast<Bfloat *>(scratch);
-        split_even_odd(static_cast<const Bfloat *>(p.x), p.k, x);
+        const SplitDecoder decoder(p.w.table);
+        split_row(p, x);
         for (int64_t n = n0; n < n1; ++n) {
             float sum, bias;
-            if (gemv_row(p, n, x, &sum)) {
+            if (gemv_row(p, n, decoder, x, &sum)) {
                 load_bias(p, n, 1, &bias);
                 finish_row(p, &sum, &bias, 1, static_cast<Bfloat *>(p.out) + n);
             } else {
                 again(0, 1, n, n + 1);
-                split_even_odd(static_cast<const Bfloat *>(p.x), p.k, x);
+                split_row(p, x);
             }
         }
         return;

@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "int8_kernels.h"
 #include "ops.h"
+#include "pages.h"
 
 namespace qcore::cpu {
 namespace {
@@ -54,6 +55,7 @@ qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, ui
             std::memset(outliers, 0, static_cast<size_t>(k));
         }
         const double work = kQuantize * static_cast<double>(k);
+        prefer_huge_pages(out, m * k);
         parallel_ranges(m, 1, work, threads, [&](int64_t first, int64_t end) {
             for (int64_t r = first; r < end; ++r) {
                 const void *x = row(a, dtype, r, k);
@@ -85,6 +87,7 @@ qc_status int8_quantize_cols(int32_t device, uintptr_t stream, int32_t dtype, ui
             return arguments.status();
         }
         const double work = kQuantize * static_cast<double>(m + 1);
+        prefer_huge_pages(out, m * k);
         parallel_ranges(k, 64, work, thread_limit(stream), [&](int64_t first, int64_t end) {
             kernels().columns(dtype, pointer<const void>(a), m, k, threshold, first, end, pointer<int8_t>(out),
                               pointer<float>(col_stats));
@@ -113,6 +116,7 @@ qc_status int8_dequantize_gemm(int32_t device, uintptr_t stream, int32_t dtype, 
                                      pointer<const void>(bias),
                                      pointer<void>(out)};
         const double work = kDequantize * static_cast<double>(n);
+        prefer_huge_pages(out, m * n * dtype_size(dtype));
         parallel_ranges(m, 1, work, thread_limit(stream), [&](int64_t first, int64_t end) {
             for (int64_t r = first; r < end; ++r) {
                 kernels().scale_row(scaling, pointer<const int32_t>(c) + r * n, r, n, 0, n);
@@ -134,6 +138,7 @@ qc_status int8_dequantize_rows(int32_t device, uintptr_t stream, int32_t dtype, 
             return arguments.status();
         }
         const double work = kDequantize * static_cast<double>(k);
+        prefer_huge_pages(out, m * k * dtype_size(dtype));
         parallel_ranges(m, 1, work, thread_limit(stream), [&](int64_t first, int64_t end) {
             for (int64_t r = first; r < end; ++r) {
                 kernels().dequantize_row(dtype, pointer<const int8_t>(a) + r * k, k, pointer<const float>(row_stats)[r],

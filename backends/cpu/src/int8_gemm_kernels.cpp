@@ -1,8 +1,8 @@
 // int8_gemm and int8_scaled_gemm: exact sums of int8 products, -128 included.
 //  - AVX2: elements widened to 16 bits, pairs multiplied and added (no saturation: 2 * 128^2 fits).
-//  - VNNI multiplies unsigned by signed bytes: a + 128 (one exclusive or) takes the place of a, and 128 times the sum
-//    of b is taken away at the end. Sums may wrap on the way; the result does not (QC-INT8-005), so it is exact.
-//  - AMX multiplies signed by signed (tiles.h).
+//  - VNNI multiplies unsigned by signed bytes: b + 128 (one exclusive or) takes the place of b, and 128 times the sum
+//    of a is taken away at the end. Sums may wrap on the way; the result does not (QC-INT8-005), so it is exact.
+//  - AMX multiplies signed by signed (tiles.h), more than four rows of A.
 //
 // Memory picture without tiles: a panel of rows of B of up to 256 KiB (L2) meets four rows of A at a time (L1), four
 // columns at a time, sixteen sums in registers; with few rows of A, B is read once, straight through.
@@ -13,61 +13,20 @@
 namespace qcore::cpu::QC_ISA {
 namespace {
 
-#if defined(__AMX_INT8__)
-
-int64_t packed_bytes(const Int8Gemm &p, int64_t rows) { return x_tile_bytes(rows, p.k); }
-
-int64_t scratch_bytes(const Int8Gemm &, int64_t rows, int64_t columns) { return tile_scratch_bytes(rows, columns); }
-
-void pack(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
-    pack_x_tiles(p.a + row0 * p.k, rows, p.k, group, static_cast<uint8_t *>(packed));
-}
-
-void multiply(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
-              void *scratch) {
-    if (p.k == 0) {
-        put_zeros(p, row0, rows, n0, n1);
-        return;
-    }
-    const auto fill = [&](int64_t n, int64_t byte, int64_t bytes, uint8_t *out) {
-        const int8_t *from = p.b + n * p.k + byte;
-        int64_t i = 0;
-        for (; i + 64 <= bytes; i += 64) {
-            _mm512_storeu_si512(out + i, _mm512_loadu_si512(from + i));
-        }
-        if (i < bytes) {
-            const __mmask64 some = (__mmask64{1} << (bytes - i)) - 1;
-            _mm512_mask_storeu_epi8(out + i, some, _mm512_maskz_loadu_epi8(some, from + i));
-        }
-    };
-    const auto finish = [&](int64_t n, int64_t count, int64_t group, const __m512i *v) {
-        const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
-        for (int64_t i = 0; i < some; ++i) {
-            int32_t sums[kTile];
-            _mm512_storeu_si512(sums, v[i]);
-            put_row(p, sums, row0 + group * kTile + i, n, count);
-        }
-    };
-    multiply_by_tiles<Int8Tiles>(rows, n0, n1, p.k, static_cast<const uint8_t *>(packed), scratch, fill, finish,
-                                 [](int64_t, int64_t) {});
-}
-
-#else
-
 constexpr int64_t kStrip = 4;    // columns of C, rows of B
 constexpr int64_t kFewRows = 4;  // rows of A at a time
 constexpr int64_t kPanelBytes = 256 << 10;
 
-// How kBytes elements of A and of B are multiplied into sums of Sum. `kOffset` says that A counts from -128.
+// How kBytes elements of A and of B are multiplied into sums of Sum. `kOffset` says that B counts from -128.
 struct Step {
 #if defined(__AVX512VNNI__)
     using Sum = __m512i;
     static constexpr int kBytes = 64;
     static constexpr bool kOffset = true;
     static Sum zero() { return _mm512_setzero_si512(); }
-    static Sum load_a(const int8_t *a) { return _mm512_xor_si512(_mm512_loadu_si512(a), _mm512_set1_epi8(-128)); }
-    static Sum load_b(const int8_t *b) { return _mm512_loadu_si512(b); }
-    static Sum add(Sum sum, Sum a, Sum b) { return _mm512_dpbusd_epi32(sum, a, b); }
+    static Sum load_a(const int8_t *a) { return _mm512_loadu_si512(a); }
+    static Sum load_b(const int8_t *b) { return _mm512_xor_si512(_mm512_loadu_si512(b), _mm512_set1_epi8(-128)); }
+    static Sum add(Sum sum, Sum a, Sum b) { return _mm512_dpbusd_epi32(sum, b, a); }
     static Sum ones() { return _mm512_set1_epi8(1); }
     static int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
 #elif defined(__AVXVNNI__)
@@ -75,9 +34,9 @@ struct Step {
     static constexpr int kBytes = 32;
     static constexpr bool kOffset = true;
     static Sum zero() { return _mm256_setzero_si256(); }
-    static Sum load_a(const int8_t *a) { return _mm256_xor_si256(load_b(a), _mm256_set1_epi8(-128)); }
-    static Sum load_b(const int8_t *b) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b)); }
-    static Sum add(Sum sum, Sum a, Sum b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+    static Sum load_a(const int8_t *a) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(a)); }
+    static Sum load_b(const int8_t *b) { return _mm256_xor_si256(load_a(b), _mm256_set1_epi8(-128)); }
+    static Sum add(Sum sum, Sum a, Sum b) { return _mm256_dpbusd_avx_epi32(sum, b, a); }
     static Sum ones() { return _mm256_set1_epi8(1); }
     static int32_t total(Sum sum) {
         const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
@@ -137,14 +96,14 @@ int32_t tail_product(const int8_t *a, const int8_t *b, int64_t first, int64_t k)
     return sum;
 }
 
-// 128 times the sum of the whole steps of row `b`, modulo 2^32. (A template, so that `if constexpr` discards.)
+// 128 times the sum of the whole steps of row `a`, modulo 2^32. (A template, so that `if constexpr` discards.)
 template <class S>
-uint32_t offset_of(const int8_t *b, int64_t whole) {
+uint32_t offset_of(const int8_t *a, int64_t whole) {
     uint32_t offset = 0;
     if constexpr (S::kOffset) {
         typename S::Sum sum = S::zero();
         for (int64_t i = 0; i < whole; i += S::kBytes) {
-            sum = S::add(sum, S::ones(), S::load_b(b + i));
+            sum = S::add(sum, S::load_a(a + i), S::ones());
         }
         offset = static_cast<uint32_t>(S::total(sum)) * 128u;
     }
@@ -153,7 +112,7 @@ uint32_t offset_of(const int8_t *b, int64_t whole) {
 
 // out[r][c] = the product of row r of A with row b[c] of B.
 template <int kRows>
-void dot(const int8_t *a, const int8_t *const *b, const uint32_t *offset, int64_t k, int32_t *out, int64_t out_stride) {
+void dot(const int8_t *a, const uint32_t *offset, const int8_t *const *b, int64_t k, int32_t *out, int64_t out_stride) {
     const int64_t whole = k / Step::kBytes * Step::kBytes;
     Step::Sum sum[kRows][kStrip];
 #pragma GCC unroll 4
@@ -179,7 +138,7 @@ void dot(const int8_t *a, const int8_t *const *b, const uint32_t *offset, int64_
     }
     for (int r = 0; r < kRows; ++r) {
         for (int c = 0; c < kStrip; ++c) {
-            const uint32_t total = static_cast<uint32_t>(Step::total(sum[r][c])) - offset[c];
+            const uint32_t total = static_cast<uint32_t>(Step::total(sum[r][c])) - offset[r];
             out[r * out_stride + c] =
                 static_cast<int32_t>(total + static_cast<uint32_t>(tail_product(a + r * k, b[c], whole, k)));
         }
@@ -194,49 +153,36 @@ int64_t panel_columns(int64_t rows, int64_t k) {
     return fit < kStrip ? kStrip : fit > Int8GemmKernels::kColumns ? Int8GemmKernels::kColumns : fit;
 }
 
-int64_t packed_bytes(const Int8Gemm &, int64_t) { return 0; }
-
-int64_t scratch_bytes(const Int8Gemm &, int64_t, int64_t) { return 0; }
-
-void pack(const Int8Gemm &, int64_t, int64_t, int64_t, void *) {}
-
-void multiply(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *, void *) {
-    if (p.k == 0) {
-        put_zeros(p, row0, rows, n0, n1);
-        return;
-    }
+void multiply_by_dots(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1) {
     const int64_t columns = panel_columns(rows, p.k);
     const int64_t whole = p.k / Step::kBytes * Step::kBytes;
+    uint32_t offset[Int8GemmKernels::kRows];
+    for (int64_t r = 0; r < rows; ++r) {
+        offset[r] = offset_of<Step>(p.a + (row0 + r) * p.k, whole);
+    }
     for (int64_t panel = n0; panel < n1; panel += columns) {
         const int64_t width = panel + columns < n1 ? columns : n1 - panel;
-        uint32_t offset[Int8GemmKernels::kColumns];
-        for (int64_t c = 0; c < width; ++c) {
-            offset[c] = offset_of<Step>(p.b + (panel + c) * p.k, whole);
-        }
         for (int64_t r = 0; r < rows; r += kFewRows) {
             const int64_t some = r + kFewRows < rows ? kFewRows : rows - r;
             const int8_t *a = p.a + (row0 + r) * p.k;
             int32_t sums[kFewRows][Int8GemmKernels::kColumns];
             for (int64_t c = 0; c < width; c += kStrip) {
                 const int8_t *b[kStrip];
-                uint32_t offsets[kStrip];
                 for (int64_t i = 0; i < kStrip; ++i) {  // beyond the last column, that one again
-                    const int64_t column = c + i < width ? c + i : width - 1;
-                    b[i] = p.b + (panel + column) * p.k;
-                    offsets[i] = offset[column];
+                    b[i] = p.b + (panel + (c + i < width ? c + i : width - 1)) * p.k;
                 }
                 switch (some) {
                     case 1:
-                        dot<1>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                        dot<1>(a, offset + r, b, p.k, &sums[0][c], Int8GemmKernels::kColumns);
                         break;
                     case 2:
-                        dot<2>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                        dot<2>(a, offset + r, b, p.k, &sums[0][c], Int8GemmKernels::kColumns);
                         break;
                     case 3:
-                        dot<3>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                        dot<3>(a, offset + r, b, p.k, &sums[0][c], Int8GemmKernels::kColumns);
                         break;
                     default:
-                        dot<4>(a, b, offsets, p.k, &sums[0][c], Int8GemmKernels::kColumns);
+                        dot<4>(a, offset + r, b, p.k, &sums[0][c], Int8GemmKernels::kColumns);
                 }
             }
             for (int64_t i = 0; i < some; ++i) {
@@ -246,7 +192,72 @@ void multiply(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t
     }
 }
 
+#if defined(__AMX_INT8__)
+
+// Up to four rows are dot products: B is then read once either way, and not copied.
+bool by_tiles(int64_t rows) { return rows > kFewRows; }
+
+int64_t packed_bytes(const Int8Gemm &p, int64_t rows) { return by_tiles(rows) ? x_tile_bytes(rows, p.k) : 0; }
+
+int64_t scratch_bytes(const Int8Gemm &, int64_t rows, int64_t columns) {
+    return by_tiles(rows) ? tile_scratch_bytes(rows, columns) : 0;
+}
+
+void pack(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
+    if (by_tiles(rows)) {
+        pack_x_tiles(p.a + row0 * p.k, rows, p.k, group, static_cast<uint8_t *>(packed));
+    }
+}
+
+void multiply_in_tiles(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
+                       void *scratch) {
+    const auto fill = [&](int64_t n, int64_t byte, int64_t bytes, uint8_t *out) {
+        const int8_t *from = p.b + n * p.k + byte;
+        int64_t i = 0;
+        for (; i + 64 <= bytes; i += 64) {
+            _mm512_storeu_si512(out + i, _mm512_loadu_si512(from + i));
+        }
+        if (i < bytes) {
+            const __mmask64 some = (__mmask64{1} << (bytes - i)) - 1;
+            _mm512_mask_storeu_epi8(out + i, some, _mm512_maskz_loadu_epi8(some, from + i));
+        }
+    };
+    const auto finish = [&](int64_t n, int64_t count, int64_t group, const __m512i *v) {
+        const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
+        for (int64_t i = 0; i < some; ++i) {
+            int32_t sums[kTile];
+            _mm512_storeu_si512(sums, v[i]);
+            put_row(p, sums, row0 + group * kTile + i, n, count);
+        }
+    };
+    multiply_by_tiles<Int8Tiles>(rows, n0, n1, p.k, static_cast<const uint8_t *>(packed), scratch, fill, finish,
+                                 [](int64_t, int64_t) {});
+}
+
+#else
+
+bool by_tiles(int64_t) { return false; }
+
+int64_t packed_bytes(const Int8Gemm &, int64_t) { return 0; }
+
+int64_t scratch_bytes(const Int8Gemm &, int64_t, int64_t) { return 0; }
+
+void pack(const Int8Gemm &, int64_t, int64_t, int64_t, void *) {}
+
+void multiply_in_tiles(const Int8Gemm &, int64_t, int64_t, int64_t, int64_t, const void *, void *) {}
+
 #endif
+
+void multiply(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
+              void *scratch) {
+    if (p.k == 0) {
+        put_zeros(p, row0, rows, n0, n1);
+    } else if (by_tiles(rows)) {
+        multiply_in_tiles(p, row0, rows, n0, n1, packed, scratch);
+    } else {
+        multiply_by_dots(p, row0, rows, n0, n1);
+    }
+}
 
 }  // namespace
 

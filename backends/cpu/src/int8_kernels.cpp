@@ -63,10 +63,14 @@ float row_stat_of(const T *x, int64_t k, float threshold, uint8_t *outlier_cols)
                 most = kept > most ? kept : most;
             }
         } else {
-            for (; i + kLanes <= end; i += kLanes) {
+            F32 other = most;  // two chains
+            for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
                 const F32 a = magnitude(load(x + i));
+                const F32 b = magnitude(load(x + i + kLanes));
                 most = a > most ? a : most;
+                other = b > other ? b : other;
             }
+            most = other > most ? other : most;
         }
         for (; i < end; ++i) {
             const float value = to_float(x[i]);
@@ -103,10 +107,32 @@ int8_t code_of(float q) {
     return static_cast<int8_t>(q + kRound - kRound);
 }
 
+#if defined(__AVX512BW__)
+// 64 codes of values whose magnitude is below 127.5 or that the caller replaces (outliers become -128 or 127): no clamp.
+void store_codes(__m512 a, __m512 b, __m512 c, __m512 d, int8_t *out) {
+    const auto rounded = [](__m512 q) {
+        return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(q, q, _CMP_ORD_Q), q);  // NaN becomes 0
+    };
+    const __m512i words = _mm512_packs_epi32(rounded(a), rounded(b));
+    const __m512i bytes = _mm512_packs_epi16(words, _mm512_packs_epi32(rounded(c), rounded(d)));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, bytes));
+}
+#endif
+
 template <class T>
 void row_codes_of(const T *x, int64_t k, float stat, int8_t *out) {
     const float scale = stat == 0.0f ? 0.0f : 127.0f / stat;  // x is then 0, NaN or in an outlier column: code 0
     int64_t i = 0;
+#if defined(__AVX512BW__)
+    if (scale <= 0x1.fffffep+127f) {  // else x * scale may be infinite, and its code is 127 or -127
+        const F32 s = splat(scale);
+        for (; i + 64 <= k; i += 64) {
+            store_codes((__m512)(load(x + i) * s), (__m512)(load(x + i + 16) * s), (__m512)(load(x + i + 32) * s),
+                        (__m512)(load(x + i + 48) * s), out + i);
+        }
+    }
+#endif
     for (; i + kLanes <= k; i += kLanes) {
         store_vector(out + i, code_of(load(x + i) * splat(scale)));
     }
@@ -142,19 +168,31 @@ void columns_of(const T *a, int64_t m, int64_t k, float threshold, int64_t k0, i
             }
         }
         float scale[kStripColumns];
+        bool finite = true;
         for (int64_t i = 0; i < width; ++i) {
             scale[i] = stats[i] == 0.0f ? 0.0f : 127.0f / stats[i];
+            finite &= scale[i] <= 0x1.fffffep+127f;
         }
+        (void)finite;
+        const auto scaled = [&](const T *x, int64_t i) {
+            F32 v = load(x + i);
+            if (limit > 0.0f) {
+                v = (F32)((I32)v & (magnitude(v) < limit));
+            }
+            return v * load(scale + i);
+        };
         for (int64_t r = 0; r < m; ++r) {
             const T *x = a + r * k + strip;
             int8_t *codes = out + r * k + strip;
             int64_t i = 0;
+#if defined(__AVX512BW__)
+            for (; finite && i + 64 <= width; i += 64) {
+                store_codes((__m512)scaled(x, i), (__m512)scaled(x, i + 16), (__m512)scaled(x, i + 32),
+                            (__m512)scaled(x, i + 48), codes + i);
+            }
+#endif
             for (; i + kLanes <= width; i += kLanes) {
-                F32 v = load(x + i);
-                if (limit > 0.0f) {
-                    v = (F32)((I32)v & (magnitude(v) < limit));
-                }
-                store_vector(codes + i, code_of(v * load(scale + i)));
+                store_vector(codes + i, code_of(scaled(x, i)));
             }
             for (; i < width; ++i) {
                 const float v = to_float(x[i]);

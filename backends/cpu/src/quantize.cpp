@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "ieee.h"
 #include "ops.h"
+#include "pages.h"
 #include "parallel.h"
 #include "quantize_kernels.h"
 
@@ -33,6 +34,7 @@ qc_status quantize_blockwise(int32_t device, uintptr_t stream, int32_t dtype, ui
         const auto quantize = quantize_kernels().quantize[dtype];
         const IeeeArithmetic ieee;
         const Codebook codebook(pointer<const float>(code), n);
+        prefer_huge_pages(out, n);
         for_blocks(n, blocksize, stream, [&](int64_t first, int64_t last) {
             quantize(pointer<const void>(a), codebook, n, blocksize, first, last, pointer<float>(absmax),
                      pointer<uint8_t>(out));
@@ -52,6 +54,7 @@ qc_status dequantize_blockwise(int32_t device, uintptr_t stream, int32_t dtype, 
             return arguments.status();
         }
         const auto dequantize = quantize_kernels().dequantize[dtype];
+        prefer_huge_pages(out, n * dtype_size(dtype));
         for_blocks(n, blocksize, stream, [&](int64_t first, int64_t last) {
             dequantize(pointer<const uint8_t>(a), pointer<const float>(absmax), pointer<const float>(code), n,
                        blocksize, first, last, pointer<void>(out));

@@ -84,23 +84,45 @@ inline int64_t tile_scratch_bytes(int64_t rows, int64_t columns) {
     return kTileWeightBytes + tile_slice(rows, columns) / kTile * row_tiles(rows) * kTileBytes;
 }
 
-// Packs rows 16 * group ... of `rows` rows of k_bytes bytes each, padded with zeros.
-inline void pack_x_tiles(const void *x_rows, int64_t rows, int64_t k_bytes, int64_t group, uint8_t *tiles) {
-    const auto *x = static_cast<const uint8_t *>(x_rows) + group * kTile * k_bytes;
+// Packs rows 16 * group ... of `rows` rows: part(row, byte, v) gives v[0 ... kParts - 1], 64 bytes each from `byte` on,
+// padded with zeros. A tile is `columns` dwords wide.
+template <int kParts, class Part>
+inline void pack_x_tiles(int64_t rows, int64_t k_bytes, int64_t group, int64_t columns, const Part &part,
+                         uint8_t *tiles) {
     const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
-    for (int64_t b = 0; b < k_bytes; b += kTileRowBytes) {
-        const __mmask64 valid = k_bytes - b >= kTileRowBytes ? ~__mmask64{0} : (__mmask64{1} << (k_bytes - b)) - 1;
-        __m512i v[16];
+    const auto valid = static_cast<__mmask16>((1u << columns) - 1);
+    for (int64_t b = 0; b < k_bytes; b += kParts * kTileRowBytes) {
+        __m512i v[kTile][kParts];
         for (int64_t i = 0; i < kTile; ++i) {
-            v[i] = i < some ? _mm512_maskz_loadu_epi8(valid, x + i * k_bytes + b) : _mm512_setzero_si512();
+            for (int j = 0; j < kParts; ++j) {
+                v[i][j] = _mm512_setzero_si512();
+            }
+            if (i < some) {
+                part(group * kTile + i, b, v[i]);
+            }
         }
-        transpose_16x16(v);
-        uint8_t *tile = tiles + x_tile(b / kTileSpan, row_tiles(rows), group);
-        tile += b % kTileSpan / kTileRowBytes * kTileBytes;
-        for (int i = 0; i < 16; ++i) {
-            _mm512_storeu_si512(tile + 64 * i, v[i]);
+        uint8_t *tile = tiles + x_tile(b / kTileSpan, row_tiles(rows), group) / kTile * columns;
+        tile += b % kTileSpan * columns;  // a tile has as many bytes a column as a row of W is long: 64
+        for (int j = 0; j < kParts; ++j) {
+            __m512i t[kTile];
+            for (int i = 0; i < kTile; ++i) {
+                t[i] = v[i][j];
+            }
+            transpose_16x16(t);
+            for (int i = 0; i < kTile; ++i, tile += 4 * columns) {
+                _mm512_mask_storeu_epi32(tile, valid, t[i]);
+            }
         }
     }
+}
+
+// The rows as they lie in memory, k_bytes each.
+inline void pack_x_tiles(const void *x_rows, int64_t rows, int64_t k_bytes, int64_t group, uint8_t *tiles) {
+    const auto plain = [&](int64_t row, int64_t b, __m512i *v) {
+        const __mmask64 valid = k_bytes - b >= kTileRowBytes ? ~__mmask64{0} : (__mmask64{1} << (k_bytes - b)) - 1;
+        *v = _mm512_maskz_loadu_epi8(valid, static_cast<const uint8_t *>(x_rows) + row * k_bytes + b);
+    };
+    pack_x_tiles<1>(rows, k_bytes, group, kTile, plain, tiles);
 }
 
 // sums += W tiles * X tiles over `count` tiles of K; kTwo: two groups of rows of X, else one.
@@ -124,6 +146,13 @@ inline void multiply_tiles(const uint8_t *w, const uint8_t *x, int64_t count, bo
         }
     }
     for (int64_t t = 0; t < count; ++t) {
+        for (int64_t line = 0; line < kTileBytes;
+             line += 64) {  // a product takes sixteen cycles, a line from L2 as many
+            _mm_prefetch(x + (t + 1) * kTileBytes + line, _MM_HINT_T0);
+            if (kTwo) {
+                _mm_prefetch(x2 + (t + 1) * kTileBytes + line, _MM_HINT_T0);
+            }
+        }
         _tile_loadd(4, w + t * kTileRowBytes, kTileStride);
         _tile_loadd(6, x + t * kTileBytes, 64);
         _tile_loadd(5, w + kTile * kTileStride + t * kTileRowBytes, kTileStride);
