@@ -20,6 +20,7 @@ _COMMANDS = {
     "generate": ("qcore.cli.generate", "Generate text from a checkpoint, quantized or not."),
     "eval": ("qcore.cli.evaluate", "Measure perplexity on a text."),
     "info": ("qcore.cli.info", "Show backends, versions and devices."),
+    "bench": ("qcore.cli.bench", "Measure speed beside torch, bitsandbytes and the machine's limits."),
 }
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
