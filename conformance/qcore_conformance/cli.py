@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = {
     "mutants": "qcore_conformance.mutants.command:mutants",
     "perf": "qcore_conformance.perf:perf",
     "diff": "qcore_conformance.diff:diff_command",
+    "record": "qcore_conformance.record:record",
 }
 _FINE = (Outcome.PASSED, Outcome.UNSUPPORTED, Outcome.NOT_RUN, Outcome.WAIVED)
 

@@ -280,7 +280,7 @@ QC_PROBE uint64_t qcp_read(int64_t threads, const void *data, int64_t bytes) {
     return sum;
 }
 
-QC_PROBE void qcp_write(int64_t threads, void *to, int64_t bytes, int32_t past_caches) {
+QC_PROBE void qcp_write(int64_t threads, void *to, int64_t bytes, [[maybe_unused]] int32_t past_caches) {
     using namespace qcore::cpu;
     for_bytes(threads, bytes, [&](int64_t first, int64_t length) {
         char *part = static_cast<char *>(to) + first;
@@ -293,7 +293,8 @@ QC_PROBE void qcp_write(int64_t threads, void *to, int64_t bytes, int32_t past_c
     });
 }
 
-QC_PROBE void qcp_copy(int64_t threads, void *to, const void *from, int64_t bytes, int32_t past_caches) {
+QC_PROBE void qcp_copy(int64_t threads, void *to, const void *from, int64_t bytes,
+                       [[maybe_unused]] int32_t past_caches) {
     using namespace qcore::cpu;
     for_bytes(threads, bytes, [&](int64_t first, int64_t length) {
         char *part = static_cast<char *>(to) + first;

@@ -58,7 +58,8 @@ def torch_work():
     return torch.nn.functional.gelu(x)
 
 def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b))
+    # In NumPy: in a forked child torch's own parallel ops hang.
+    return all((p.numpy() == q.numpy()).all() for p, q in zip(a, b))
 """
 
 
@@ -145,7 +146,7 @@ def test_many_threads_of_python_with_teams_of_their_own() -> None:
 
     def call():
         for _ in range(10):
-            if not (same(quantize(), want) and torch.equal(product(), y)):
+            if not (same(quantize(), want) and same([product()], [y])):
                 wrong.append(1)
             torch_work()
 
@@ -197,11 +198,12 @@ def test_a_forked_child_computes(parent: str, threads: int) -> None:
     {parent}
 
     def body():
-        torch.set_num_threads({threads})
+        torch.set_num_threads({threads})  # starts threads of torch's own
+        before = tasks()
         for _ in range(3):
             assert same(quantize(), want)
-            assert torch.equal(product(), y)
-        assert len(tasks()) == 1, tasks()  # what it started for a call has ended with it
+            assert same([product()], [y])
+        assert tasks() == before, (before, tasks())  # what a call started has ended with it
 
     def grandchild():
         body()
@@ -246,7 +248,7 @@ def test_workers_of_a_data_loader_compute_on_one_thread() -> None:
 
         def __getitem__(self, index):
             busy = workers(quantize, 0.05)
-            right = same(quantize(), want) and torch.equal(product(), y)
+            right = same(quantize(), want) and same([product()], [y])
             own = str(os.getpid()) in busy
             return {"right": right, "busy": len(busy), "own": own, "threads": torch.get_num_threads()}
 
