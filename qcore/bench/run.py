@@ -35,7 +35,6 @@ class Selection:
     shapes: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
     dtypes: tuple[str, ...]
-    peers: frozenset[str]
 
 
 def known_ops(names: Sequence[str]) -> tuple[str, ...]:

@@ -76,7 +76,6 @@ def cpu(
         tuple(parse_shape(text) for text in shapes or (_QUICK_SHAPES if quick else SHAPES)),
         rows or (_QUICK_ROWS if quick else ROWS),
         dtypes or (_QUICK_DTYPES if quick else ("bf16", "f32")),
-        frozenset(),
     )
     statuses = known_peers.status(known_peers.parse(peers))
     available = frozenset(name for name, status in statuses.items() if status.available)
