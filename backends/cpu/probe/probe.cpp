@@ -104,92 +104,29 @@ int64_t multiply_portable(int64_t steps) {
 
 #ifdef __x86_64__
 
-// Accumulators stay in registers: the empty asm keeps the compiler from seeing through the loop.
-#define QC_KEEP(r) asm volatile("" : "+v"(r))
+// Ten sums in registers hide the latency of any of these instructions; written as assembly, because a compiler that may
+// choose keeps some of them in memory.
+#define QC_TEN(op)                                                                                 \
+    op " %10, %10, %0\n\t" op " %10, %10, %1\n\t" op " %10, %10, %2\n\t" op " %10, %10, %3\n\t" op \
+       " %10, %10, %4\n\t" op " %10, %10, %5\n\t" op " %10, %10, %6\n\t" op " %10, %10, %7\n\t" op \
+       " %10, %10, %8\n\t" op " %10, %10, %9"
+#define QC_MULTIPLY(name, isa, Vector, op, products)                                                                 \
+    __attribute__((target(isa))) int64_t name(int64_t steps) {                                                       \
+        Vector a = {}, s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a, s8 = a, s9 = a;               \
+        for (int64_t i = 0; i < steps; ++i) {                                                                        \
+            asm volatile(QC_TEN(op)                                                                                  \
+                         : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7), "+v"(s8), \
+                           "+v"(s9)                                                                                  \
+                         : "v"(a));                                                                                  \
+        }                                                                                                            \
+        return steps * 10 * (products);                                                                              \
+    }
 
-__attribute__((target("avx2,fma"))) int64_t multiply_avx2(int64_t steps) {
-    __m256 s[10], a = _mm256_set1_ps(1), b = _mm256_setzero_ps();
-    QC_KEEP(a);
-    QC_KEEP(b);
-    for (__m256 &sum : s) {
-        sum = b;
-    }
-    for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 10
-        for (int j = 0; j < 10; ++j) {
-            s[j] = _mm256_fmadd_ps(a, b, s[j]);
-            QC_KEEP(s[j]);
-        }
-    }
-    return steps * 10 * 8;
-}
-
-__attribute__((target("avx512f"))) int64_t multiply_avx512(int64_t steps) {
-    __m512 s[10], a = _mm512_set1_ps(1), b = _mm512_setzero_ps();
-    QC_KEEP(a);
-    QC_KEEP(b);
-    for (__m512 &sum : s) {
-        sum = b;
-    }
-    for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 10
-        for (int j = 0; j < 10; ++j) {
-            s[j] = _mm512_fmadd_ps(a, b, s[j]);
-            QC_KEEP(s[j]);
-        }
-    }
-    return steps * 10 * 16;
-}
-
-__attribute__((target("avx512f,avx512bf16"))) int64_t multiply_avx512_bf16(int64_t steps) {
-    __m512 s[10];
-    __m512i words = _mm512_setzero_si512();
-    QC_KEEP(words);
-    const __m512bh a = (__m512bh)words;
-    for (__m512 &sum : s) {
-        sum = _mm512_setzero_ps();
-    }
-    for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 10
-        for (int j = 0; j < 10; ++j) {
-            s[j] = _mm512_dpbf16_ps(s[j], a, a);
-            QC_KEEP(s[j]);
-        }
-    }
-    return steps * 10 * 32;
-}
-
-__attribute__((target("avx512f,avx512vnni"))) int64_t multiply_avx512_vnni(int64_t steps) {
-    __m512i s[10], a = _mm512_set1_epi8(1);
-    QC_KEEP(a);
-    for (__m512i &sum : s) {
-        sum = _mm512_setzero_si512();
-    }
-    for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 10
-        for (int j = 0; j < 10; ++j) {
-            s[j] = _mm512_dpbusd_epi32(s[j], a, a);
-            QC_KEEP(s[j]);
-        }
-    }
-    return steps * 10 * 64;
-}
-
-__attribute__((target("avx2,avxvnni"))) int64_t multiply_avx_vnni(int64_t steps) {
-    __m256i s[10], a = _mm256_set1_epi8(1);
-    QC_KEEP(a);
-    for (__m256i &sum : s) {
-        sum = _mm256_setzero_si256();
-    }
-    for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 10
-        for (int j = 0; j < 10; ++j) {
-            s[j] = _mm256_dpbusd_avx_epi32(s[j], a, a);
-            QC_KEEP(s[j]);
-        }
-    }
-    return steps * 10 * 32;
-}
+QC_MULTIPLY(multiply_avx2, "avx2,fma", __m256, "vfmadd231ps", 8)
+QC_MULTIPLY(multiply_avx512, "avx512f", __m512, "vfmadd231ps", 16)
+QC_MULTIPLY(multiply_avx512_bf16, "avx512f,avx512bf16", __m512, "vdpbf16ps", 32)
+QC_MULTIPLY(multiply_avx512_vnni, "avx512f,avx512vnni", __m512i, "vpdpbusd", 64)
+QC_MULTIPLY(multiply_avx_vnni, "avx2,avxvnni", __m256i, "%{vex%} vpdpbusd", 32)
 
 struct alignas(64) TileShapes {
     uint8_t palette = 1;
