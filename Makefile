@@ -3,9 +3,11 @@
 # up is remembered in .venv/stamps, so that a second run starts at once. Needs python3 (3.10 or newer) and make.
 #
 #   make demo     quantize a real language model to int8, NF4 and FP4, and let it write
-#   make test     everything that CI runs: lint, types, tests, conformance, mutants, templates (needs a C++ compiler)
+#   make test     everything that CI runs: lint, types, tests, conformance, mutants, templates, sanitizers (needs a
+#                 C++ compiler)
 #   make lint     ruff, clang-format, mypy;  make format  mends what they can mend
-#   make bench    op timings and host cost beside bitsandbytes, on this machine
+#   make bench    qcore bench cpu: every op and layer beside torch, bitsandbytes and this machine's limits
+#   make sanitizers   the whole suite under ASan and UBSan, on each path;  make aarch64  on an emulated aarch64
 #   make clean    removes build outputs and caches;  make distclean  also removes .venv
 #
 # ARGS="..." is handed to the session: make demo ARGS="--prompt 'Hello'".
@@ -21,14 +23,14 @@ NATIVE_SOURCES := $(shell find backends/cpu qcore/include -type f -not -path '*/
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format bench sanitizers build env native compiler clean distclean
+.PHONY: demo test lint format bench sanitizers aarch64 build env native compiler clean distclean
 
 demo: env $(if $(COMPILER),native,no-compiler)
 	$(NOX) demo -- $(ARGS)
 
 test: compiler env native
 	@rm -rf build/reports
-	$(NOX) lint types tests conformance mutants templates smoke summary -- $(ARGS)
+	$(NOX) lint types tests conformance mutants templates sanitizers_lean smoke summary -- $(ARGS)
 
 lint: env
 	$(NOX) lint types
@@ -41,6 +43,9 @@ bench: env $(if $(COMPILER),native,no-compiler)
 
 sanitizers: compiler env native
 	$(NOX) sanitizers
+
+aarch64: env native
+	$(NOX) aarch64
 
 build: env
 	$(NOX) build

@@ -105,19 +105,60 @@ def templates(session: nox.Session) -> None:
     _conformance(session, "python_backend:TemplateBackend", "template-python", PYTHONPATH=str(folder))
 
 
+# Ops of the suite that reach every kernel file and the checks at the ABI, in a minute; the rest is `nox -s sanitizers`.
+LEAN_SANITIZERS = ("quantize_4bit", "gemm_4bit", "int8_quantize_rows", "int8_scaled_gemm")
+
+
+def _sanitized(session: nox.Session) -> tuple[str, dict[str, str]]:
+    """A build of cpu with AddressSanitizer and UndefinedBehaviorSanitizer, and what its process needs around it."""
+    folder = ROOT / "build" / "sanitizers"
+    flags = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    configure = ["-S", "backends/cpu", "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}"]
+    _tool(session, "cmake", *configure, "-DCMAKE_BUILD_TYPE=None", "-DQCORE_CPU_PROBE=OFF")
+    _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
+    # Both have to be there before torch: ASan allocates for everybody, and it looks for C++'s throw when it starts. The
+    # interpreter's own leaks are none of our business.
+    runtimes = [
+        session.run("g++", f"-print-file-name={name}", external=True, silent=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    env = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    return str(folder / "libqcore_cpu.so"), env
+
+
 @nox.session
 def sanitizers(session: nox.Session) -> None:
-    """Run the exact cases on a build of cpu with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    folder = ROOT / "build" / "sanitizers"
-    flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    configure = ["-S", "backends/cpu", "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}"]
-    _tool(session, "cmake", *configure, "-DCMAKE_BUILD_TYPE=RelWithDebInfo")
+    """Run the suite, all ops and levels L0 to L2, on a build of cpu with ASan and UBSan, on each path."""
+    library, env = _sanitized(session)
+    for report, path in CPU_PATHS.items():
+        _conformance(session, library, f"sanitizers-{report}", **env, **path)
+
+
+@nox.session
+def sanitizers_lean(session: nox.Session) -> None:
+    """Run the contract and the exact cases of a few ops on a build of cpu with ASan and UBSan, on its best path."""
+    library, env = _sanitized(session)
+    chosen = [word for op in LEAN_SANITIZERS for word in ("--op", op)]
+    _conformance(session, library, "sanitizers-lean", *chosen, "--level", "L0", "--level", "L1", **env)
+
+
+@nox.session
+def aarch64(session: nox.Session) -> None:
+    """Cross-compile cpu for aarch64 and replay the suite's calls of all ops under emulation."""
+    for tool, package in (("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")):
+        if shutil.which(tool) is None:
+            session.error(f"{tool} was not found; Debian has it in the package {package} (apt-get install {package})")
+    folder = ROOT / "build" / "aarch64"
+    configure = ["-S", "backends/cpu", "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
+    target += ["-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", "-DQCORE_CPU_REPLAY=ON"]
+    _tool(session, "cmake", *configure, *target)
     _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
-    # The runtime has to be there before torch allocates; the interpreter's own leaks are none of our business.
-    runtime = session.run("g++", "-print-file-name=libasan.so", external=True, silent=True).strip()
-    env = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    levels = ("--level", "L0", "--level", "L1")
-    _conformance(session, str(folder / "libqcore_cpu.so"), "sanitizers", *levels, **env)
+    recorded = str(folder / "calls.bin")
+    _tool(session, "qcore-conformance", "record", recorded, "--declared-by", "cpu", QCORE_CPU_ISA="portable")
+    libraries = ["-L", "/usr/aarch64-linux-gnu"]
+    replay = [str(folder / "qcore_cpu_replay"), str(folder / "libqcore_cpu.so"), recorded]
+    session.run("qemu-aarch64", *libraries, *replay, external=True)
 
 
 @nox.session
@@ -134,10 +175,10 @@ def smoke(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the ops and the host cost of a layer beside bitsandbytes."""
+    """Time every op and layer beside torch, bitsandbytes and the machine's limits; arguments go to qcore bench cpu."""
     REPORTS.mkdir(parents=True, exist_ok=True)
-    for program in ("host_cost", "ops"):
-        _python(session, f"benchmarks/{program}.py", "--json", str(REPORTS / f"{program}.json"), *session.posargs)
+    outputs = ("--json", str(REPORTS / "bench-cpu.json"), "--plot", str(REPORTS / "bench-cpu.png"))
+    _tool(session, "qcore", "bench", "cpu", *outputs, *session.posargs)
 
 
 @nox.session

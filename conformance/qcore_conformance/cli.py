@@ -18,14 +18,14 @@ from typing import Any
 import click
 
 from qcore.errors import BackendError, QcoreError
-from qcore_conformance.model import LEVELS, Case, Outcome, Report, Result
+from qcore_conformance.model import LEVELS, REQUIRED_LEVELS, Case, Outcome, Report, Result
 
-DEFAULT_LEVELS = ("L0", "L1", "L2")
 # Subcommands that live in modules of their own, imported when they are asked for.
 COMMANDS: Mapping[str, str] = {
     "mutants": "qcore_conformance.mutants.command:mutants",
     "perf": "qcore_conformance.perf:perf",
     "diff": "qcore_conformance.diff:diff_command",
+    "record": "qcore_conformance.record:record",
 }
 _FINE = (Outcome.PASSED, Outcome.UNSUPPORTED, Outcome.NOT_RUN, Outcome.WAIVED)
 
@@ -108,7 +108,7 @@ def run(
     from qcore_conformance.runner import Target, run_cases
     from qcore_conformance.waivers import apply_waivers, read_waivers
 
-    levels = levels or DEFAULT_LEVELS
+    levels = levels or REQUIRED_LEVELS
     selected = chosen_cases(ops, levels)
     target = Target(backend, device, seed, timeout)
     selection = {"backend": backend, "device": device, "ops": list(ops), "levels": list(levels)}

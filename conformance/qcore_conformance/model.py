@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcore_conformance.session import Session
 
-SCHEMA = 1
+SCHEMA = 2
 LEVELS = ("L0", "L1", "L2", "L3")
+# What a backend has to pass; L3 needs memory and devices that not every machine has.
+REQUIRED_LEVELS = ("L0", "L1", "L2")
 
 
 class Outcome(str, Enum):
@@ -66,6 +68,7 @@ class Report:
     seconds: float
     seed: int
     selection: dict[str, Any]  # backend, ops, levels as asked for
+    complete: bool  # whether every case of REQUIRED_LEVELS was selected
     backend: dict[str, Any]  # asdict(Description)
     environment: dict[str, str]  # qcore, torch, python, platform
     results: list[Result]

@@ -24,7 +24,8 @@ from typing import Any
 
 from qcore.errors import BackendNotFound, BackendUnavailable
 from qcore_conformance import SPEC_VERSION
-from qcore_conformance.model import SCHEMA, Case, Outcome, Report, Result
+from qcore_conformance.cases import all_cases
+from qcore_conformance.model import REQUIRED_LEVELS, SCHEMA, Case, Outcome, Report, Result
 
 START_SECONDS = 180.0
 # Enough for a loaded machine; a stress case moves gigabytes.
@@ -221,6 +222,12 @@ def _groups(cases: Sequence[Case]) -> list[list[Case]]:
     return [group[i : i + 40] for group in groups.values() for i in range(0, len(group), 40)]
 
 
+def _is_complete(selected: Sequence[Case]) -> bool:
+    """Whether these are at least the cases that make a backend conformant."""
+    required = {case.id for case in all_cases() if case.level in REQUIRED_LEVELS}
+    return required <= {case.id for case in selected}
+
+
 def run_cases(
     target: Target,
     cases: Sequence[Case],
@@ -270,6 +277,7 @@ def run_cases(
         seconds=time.monotonic() - start,
         seed=target.seed,
         selection=selection or {"backend": target.backend},
+        complete=_is_complete(cases),
         backend=run.ready["backend"],
         environment=run.ready["environment"],
         results=[run.results[case.id] for case in cases],

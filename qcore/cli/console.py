@@ -20,10 +20,10 @@ from rich.progress import (
 _WIDTH_OF_A_LOG = 110
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False, log_width: int = _WIDTH_OF_A_LOG) -> Console:
     """A console on stdout or stderr, wide enough for the tables where there is no terminal."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_A_LOG
+    width = None if stream.isatty() or "COLUMNS" in os.environ else log_width
     return Console(file=stream, width=width, highlight=False)
 
 

@@ -6,17 +6,20 @@ How much text is measured follows from how fast the machine is, and is said in t
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from rich.table import Table
 
 from qcore.backend.registry import backend_for, backend_report
+from qcore.bench.report import Load, machine, now
 from qcore.cli.console import console, quiet_transformers, size
 from qcore.cli.demo_inputs import default_cache, fetch_articles, fetch_model
 from qcore.cli.generate import chat_inputs, stream
@@ -27,6 +30,7 @@ from qcore.errors import FormatError
 from qcore.integrations.checkpoint import load_model
 from qcore.integrations.perplexity import perplexity, pydoc_topics, tokens_of
 
+SCHEMA = 1  # of the JSON
 FORMATS = ("int8", "nf4", "fp4")
 WINDOW = 512
 # Tokens of the probe that says how fast this machine is, and the fewest that are measured on a slow one.
@@ -48,6 +52,16 @@ class Row:
     decode_rate: float = 0.0
     perplexities: list[float] = field(default_factory=list)
 
+    def figures(self) -> dict[str, Any]:
+        """What the JSON holds of it."""
+        return {
+            "weights": self.name,
+            "bytes": self.nbytes,
+            "prompt_tokens_per_s": self.prompt_rate,
+            "decode_tokens_per_s": self.decode_rate,
+            "perplexities": self.perplexities,
+        }
+
 
 @click.command()
 @click.option("--prompt", default="Why is the sky blue?", show_default=True)
@@ -57,10 +71,13 @@ class Row:
 )
 @click.option("--budget", type=float, default=120, show_default=True, help="Seconds for the measurements, about.")
 @click.option("--cache", type=click.Path(path_type=Path), default=default_cache, help="Folder for model and results.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here.")
 @click.option("--smoke", is_flag=True, help="NF4 and Python's own text alone, as short as possible.")
-def demo(prompt: str, max_new_tokens: int, tokens: int, budget: float, cache: Path, smoke: bool) -> None:
+def demo(
+    prompt: str, max_new_tokens: int, tokens: int, budget: float, cache: Path, json_path: Path | None, smoke: bool
+) -> None:
     """Quantize SmolLM2-135M-Instruct to each format, let it write, and measure what it lost."""
-    began = time.monotonic()
+    began, started, load = time.monotonic(), now(), Load()
     quiet_transformers()
     cache.mkdir(parents=True, exist_ok=True)
     slow = _announce_backend()
@@ -72,7 +89,13 @@ def demo(prompt: str, max_new_tokens: int, tokens: int, budget: float, cache: Pa
     for row in rows:
         _generate(row, prompt, max_new_tokens)
     texts = _texts(cache, smoke)
-    _measure(rows, texts, tokens, budget)
+    count, window = _measure(rows, texts, tokens, budget)
+    if json_path is not None:
+        facts = machine(torch.get_num_threads()) | {"others_cpu_share": load.of_others()}
+        settings = {"texts": list(texts), "tokens": count, "window": window}
+        tree = {"schema": SCHEMA, "kind": "qcore demo", "started": started, "machine": facts, **settings}
+        tree["rows"] = [row.figures() for row in rows]
+        json_path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     console().print(f"Done in {time.monotonic() - began:.0f} s; everything is in {cache}.")
     _check(rows)
 
@@ -153,7 +176,8 @@ def _texts(cache: Path, smoke: bool) -> dict[str, str]:
     return texts
 
 
-def _measure(rows: list[Row], texts: dict[str, str], tokens: int, budget: float) -> None:
+def _measure(rows: list[Row], texts: dict[str, str], tokens: int, budget: float) -> tuple[int, int]:
+    """Fill in the perplexities; returns the tokens of each text and of a window."""
     tokenizer = load_tokenizer(rows[0].folder)
     probe = tokens_of(tokenizer, next(iter(texts.values())), _PROBE, _PROBE)
     model = load_model(rows[-1].folder, dtype=rows[-1].dtype)
@@ -169,6 +193,7 @@ def _measure(rows: list[Row], texts: dict[str, str], tokens: int, budget: float)
         model = load_model(row.folder, dtype=row.dtype)
         row.perplexities = [perplexity(model, ids) for ids in windows]
     _print_table(rows, list(texts), windows[0].numel(), window)
+    return windows[0].numel(), window
 
 
 def _print_table(rows: list[Row], texts: list[str], tokens: int, window: int) -> None:

@@ -7,6 +7,7 @@ A command's module is imported when the command runs, so that ``qcore --help`` d
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ _COMMANDS = {
     "generate": ("qcore.cli.generate", "Generate text from a checkpoint, quantized or not."),
     "eval": ("qcore.cli.evaluate", "Measure perplexity on a text."),
     "info": ("qcore.cli.info", "Show backends, versions and devices."),
+    "bench": ("qcore.cli.bench", "Measure speed beside torch, bitsandbytes and the machine's limits."),
 }
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -37,6 +39,16 @@ class LazyGroup(click.Group):
         command = importlib.import_module(_COMMANDS[cmd_name][0]).command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and name not in _COMMANDS:
+            near = difflib.get_close_matches(name, _COMMANDS, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(_COMMANDS)}."
+            ctx.fail(f"No such command {name!r}. {hint}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

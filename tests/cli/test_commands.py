@@ -31,7 +31,16 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("quantize", "generate", "eval", "info"))
+    assert all(name in done.stdout for name in ("quantize", "generate", "eval", "info", "bench"))
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [("quantise", "Did you mean 'quantize'?"), ("benhc", "Did you mean 'bench'?"), ("xyz", "There are: quantize, ")],
+)
+def test_a_mistyped_command_is_guessed(word: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([word, "model"]) == 2
+    assert f"No such command '{word}'. {answer}" in capsys.readouterr().err
 
 
 def test_quantize_prints_a_table_and_sizes(

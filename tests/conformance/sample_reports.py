@@ -27,6 +27,7 @@ def report(results: list[Result], **fields: Any) -> Report:
         "started": "2026-11-22T16:00:00+00:00",
         "seconds": 12.5,
         "seed": 7,
+        "complete": True,
         "selection": {"backend": "acme", "ops": [], "levels": ["L0", "L1", "L2", "L3"]},
         "backend": {
             "name": "acme",

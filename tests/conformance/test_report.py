@@ -45,6 +45,8 @@ def test_another_schema_is_refused(schema: object) -> None:
     [
         (lambda tree: tree.pop("seed"), "'seed' is missing"),
         (lambda tree: tree.update(seed="7"), "'seed' has type str"),
+        (lambda tree: tree.update(complete=1), "'complete' has type int"),
+        (lambda tree: tree.update(seed=True), "'seed' has type bool"),
         (lambda tree: tree.update(extra=1), r"unknown fields \['extra'\]"),
         (lambda tree: tree["results"][0].pop("repro"), r"results\[0\]: field 'repro' is missing"),
         (lambda tree: tree["results"][1].update(outcome="ok"), r"results\[1\]: 'ok' is not a valid Outcome"),
@@ -114,6 +116,19 @@ def test_verdict(outcomes: list[Outcome], word: str, exit_code: int, conformant:
     report = samples.report([samples.result(f"gemm_4bit/L2/{i}", outcome) for i, outcome in enumerate(outcomes)])
     judged = verdict(report)
     assert (judged.word, judged.exit_code, judged.conformant) == (word, exit_code, conformant)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "word", "exit_code"),
+    [(P, "PASSED (partial selection)", 0), (F, "NOT CONFORMANT", 1), (Outcome.NOT_RUN, "NOTHING RAN", 2)],
+)
+def test_a_partial_selection_makes_nothing_conformant(outcome: Outcome, word: str, exit_code: int) -> None:
+    report = samples.report([samples.result("gemm_4bit/L2/a", outcome)], complete=False)
+    judged = verdict(report)
+    assert (judged.word, judged.exit_code, judged.conformant) == (word, exit_code, False)
+    assert not from_json(to_json(report)).complete
+    assert f"**{word}**" in to_markdown(report)
+    assert word in to_html(report)
 
 
 def test_the_verdict_names_what_was_left_out() -> None:

@@ -93,6 +93,8 @@ def help_of(*command: str) -> str:
 def test_commands_and_their_options_exist(document: str, line: str) -> None:
     program, command, *arguments = shlex.split(line, comments=True)
     known = help_of(program, command)
+    if re.search(r"^Commands:$", known, re.MULTILINE):  # a group: the options are those of the next word
+        known = help_of(program, command, arguments[0])
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     assert not [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", known)], document
 

@@ -18,7 +18,7 @@ RANKS = [
     {"autograd"},
     {"nn", "optim"},
     {"algorithms", "formats"},
-    {"integrations"},
+    {"integrations", "bench"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}

@@ -37,7 +37,12 @@ class Arguments {
     Arguments &blocksize(const char *name, int64_t value);
     // An array of `count` elements of `size` bytes each: not null unless it is empty, aligned to `size`.
     Arguments &array(const char *name, uintptr_t address, int64_t count, int64_t size);
-    // The same, or 0.
+    // The same for rows * columns elements; after extent(), because the product is formed only if all checks held so
+    // far.
+    Arguments &matrix(const char *name, uintptr_t address, int64_t rows, int64_t columns, int64_t size) {
+        return ok() ? array(name, address, rows * columns, size) : *this;
+    }
+    // An array, or 0.
     Arguments &optional_array(const char *name, uintptr_t address, int64_t count, int64_t size);
     // The bias of a product, or 0: `count` elements in float32 or in `dtype` (QC-GEMM4-003, QC-INT8-006).
     Arguments &bias(int32_t bias_dtype, uintptr_t address, int32_t dtype, int64_t count);

@@ -39,8 +39,8 @@ qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, ui
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
-        arguments.threshold("threshold", threshold).array("a", a, m * k, dtype_size(dtype));
-        arguments.array("out", out, m * k, 1).array("row_stats", row_stats, m, sizeof(float));
+        arguments.threshold("threshold", threshold).matrix("a", a, m, k, dtype_size(dtype));
+        arguments.matrix("out", out, m, k, 1).array("row_stats", row_stats, m, sizeof(float));
         if (threshold > 0.0f) {
             arguments.array("outlier_cols", outlier_cols, k, 1);
         }
@@ -81,8 +81,8 @@ qc_status int8_quantize_cols(int32_t device, uintptr_t stream, int32_t dtype, ui
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
-        arguments.threshold("threshold", threshold).array("a", a, m * k, dtype_size(dtype));
-        arguments.array("out", out, m * k, 1).array("col_stats", col_stats, k, sizeof(float));
+        arguments.threshold("threshold", threshold).matrix("a", a, m, k, dtype_size(dtype));
+        arguments.matrix("out", out, m, k, 1).array("col_stats", col_stats, k, sizeof(float));
         if (!arguments.ok()) {
             return arguments.status();
         }
@@ -103,9 +103,9 @@ qc_status int8_dequantize_gemm(int32_t device, uintptr_t stream, int32_t dtype, 
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("n", n).extent("m, n", m, n);
-        arguments.array("c", c, m * n, sizeof(int32_t)).array("row_stats", row_stats, m, sizeof(float));
+        arguments.matrix("c", c, m, n, sizeof(int32_t)).array("row_stats", row_stats, m, sizeof(float));
         arguments.array("col_stats", col_stats, n, sizeof(float)).bias(bias_dtype, bias, dtype, n);
-        arguments.array("out", out, m * n, dtype_size(dtype));
+        arguments.matrix("out", out, m, n, dtype_size(dtype));
         if (!arguments.ok() || n == 0) {
             return arguments.status();
         }
@@ -132,8 +132,8 @@ qc_status int8_dequantize_rows(int32_t device, uintptr_t stream, int32_t dtype, 
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
-        arguments.array("a", a, m * k, 1).array("row_stats", row_stats, m, sizeof(float));
-        arguments.array("out", out, m * k, dtype_size(dtype));
+        arguments.matrix("a", a, m, k, 1).array("row_stats", row_stats, m, sizeof(float));
+        arguments.matrix("out", out, m, k, dtype_size(dtype));
         if (!arguments.ok()) {
             return arguments.status();
         }

@@ -69,7 +69,7 @@ qc_status int8_gemm(int32_t device, uintptr_t stream, int64_t m, int64_t n, int6
     constexpr char kOp[] = "int8_gemm";
     return guarded(kOp, [&] {
         Arguments arguments = check_sizes(kOp, device, m, n, k);
-        arguments.array("a", a, m * k, 1).array("b", b, n * k, 1).array("out", out, m * n, sizeof(int32_t));
+        arguments.matrix("a", a, m, k, 1).matrix("b", b, n, k, 1).matrix("out", out, m, n, sizeof(int32_t));
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }
@@ -85,9 +85,9 @@ qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int6
     constexpr char kOp[] = "int8_scaled_gemm";
     return guarded(kOp, [&] {
         Arguments arguments = check_sizes(kOp, device, m, n, k);
-        arguments.dtype("dtype", dtype).array("a", a, m * k, 1).array("b", b, n * k, 1);
+        arguments.dtype("dtype", dtype).matrix("a", a, m, k, 1).matrix("b", b, n, k, 1);
         arguments.array("row_stats", row_stats, m, sizeof(float)).array("col_stats", col_stats, n, sizeof(float));
-        arguments.bias(bias_dtype, bias, dtype, n).array("out", out, m * n, dtype_size(dtype));
+        arguments.bias(bias_dtype, bias, dtype, n).matrix("out", out, m, n, dtype_size(dtype));
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }

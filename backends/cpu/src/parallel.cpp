@@ -7,6 +7,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <fstream>
+#include <sstream>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -73,19 +75,39 @@ OpenMp find_openmp() {
     return openmp;
 }
 
-std::atomic<bool> &forked() {
-    static std::atomic<bool> flag{false};
-    return flag;
+// Whether this process was forked and has not called exec() since: the kernel's own note of it (PF_FORKNOEXEC).
+bool came_from_fork() {
+    constexpr unsigned long kForkNoExec = 0x40;
+    std::ifstream file("/proc/self/stat");
+    std::string text;
+    std::getline(file, text);
+    // "pid (name) state ppid pgrp session tty tpgid flags ...": the name may hold spaces and brackets.
+    std::istringstream fields(text.substr(text.rfind(')') == std::string::npos ? text.size() : text.rfind(')') + 1));
+    std::string skipped;
+    for (int i = 0; i < 6; ++i) {
+        fields >> skipped;
+    }
+    unsigned long flags = 0;
+    fields >> flags;
+    return (flags & kForkNoExec) != 0;
+}
+
+// True in a child of fork(), whose OpenMP team stayed with the parent: a region would wait for it for ever. Known from
+// the moment that the library is loaded, because the team may be torch's doing, long before a first region of ours. A
+// library that is loaded in a child cannot know whether its parent had a team, and takes it for granted.
+struct Fork {
+    std::atomic<bool> happened{came_from_fork()};
+    Fork();
+};
+
+Fork fork_state;
+
+Fork::Fork() {
+    pthread_atfork(nullptr, nullptr, [] { fork_state.happened.store(true, std::memory_order_relaxed); });
 }
 
 const OpenMp &openmp() {
-    static const OpenMp found = [] {
-        OpenMp result = find_openmp();
-        if (result.parallel != nullptr) {
-            pthread_atfork(nullptr, nullptr, [] { forked().store(true, std::memory_order_relaxed); });
-        }
-        return result;
-    }();
+    static const OpenMp found = find_openmp();
     return found;
 }
 
@@ -126,7 +148,7 @@ void run_chunks(int64_t n_chunks, int64_t max_threads, ChunkFunction function, c
         return;
     }
     const OpenMp &omp = openmp();
-    if (omp.parallel != nullptr && !forked().load(std::memory_order_relaxed)) {
+    if (omp.parallel != nullptr && !fork_state.happened.load(std::memory_order_relaxed)) {
         // Always the full team, even for two chunks: libgomp ends the threads that a smaller region leaves out, and
         // starts new ones for torch's next.
         omp.parallel(&Work::run_member, &work, static_cast<unsigned>(max_threads), 0);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -66,10 +67,15 @@ def _two_threads(op: str) -> Callable[[Session], None]:
                 start.abort()
 
         threads = [threading.Thread(target=work, args=pair) for pair in zip(jobs, alone)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        turns = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)  # on a busy machine the calls would hardly overlap otherwise
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(turns)
         for problem in problems:
             if not isinstance(problem, threading.BrokenBarrierError):
                 raise problem

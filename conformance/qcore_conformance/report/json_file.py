@@ -21,6 +21,7 @@ _REPORT_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
     "seed": int,
     "selection": dict,
+    "complete": bool,
     "backend": dict,
     "environment": dict,
     "results": list,
@@ -115,7 +116,7 @@ def _check_fields(tree: Mapping[str, Any], types: Mapping[str, type | tuple[type
         if name not in tree:
             raise FormatError(f"{where}: field {name!r} is missing")
         value = tree[name]
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
             raise FormatError(f"{where}: field {name!r} has type {type(value).__name__}")
     unknown = sorted(set(tree) - set(types))
     if unknown:

@@ -1,0 +1,128 @@
+"""The figures of docs/results: gathered into JSON, and from there into the tables of its README.
+
+    python benchmarks/results.py conformance build/reports    # what `make test` left there -> conformance.json
+    python benchmarks/results.py tables                       # demo.json, conformance.json -> README.md
+    python benchmarks/results.py tables --check               # exit 1 if README.md says anything else
+
+``demo.json`` is written by ``make demo ARGS="--json docs/results/demo.json"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qcore_conformance.model import Outcome
+from qcore_conformance.report import read_json, verdict
+from qcore_conformance.report.summary import counts, worst_ratios
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+README = RESULTS / "README.md"
+RUNS = ("cpu_reference", "cpu", "cpu-avx2", "cpu-portable")
+
+
+def gather(reports: Path) -> dict[str, Any]:
+    """The sum of the conformance reports and of the kill matrix in a folder of reports."""
+    runs = []
+    for name in RUNS:
+        report = read_json(reports / f"conformance-{name}" / "report.json")
+        count = counts(report.results)
+        worst = {entry.op: round(entry.ratio, 4) for entry in worst_ratios(report.results)}
+        runs.append(
+            {
+                "run": name,
+                "arch": report.backend["arch"],
+                "verdict": verdict(report).word,
+                "passed": count[Outcome.PASSED],
+                "not_run": count[Outcome.NOT_RUN],
+                "failed": sum(count.values()) - count[Outcome.PASSED] - count[Outcome.NOT_RUN],
+                "seed": report.seed,
+                "started": report.started,
+                "spec_version": report.spec_version,
+                "environment": report.environment,
+                "worst_error_over_bound": worst,
+            }
+        )
+    matrix = json.loads((reports / "mutants" / "mutants.json").read_text(encoding="utf-8"))
+    alive = {row["mutant"] for row in matrix["rows"] if not row["case_id"]}
+    mutants = {
+        "mutants": len({row["mutant"] for row in matrix["rows"]}),
+        "survived": len(alive),
+        "right_backends": len({control["backend"] for control in matrix["controls"]}),
+        "right_cases": sum(control["passed"] for control in matrix["controls"]),
+        "false_alarms": sum(len(control["alarms"]) for control in matrix["controls"]),
+    }
+    return {"schema": 1, "kind": "conformance summary", "runs": runs, "mutants": mutants}
+
+
+def conformance_table(tree: dict[str, Any]) -> str:
+    lines = ["| run | path | verdict | passed | not run | worst error / bound |", "|---|---|---|---|---|---|"]
+    for run in tree["runs"]:
+        worst = max(run["worst_error_over_bound"].items(), key=lambda item: item[1], default=("", 0.0))
+        cells = (f"`{run['run']}`", run["arch"], run["verdict"], run["passed"], run["not_run"], f"{worst[1]:.2f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    m = tree["mutants"]
+    killed = f"{m['mutants'] - m['survived']} of {m['mutants']}"
+    right = f"{m['right_cases']} cases on {m['right_backends']} right backends"
+    lines += ["", f"Mutants: {killed} killed, {m['false_alarms']} false alarms in {right}."]
+    return "\n".join(lines)
+
+
+def demo_table(tree: dict[str, Any]) -> str:
+    said, texts = tree["machine"], tree["texts"]
+    share = said["others_cpu_share"]
+    disturbed = "" if share is None else f", {share:.0%} of the processor in the hands of other programs meanwhile"
+    machine = f"{said['processor']}, {said['threads']} threads, {said['isa']}, {tree['started'][:10]}{disturbed}"
+    lines = [
+        f"{machine}; perplexity on {tree['tokens']} tokens of each text in windows of {tree['window']}.",
+        "",
+        f"| weights | bytes | decode, tokens/s | {' | '.join(texts)} |",
+        "|---|---|---|" + "---|" * len(texts),
+    ]
+    for row in tree["rows"]:
+        values = " | ".join(f"{value:.2f}" for value in row["perplexities"])
+        rate = f"{row['decode_tokens_per_s']:.1f}"
+        lines.append(f"| {row['weights']} | {row['bytes'] / 1e6:.1f} MB | {rate} | {values} |")
+    return "\n".join(lines)
+
+
+TABLES = {"conformance": conformance_table, "demo": demo_table}
+
+
+def with_tables(text: str) -> str:
+    """``text`` with every table between its two markers made anew from the JSON beside it."""
+    for name, table in TABLES.items():
+        first, last = f"<!-- {name}.json -->", f"<!-- end of {name}.json -->"
+        before, found, rest = text.partition(first)
+        _, ended, after = rest.partition(last)
+        if not found or not ended:
+            raise SystemExit(f"{README}: needs the lines {first} and {last}")
+        tree = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        text = f"{before}{first}\n\n{table(tree)}\n\n{last}{after}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    gathering = commands.add_parser("conformance", help="gather the reports of `make test` into conformance.json")
+    gathering.add_argument("reports", type=Path)
+    tables = commands.add_parser("tables", help="make the README's tables from the JSON files")
+    tables.add_argument("--check", action="store_true", help="change nothing; exit 1 if it would")
+    options = parser.parse_args()
+    if options.command == "conformance":
+        tree = gather(options.reports)
+        (RESULTS / "conformance.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        return
+    old = README.read_text(encoding="utf-8")
+    new = with_tables(old)
+    if options.check:
+        sys.exit(int(old != new))
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

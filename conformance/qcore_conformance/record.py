@@ -1,0 +1,210 @@
+"""The suite's calls as a file: inputs and what has to come out, for a device that has no Python.
+
+The cases run on ``cpu_reference``, and every call that they make of the backend is written down once. What a replay
+compares with is decided here: bits where the spec is exact, for ``gemm_4bit`` an interval an element, from the oracle
+and from what the tested library declares (QC-GEMM4-004). ``backends/cpu/tests/replay.cpp`` reads it.
+
+File, little-endian: ``QCCALLS1``, the declared lanes, extra and weight rounding, then calls up to the end. A string is
+its length (u32) and its bytes. A call is its case, its op, and four groups, each with a count (u32): integers (name,
+i64), reals (name, f64), inputs and outputs (name, then an array). An array is dtype (u8: 0 f32, 1 f16, 2 bf16, 3 u8,
+4 i8, 5 i32), number of dimensions (u8), dimensions (i64) and elements; of an output, after that a byte that says
+whether it is an interval: then low and high (f64 an element) take the place of the elements.
+"""
+
+from __future__ import annotations
+
+import inspect
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qcore.backend import OPS, Backend, Description, Weight4bit, get_backend
+from qcore.errors import BackendError, OutputError
+from qcore_conformance import oracle
+from qcore_conformance.bounds import GemmDeclaration, gemm_bound
+from qcore_conformance.floats import Floats
+from qcore_conformance.guards import GUARDS
+from qcore_conformance.model import Case, Outcome
+from qcore_conformance.session import Session, default_device, from_torch
+from qcore_conformance.weights import Weight
+
+MAGIC = b"QCCALLS1"
+LEVELS = ("L1", "L2")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32)
+_FORMATS = {"nf4": 0, "fp4": 1}
+# Larger calls are left out: an emulated device takes minutes over each.
+MOST_BYTES = 4 << 20
+
+
+class Recorder(Backend):
+    """Another backend, whose calls are written to a file."""
+
+    def __init__(self, inner: Backend, file: IO[bytes], declared: GemmDeclaration) -> None:
+        self.name, self.device_types = inner.name, inner.device_types
+        self.case: Case | None = None
+        self.counts: Counter[str] = Counter()
+        self.too_large = 0
+        self._inner, self._file, self._declared = inner, file, declared
+        file.write(MAGIC + struct.pack("<qq", declared.lanes, declared.extra) + _text(declared.weight_rounding))
+        for op in OPS:
+            setattr(self, op, self._recording(op))
+
+    def describe(self, device: torch.device) -> Description:
+        return self._inner.describe(device)
+
+    def supports(self, op: str) -> bool:
+        return self._inner.supports(op)
+
+    def _recording(self, op: str) -> Callable[..., None]:
+        function = getattr(self._inner, op)
+        parameters = inspect.signature(getattr(Backend, op)).parameters
+        written = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+
+        def call(*arguments: Any, **keywords: Any) -> None:
+            function(*arguments, **keywords)
+            named = dict(zip((name for name in parameters if name != "self"), arguments)) | keywords
+            self._write(op, named, written)
+
+        return call
+
+    def _write(self, op: str, named: Mapping[str, Any], written: set[str]) -> None:
+        assert self.case is not None
+        integers: dict[str, int] = {}
+        reals: dict[str, float] = {}
+        inputs: dict[str, torch.Tensor] = {}
+        for name, value in named.items():
+            if isinstance(value, Weight4bit):
+                for part in fields(value):
+                    _sort(part.name, getattr(value, part.name), integers, reals, inputs)
+            elif name not in written:
+                _sort(name, value, integers, reals, inputs)
+        outputs = {name: named[name] for name in sorted(written) if named.get(name) is not None}
+        if sum(t.numel() * t.element_size() for t in (*inputs.values(), *outputs.values())) > MOST_BYTES:
+            self.too_large += 1
+            return
+        parts = [_text(self.case.id), _text(op)]
+        parts += [_group(integers, "<q"), _group(reals, "<d")]
+        parts.append(struct.pack("<I", len(inputs)))
+        parts += [_text(name) + _shape(tensor) + _bytes(tensor) for name, tensor in inputs.items()]
+        parts.append(struct.pack("<I", len(outputs)))
+        for name, tensor in outputs.items():
+            if op == "gemm_4bit":
+                low, high = self._interval(named, tensor)
+                content = b"\x01" + low.tobytes() + high.tobytes()
+            else:
+                content = b"\x00" + _bytes(tensor)
+            parts.append(_text(name) + _shape(tensor) + content)
+        self._file.write(b"".join(parts))
+        self.counts[op] += 1
+
+    def _interval(self, named: Mapping[str, Any], out: torch.Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What an output of ``gemm_4bit`` may be; a single value where a sum is exact or not finite."""
+        given = out.double().numpy()
+        x: Any = from_torch(named["A"])
+        bias: Any = None if named.get("bias") is None else from_torch(named["bias"])
+        decoded = _weight(named["weight"]).decoded()
+        with np.errstate(invalid="ignore", over="ignore"):
+            truth = oracle.gemm_4bit(x, decoded, bias)
+            bound = gemm_bound(truth, self._declared, x.shape[1], x.dtype)
+            free = np.isfinite(truth.exact) & np.isfinite(given) & ~_exact_sums(x, decoded, bias, truth)
+            return np.where(free, truth.exact - bound, given), np.where(free, truth.exact + bound, given)
+
+
+def _exact_sums(x: Floats, weights: Floats, bias: Floats | None, truth: oracle.Product) -> NDArray[np.bool_]:
+    """Where no order of summation rounds (QC-GEMM4-005): small multiples of 1/64 all over."""
+    parts = (x.f64(), weights.f64(), np.zeros(1) if bias is None else bias.f64())
+    integral = all(bool((part == np.round(part)).all()) for part in (parts[0], 64 * parts[1], 64 * parts[2]))
+    return np.asarray((64 * truth.magnitude < 2.0**24) & integral)
+
+
+def _weight(w: Weight4bit) -> Weight:
+    nested: dict[str, Any] = {}
+    if w.nested_absmax is not None:
+        assert w.nested_code is not None
+        assert w.nested_offset is not None
+        nested = {
+            "nested_absmax": from_torch(w.nested_absmax),
+            "nested_code": w.nested_code.numpy(),
+            "nested_offset": from_torch(w.nested_offset),
+            "nested_blocksize": w.nested_blocksize,
+        }
+    packed: Any = from_torch(w.packed)
+    return Weight(packed, from_torch(w.absmax), w.quant_type, w.blocksize, w.shape, **nested)
+
+
+def _sort(name: str, value: Any, integers: dict[str, int], reals: dict[str, float], inputs: dict[str, Any]) -> None:
+    """Put an argument where its type belongs; an absent one nowhere."""
+    if isinstance(value, torch.Tensor):
+        inputs[name] = value
+    elif name == "quant_type":
+        integers["format"] = _FORMATS[value]
+    elif name == "shape":
+        integers |= {f"shape{index}": size for index, size in enumerate(value)}
+        integers["numel"] = int(np.prod(value, dtype=np.int64))
+    elif isinstance(value, int):
+        integers[name] = value
+    elif isinstance(value, float):
+        reals[name] = value
+    else:
+        assert value is None, name
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<I", len(data)) + data
+
+
+def _group(values: Mapping[str, float], form: str) -> bytes:
+    return struct.pack("<I", len(values)) + b"".join(_text(k) + struct.pack(form, v) for k, v in values.items())
+
+
+def _shape(tensor: torch.Tensor) -> bytes:
+    sizes = tuple(tensor.shape)
+    return struct.pack(f"<BB{len(sizes)}q", _DTYPES.index(tensor.dtype), len(sizes), *sizes)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--declared-by", required=True, help="Backend whose declaration of gemm_4bit the replay is held to.")
+@click.option("--op", "ops", multiple=True, help="Only this op (repeatable).")
+@click.option("--seed", type=int, default=0, show_default=True)
+def record(path: Path, declared_by: str, ops: tuple[str, ...], seed: int) -> None:
+    """Write the calls of the exact and the bounded cases, and what has to come out, into the file PATH."""
+    from qcore_conformance.cli import chosen_cases, fail
+
+    try:
+        library, reference = get_backend(declared_by), get_backend("cpu_reference")
+    except BackendError as error:
+        fail(str(error))
+        return
+    declared = GemmDeclaration.parse(library.describe(default_device(library)).declarations)
+    try:
+        with path.open("wb") as file:
+            recorder = Recorder(reference, file, declared)
+            session = Session(recorder, "cpu", seed)
+            session.placements = GUARDS[:1]  # where memory lies is the replay's concern
+            for case in chosen_cases(ops, LEVELS):
+                recorder.case = case
+                result = session.run_case(case)
+                if result.outcome not in (Outcome.PASSED, Outcome.NOT_RUN):
+                    fail(f"cpu_reference itself: {result.outcome.value} {case.id}: {result.message}")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
+    if not recorder.counts:
+        fail("no call was recorded")
+    click.echo(
+        f"{path}: {sum(recorder.counts.values())} calls of {len(recorder.counts)} ops, "
+        f"{path.stat().st_size / 1e6:.1f} MB, {recorder.too_large} calls beyond {MOST_BYTES >> 20} MB left out"
+    )

@@ -1,0 +1,57 @@
+"""The figures of docs/results: the tables are those of the JSON files, and the JSON files are whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_say_what_the_json_files_say() -> None:
+    run = subprocess.run([sys.executable, ROOT / "benchmarks" / "results.py", "tables", "--check"], check=False)
+    assert run.returncode == 0, "docs/results/README.md is not up to date: python benchmarks/results.py tables"
+
+
+def test_a_changed_figure_is_noticed(results: ModuleType) -> None:
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["rows"]
+    figure = f"{rows[0]['perplexities'][0]:.2f}"
+    assert figure in text
+    assert results.with_tables(text.replace(figure, "1.00")) == text
+    with pytest.raises(SystemExit, match="needs the lines"):
+        results.with_tables("# Results")
+
+
+def test_every_json_file_names_machine_and_kind() -> None:
+    files = sorted(RESULTS.glob("*.json"))
+    assert files
+    for path in files:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        assert tree["schema"] == 1, path
+        assert tree["kind"], path
+        assert "machine" in tree or all("environment" in run for run in tree["runs"]), path
+
+
+def test_the_recorded_conformance_is_of_whole_runs() -> None:
+    tree = json.loads((RESULTS / "conformance.json").read_text(encoding="utf-8"))
+    assert {run["run"] for run in tree["runs"]} == {"cpu_reference", "cpu", "cpu-avx2", "cpu-portable"}
+    assert all(run["verdict"] == "CONFORMANT" and run["failed"] == 0 for run in tree["runs"])
+    assert tree["mutants"]["survived"] == 0
