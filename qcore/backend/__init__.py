@@ -1,14 +1,26 @@
 """The backend interface, the C ABI adapter and the registry that chooses a backend for a device."""
 
 from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, Weight4bit
+from qcore.backend.optimizer import (
+    ALGORITHMS,
+    OPTIMIZER_BLOCK,
+    OptimizerRule,
+    OptimizerTensors,
+    PreparedStep,
+)
 from qcore.backend.registry import BackendStatus, backend_for, backend_report, get_backend, use_backend
 
 __all__ = [
+    "ALGORITHMS",
     "OPS",
+    "OPTIMIZER_BLOCK",
     "Backend",
     "BackendStatus",
     "Description",
+    "OptimizerRule",
+    "OptimizerTensors",
     "PreparedGemm",
+    "PreparedStep",
     "Weight4bit",
     "backend_for",
     "backend_report",

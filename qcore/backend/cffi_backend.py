@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from qcore.backend.abi import constants as QC
 from qcore.backend.abi import ffi
+from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
 from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, Weight4bit
+from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
 from qcore.errors import (
     BackendError,
     BackendUnavailable,
@@ -296,6 +298,28 @@ class CffiBackend(Backend):
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         where = (*self._where(A), _DTYPES[out.dtype])
         self._call("int8_dequantize_rows", *where, *A.shape, _ptr(A), _ptr(row_stats), _ptr(out))
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        self.prepare_optimizer_step(tensors)(rule, tensors.grads, tensors.grad_scales)
+
+    def prepare_optimizer_step(self, t: OptimizerTensors) -> PreparedStep:
+        packed = PackedTensors(t)
+
+        def step(rule: OptimizerRule, grads: Sequence[Tensor], grad_scales: Sequence[float]) -> None:
+            if not grads:
+                return
+            device, stream = self._where(t.params[0])
+            packed.bring(grads, grad_scales)
+            dtypes = (_DTYPES[packed.param_dtype], _DTYPES[grads[0].dtype])
+            _scratch, address, size = None, 0, 0
+            if rule.max_unorm:
+                sizes = (packed.blocks, packed.count, 0)
+                _scratch, address, size = self._workspace(
+                    QC.QC_OP_OPTIMIZER_STEP, device, stream, dtypes[0], *sizes, t.params[0]
+                )
+            self._call("optimizer_step", device, stream, pack_rule(rule, *dtypes), packed.struct, address, size)
+
+        return step
 
 
 def _ptr(tensor: Tensor | None) -> int:

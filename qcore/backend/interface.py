@@ -1,23 +1,21 @@
 """The abstract backend: one class, one method an op.
 
-The frontend validates every argument, makes tensors contiguous and allocates every output; a backend writes into the
-outputs that it is given. What each op computes is in ``docs/spec/``, cited by clause. A backend leaves an op out by not
-overriding it: the method then raises :class:`~qcore.errors.Unsupported`.
+The frontend validates arguments, makes them contiguous and allocates outputs. An op is left out by not overriding it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, device
 
+from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
 from qcore.errors import Unsupported
 
-# Op name -> version of its meaning in the spec. A backend's ops are a subset.
-OPS: Mapping[str, int] = {
+OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backend's ops are a subset
     "quantize_blockwise": 1,
     "dequantize_blockwise": 1,
     "quantize_4bit": 1,
@@ -31,6 +29,7 @@ OPS: Mapping[str, int] = {
     "int8_dequantize_gemm": 1,
     "int8_scaled_gemm": 1,
     "int8_dequantize_rows": 1,
+    "optimizer_step": 1,
 }
 
 
@@ -54,9 +53,8 @@ class Description:
 class Weight4bit:
     """A 4-bit tensor as its parts (QC-4BIT-002, QC-NEST-003); validated by the frontend.
 
-    ``packed`` uint8 ``(ceil(numel/2),)``; ``absmax`` float32 ``(blocks,)``, or uint8 when nested; ``nested_absmax``
-    float32 ``(ceil(blocks/nested_blocksize),)``; ``nested_code`` float32 ``(256,)``; ``nested_offset`` float32, one
-    value.
+    ``packed`` uint8 ``(ceil(numel/2),)``; ``absmax`` float32 ``(blocks,)``, or uint8 when nested, and then decoded by
+    ``nested_absmax`` float32 ``(ceil(blocks/nested_blocksize),)``, ``nested_code`` ``(256,)``, ``nested_offset`` (one).
     """
 
     packed: Tensor
@@ -140,6 +138,13 @@ class Backend(ABC):
 
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         raise self._unsupported("int8_dequantize_rows")
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        raise self._unsupported("optimizer_step")
+
+    def prepare_optimizer_step(self, t: OptimizerTensors) -> PreparedStep:
+        """Pack the tensors of many steps once; each step brings its rule and its gradients."""
+        return lambda rule, grads, scales: self.optimizer_step(rule, replace(t, grads=grads, grad_scales=scales))
 
     def _unsupported(self, op: str) -> Unsupported:
         return Unsupported(f"{op}: backend {self.name!r} does not serve this op; `qcore info` lists those that do")

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore.backend import OPS, Backend, Description, Weight4bit
+from qcore.backend import ALGORITHMS, OPS, Backend, Description, OptimizerRule, OptimizerTensors, Weight4bit
 from qcore.errors import InvalidArgument
-from qcore_cpu_reference import blockwise, fourbit, int8
+from qcore_cpu_reference import blockwise, fourbit, int8, optimizer
 from qcore_cpu_reference.floats import F32, from_float32, to_float32
 
 _MAX_INT8_K = 131_071  # QC-INT8-005
@@ -162,6 +162,95 @@ class ReferenceBackend(Backend):
         stats = _float(op, "row_stats", row_stats, m, (torch.float32,))
         _output(op, "out", out, m * k, *_FLOATS)
         _write(out, from_float32(int8.dequantize_rows(codes, stats), out.dtype))
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        stepped = [_step(rule, tensors, i) for i in range(len(tensors.params))]
+        for i, step in enumerate(stepped):  # nothing is written before every tensor was checked
+            _write_step(rule, tensors, i, step)
+
+
+def _step(rule: OptimizerRule, t: OptimizerTensors, i: int) -> optimizer.Stepped:
+    op, n = "optimizer_step", t.params[i].numel()
+    _check_lists(op, rule, t)
+    param = _float(op, "params", t.params[i], n, (t.params[0].dtype,))
+    grad = _float(op, "grads", t.grads[i], n, (t.grads[0].dtype,))
+    if t.compensation:
+        with np.errstate(all="ignore"):
+            param = param + _float(op, "compensation", t.compensation[i], n, (param_dtype := t.params[i].dtype,))
+        if param_dtype == torch.float32:
+            raise InvalidArgument(f"{op}: compensation is for 16-bit parameters")
+    if rule.stochastic and (t.params[i].dtype != torch.bfloat16 or t.compensation):
+        raise InvalidArgument(f"{op}: stochastic rounding is for bfloat16 parameters without compensation")
+    scale = t.grad_scales[i] if t.grad_scales else 1.0
+    return optimizer.step(rule, grad, scale, param, _read_states(op, rule, t, i))
+
+
+def _check_lists(op: str, rule: OptimizerRule, t: OptimizerTensors) -> None:
+    if rule.algorithm not in ALGORITHMS or rule.state_bits not in (8, 32):
+        raise InvalidArgument(f"{op}: no algorithm {rule.algorithm!r} at {rule.state_bits} bits")
+    count, two, coded = len(t.params), ALGORITHMS[rule.algorithm] == 2, rule.state_bits == 8
+    lengths = {"grads": count, "state1": count, "state2": count * two, "absmax1": count * coded}
+    lengths |= {"absmax2": count * (two and coded)}
+    for name, expected in lengths.items():
+        _check_count(op, name, len(getattr(t, name)), expected)
+    for name in ("compensation", "grad_scales"):
+        _check_count(op, name, len(getattr(t, name)) or count, count)
+    if rule.stochastic:
+        _check_count(op, "streams", len(t.streams), count)
+
+
+def _read_states(op: str, rule: OptimizerRule, t: OptimizerTensors, i: int) -> list[optimizer.State]:
+    """The states of tensor i, decoded (QC-OPT-020), in the order of optimizer.second_moments."""
+    n = t.params[i].numel()
+    rows = 2 if rule.algorithm == "ademamix" else 1
+    states = []
+    for s, second_moment in enumerate(optimizer.second_moments(rule.algorithm)):
+        row, of_two = (s, rows) if s < rows else (0, 1)
+        codes, absmaxes = (t.state1, t.absmax1) if s < rows else (t.state2, t.absmax2)
+        if rule.state_bits == 32:
+            values = _float(op, "state", codes[i], of_two * n, (torch.float32,))
+            states.append(optimizer.State(values.reshape(of_two, n)[row].copy(), None, second_moment))
+            continue
+        table = optimizer.table(rule, second_moment)
+        blocks = _blocks(n, optimizer.BLOCK)
+        code = _integers(op, "state", codes[i], of_two * n, torch.uint8).reshape(of_two, n)[row]
+        absmax = _float(op, "absmax", absmaxes[i], of_two * blocks, (torch.float32,)).reshape(of_two, blocks)[row]
+        values = blockwise.dequantize_blockwise(code, absmax, table, optimizer.BLOCK)
+        states.append(optimizer.State(values, table, second_moment))
+    return states
+
+
+def _write_step(rule: OptimizerRule, t: OptimizerTensors, i: int, step: optimizer.Stepped) -> None:
+    param = t.params[i]
+    changed = torch.from_numpy(~step.kept).to(param.device).reshape(param.shape)
+    if rule.stochastic:
+        bits = optimizer.stochastic_bits(step.param, rule.seed, t.streams[i])
+        rounded = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    else:
+        rounded = from_float32(step.param, param.dtype)
+    if t.compensation:
+        high = to_float32(rounded)
+        with np.errstate(all="ignore"):
+            rest = np.where(np.isfinite(high), step.param - high, np.float32(0))
+        _write_where(t.compensation[i], changed, from_float32(rest, param.dtype))
+    _write_where(param, changed, rounded)
+    groups: list[tuple[Tensor, Tensor | None, list[optimizer.State]]]
+    first = 2 if rule.algorithm == "ademamix" else 1
+    groups = [(t.state1[i], t.absmax1[i] if t.absmax1 else None, step.states[:first])]
+    if t.state2:
+        groups.append((t.state2[i], t.absmax2[i] if t.absmax2 else None, step.states[first:]))
+    for state, absmax, parts in groups:
+        if absmax is None:
+            _write(state, torch.from_numpy(np.concatenate([part.values for part in parts])))
+        else:
+            _write(state, torch.from_numpy(np.concatenate([part.codes for part in parts])))
+            _write(absmax, torch.from_numpy(np.concatenate([part.absmax for part in parts])))
+
+
+def _write_where(destination: Tensor, changed: Tensor, values: Tensor) -> None:
+    """Elements that a step passes over keep their bits, those of a NaN included (QC-OPT-005)."""
+    new = values.to(destination.device).reshape(destination.shape)
+    destination.copy_(torch.where(changed.reshape(destination.shape), new, destination))
 
 
 def _int8_product(op: str, A: Tensor, B: Tensor) -> int8.I32:
