@@ -78,7 +78,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(type(self).__name__, group, self.bits)
+            self._check_group(group, self.bits)
             for index, param in enumerate(group["params"]):
                 if param.requires_grad and param.dtype not in FLOATS:
                     raise InvalidDtype(
@@ -176,8 +176,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         if not override:
             return group
         settings = ChainMap(override, group)
-        check_group(type(self).__name__, settings, None)
+        self._check_group(settings)
         return settings
+
+    def _check_group(self, settings: Mapping[str, Any], fixed_bits: int | None = None) -> None:
+        check_group(type(self).__name__, settings, 3 if self.algorithm == "ademamix" else 2, fixed_bits)
 
     def _kind(self, own: Tensor, settings: Mapping[str, Any], state: State) -> tuple[Any, ...]:
         """What the parameters of a batch share: bits, codebook, Kahan buffer, dtype, device."""
@@ -286,7 +289,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             state_dict = before(self, state_dict) or state_dict
         loaded, groups = checkpoint.imported(state_dict, self.param_groups, self.moments, self.algorithm)
         for group, saved in zip(self.param_groups, groups, strict=True):
-            check_group(type(self).__name__, {**group, **saved}, None)
+            self._check_group({**group, **saved})
         for group_index, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
                 if param in loaded:

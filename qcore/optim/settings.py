@@ -115,12 +115,14 @@ def gather(name: str, args: object, optim_bits: int, min_8bit_size: int, options
     return {**DEFAULTS, **given}
 
 
-def check_group(name: str, group: Mapping[str, Any], fixed_bits: int | None) -> None:
-    """Every setting of a parameter group is one that a step can honour."""
+def check_group(name: str, group: Mapping[str, Any], betas: int, fixed_bits: int | None = None) -> None:
+    """Every setting of a parameter group is one that a step can honour; ``betas`` says how many there are."""
     for key in ("lr", "eps", "weight_decay", "max_unorm"):
         value = float(group[key])
         if not (math.isfinite(value) and value >= 0.0):
             raise InvalidArgument(f"{name}: {key} is {value}, needs a finite number that is not negative")
+    if len(group["betas"]) != betas:
+        raise InvalidArgument(f"{name}: betas is {group['betas']}, needs {betas} numbers")
     for index, beta in enumerate(group["betas"]):
         if not 0.0 <= float(beta) < 1.0:
             raise InvalidArgument(f"{name}: betas[{index}] is {beta}, needs 0 <= beta < 1")
