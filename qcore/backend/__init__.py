@@ -1,6 +1,6 @@
 """The backend interface, the C ABI adapter and the registry that chooses a backend for a device."""
 
-from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, Weight4bit
+from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8
 from qcore.backend.optimizer import (
     ALGORITHMS,
     OPTIMIZER_BLOCK,
@@ -9,6 +9,7 @@ from qcore.backend.optimizer import (
     PreparedStep,
 )
 from qcore.backend.registry import BackendStatus, backend_for, backend_report, get_backend, use_backend
+from qcore.backend.weights import Weight4bit, Weight8bit
 
 __all__ = [
     "ALGORITHMS",
@@ -20,8 +21,10 @@ __all__ = [
     "OptimizerRule",
     "OptimizerTensors",
     "PreparedGemm",
+    "PreparedInt8",
     "PreparedStep",
     "Weight4bit",
+    "Weight8bit",
     "backend_for",
     "backend_report",
     "get_backend",

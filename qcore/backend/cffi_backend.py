@@ -17,8 +17,9 @@ from torch import Tensor
 from qcore.backend.abi import constants as QC
 from qcore.backend.abi import ffi
 from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
-from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, Weight4bit
+from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
+from qcore.backend.weights import Weight4bit, Weight8bit
 from qcore.errors import (
     BackendError,
     BackendUnavailable,
@@ -294,6 +295,32 @@ class CffiBackend(Backend):
         self._call(
             "int8_scaled_gemm", device, stream, dtype, *sizes, *pointers, *_bias(bias, out), _ptr(out), *workspace
         )
+
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        self.prepare_int8_linear(W)(A, threshold, bias, out, outliers)
+
+    def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
+        function = self._functions["int8_linear"]
+        if function is None:
+            raise self._unsupported("int8_linear")
+        n, k = W.codes.shape
+        where, workspace_of, check = self._where, self._workspace, self._check
+        codes, scales = W.codes.data_ptr(), W.scales.data_ptr()
+
+        def linear(A: Tensor, threshold: float, bias: Tensor | None, out: Tensor, outliers: Tensor | None) -> None:
+            device, stream = where(A)
+            dtype, m = _DTYPES[A.dtype], A.numel() // k if k else out.numel() // max(n, 1)
+            _scratch, *workspace = workspace_of(QC.QC_OP_INT8_LINEAR, device, stream, dtype, m, n, k, A)
+            bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
+            x, y, found = A.data_ptr(), out.data_ptr(), 0 if outliers is None else outliers.data_ptr()
+            inputs = (m, n, k, x, codes, scales, threshold, bias_dtype, bias_ptr)
+            check(function(device, stream, dtype, *inputs, y, found, *workspace))
+
+        # Only addresses are kept: the tensors behind them live as long as the prepared call.
+        linear.weight = W  # type: ignore[attr-defined]
+        return linear
 
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         where = (*self._where(A), _DTYPES[out.dtype])

@@ -1,7 +1,6 @@
-"""The abstract backend: one class, one method an op.
+"""The abstract backend: one class, one method an op; an op is left out by not overriding it.
 
-The frontend validates arguments, makes them contiguous and allocates outputs. An op is left out by not overriding it.
-"""
+The frontend validates arguments, makes them contiguous and allocates outputs."""
 
 from __future__ import annotations
 
@@ -13,6 +12,8 @@ from typing import Any
 from torch import Tensor, device
 
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
+from qcore.backend.weights import Weight4bit as Weight4bit
+from qcore.backend.weights import Weight8bit as Weight8bit
 from qcore.errors import Unsupported
 
 OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backend's ops are a subset
@@ -30,6 +31,7 @@ OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backen
     "int8_scaled_gemm": 1,
     "int8_dequantize_rows": 1,
     "optimizer_step": 1,
+    "int8_linear": 1,
 }
 
 
@@ -49,27 +51,9 @@ class Description:
     declarations: Mapping[str, Any] = field(default_factory=dict)  # see describe() in qcore_backend.h
 
 
-@dataclass(frozen=True, eq=False)
-class Weight4bit:
-    """A 4-bit tensor as its parts (QC-4BIT-002, QC-NEST-003); validated by the frontend.
-
-    ``packed`` uint8 ``(ceil(numel/2),)``; ``absmax`` float32 ``(blocks,)``, or uint8 when nested, and then decoded by
-    ``nested_absmax`` float32 ``(ceil(blocks/nested_blocksize),)``, ``nested_code`` ``(256,)``, ``nested_offset`` (one).
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    quant_type: str  # "nf4" | "fp4"
-    blocksize: int
-    shape: tuple[int, ...]
-    nested_absmax: Tensor | None = None
-    nested_code: Tensor | None = None
-    nested_offset: Tensor | None = None
-    nested_blocksize: int = 0
-
-
 # (A[M,K], bias[N] or None, out[M,N]) -> None; everything about the weight was checked and packed when it was made.
 PreparedGemm = Callable[[Tensor, "Tensor | None", Tensor], None]
+PreparedInt8 = Callable[[Tensor, float, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
 class Backend(ABC):
@@ -138,6 +122,15 @@ class Backend(ABC):
 
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         raise self._unsupported("int8_dequantize_rows")
+
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        raise self._unsupported("int8_linear")
+
+    def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
+        """As :meth:`prepare_gemm_4bit`; the result takes ``(A, threshold, bias, out, outliers)``."""
+        return lambda A, t, bias, out, found: self.int8_linear(A, W, t, bias, out=out, outliers=found)
 
     def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
         raise self._unsupported("optimizer_step")

@@ -60,6 +60,7 @@ typedef int32_t qc_status;
 #define QC_OP_INT8_SCALED_GEMM 11
 #define QC_OP_INT8_DEQUANTIZE_ROWS 12
 #define QC_OP_OPTIMIZER_STEP 13
+#define QC_OP_INT8_LINEAR 14
 
 /* A 4-bit tensor. With nested_absmax == 0, absmax is float[blocks]; else it is uint8_t[blocks] and the nested
  * fields decode it (QC-NEST-003). The struct lives on the host, is filled once per weight and may be kept. */
@@ -180,6 +181,12 @@ typedef struct qc_api {
      * workspace(): m = sum of ceil(numel / 256), n = count; with max_unorm 0 none is needed. */
     qc_status (*optimizer_step)(int32_t device, uintptr_t stream, const qc_optimizer *optimizer,
                                 const qc_optimizer_tensors *tensors, uintptr_t workspace, int64_t workspace_bytes);
+    /* QC-INT8-010: a[m,k] in dtype, b int8_t[n,k], col_stats float[n] -> out[m,n] in dtype; with threshold 0
+     * outliers uint8_t[k] is not touched. */
+    qc_status (*int8_linear)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                             uintptr_t a, uintptr_t b, uintptr_t col_stats, float threshold, int32_t bias_dtype,
+                             uintptr_t bias, uintptr_t out, uintptr_t outliers, uintptr_t workspace,
+                             int64_t workspace_bytes);
 } qc_api;
 
 /* The library's only export. NULL if it cannot serve this major version. */

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore.backend import ALGORITHMS, OPS, Backend, Description, OptimizerRule, OptimizerTensors, Weight4bit
+from qcore.backend import ALGORITHMS, OPS, Backend, Description, OptimizerRule, OptimizerTensors, Weight4bit, Weight8bit
 from qcore.errors import InvalidArgument
 from qcore_cpu_reference import blockwise, fourbit, int8, optimizer
 from qcore_cpu_reference.floats import F32, from_float32, to_float32
@@ -163,6 +163,28 @@ class ReferenceBackend(Backend):
         _output(op, "out", out, m * k, *_FLOATS)
         _write(out, from_float32(int8.dequantize_rows(codes, stats), out.dtype))
 
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        op = "int8_linear"
+        n, k = _matrix(op, "codes", W.codes)
+        m = out.numel() // n if n else A.numel() // max(k, 1)
+        x = _float(op, "A", A, m * k).reshape(m, k)
+        codes = _integers(op, "codes", W.codes, n * k, torch.int8).reshape(n, k)
+        _check_int8_depth(op, k)
+        scales = _float(op, "scales", W.scales, n, (torch.float32,))
+        _check_threshold(op, threshold)
+        addend = None if bias is None else _float(op, "bias", bias, n, (A.dtype, torch.float32))
+        _output(op, "out", out, m * n, A.dtype)
+        if outliers is None and threshold > 0:
+            raise InvalidArgument(f"{op}: outliers is missing, threshold {threshold} needs {k} values")
+        if outliers is not None:
+            _output(op, "outliers", outliers, k, torch.uint8)
+        t, columns = int8.linear(x, codes, scales, threshold, addend)
+        _write(out, from_float32(t, out.dtype))
+        if outliers is not None and threshold > 0:
+            _write(outliers, torch.from_numpy(columns))
+
     def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
         stepped = [_step(rule, tensors, i) for i in range(len(tensors.params))]
         for i, step in enumerate(stepped):  # nothing is written before every tensor was checked
@@ -258,8 +280,7 @@ def _int8_product(op: str, A: Tensor, B: Tensor) -> int8.I32:
     n, k_b = _matrix(op, "B", B)
     if k != k_b:
         raise InvalidArgument(f"{op}: A has {k} columns, B has {k_b}; both are (rows, K)")
-    if k > _MAX_INT8_K:
-        raise InvalidArgument(f"{op}: K is {k}, int32 sums are exact up to {_MAX_INT8_K}")
+    _check_int8_depth(op, k)
     a = _integers(op, "A", A, m * k, torch.int8).reshape(m, k)
     b = _integers(op, "B", B, n * k, torch.int8).reshape(n, k)
     return int8.gemm(a, b)
@@ -315,6 +336,11 @@ def _check_blocksize(op: str, blocksize: int) -> None:
 def _check_quant_type(op: str, quant_type: str) -> None:
     if quant_type not in fourbit.TABLES:
         raise InvalidArgument(f"{op}: quant_type is {quant_type!r}, expected 'nf4' or 'fp4'")
+
+
+def _check_int8_depth(op: str, k: int) -> None:
+    if k > _MAX_INT8_K:
+        raise InvalidArgument(f"{op}: K is {k}, int32 sums are exact up to {_MAX_INT8_K}")
 
 
 def _check_threshold(op: str, threshold: float) -> None:
