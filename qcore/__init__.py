@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcore import backend, errors, functional, nn, ops
+    from qcore import backend, errors, functional, nn, ops, optim
     from qcore.autograd import MatmulLtState, matmul, matmul_4bit
     from qcore.backend.registry import use_backend
 
@@ -26,6 +26,7 @@ __all__ = [
     "matmul_4bit",
     "nn",
     "ops",
+    "optim",
     "use_backend",
 ]
 
@@ -35,7 +36,7 @@ _ORIGIN = {
     "matmul_4bit": "qcore.autograd",
     "use_backend": "qcore.backend.registry",
 }
-_MODULES = frozenset({"backend", "errors", "functional", "nn", "ops"})
+_MODULES = frozenset({"backend", "errors", "functional", "nn", "ops", "optim"})
 
 
 def __getattr__(name: str) -> Any:

@@ -230,10 +230,11 @@ FP8 = _table(
 
 
 def c_header() -> str:
-    """The 4-bit tables as a C header."""
+    """The tables that kernels know by name, as a C header."""
 
-    def array(name: str, values: tuple[float, ...]) -> str:
-        body = ",".join(f"\n    {value.hex()}f" for value in values)
+    def array(name: str, values: tuple[float, ...], in_a_row: int = 1) -> str:
+        rows = [values[start : start + in_a_row] for start in range(0, len(values), in_a_row)]
+        body = ",".join("\n    " + ", ".join(f"{value.hex()}f" for value in row) for row in rows)
         return f"static const float {name}[{len(values)}] = {{{body}}};\n"
 
     order = ", ".join(str(code) for code in FP4_ORDER)
@@ -244,6 +245,8 @@ def c_header() -> str:
         + array("QC_FP4_TABLE", FP4)
         + array("QC_FP4_THRESHOLDS", FP4_THRESHOLDS)
         + f"static const unsigned char QC_FP4_ORDER[8] = {{{order}}};\n"
+        + array("QC_DYNAMIC_TABLE", DYNAMIC, 4)
+        + array("QC_DYNAMIC_UNSIGNED_TABLE", DYNAMIC_UNSIGNED, 4)
         + "#endif\n"
     )
 

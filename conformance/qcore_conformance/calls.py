@@ -191,6 +191,27 @@ def int8_scaled_gemm(
     return r["out"]
 
 
+class Linear(NamedTuple):
+    out: Floats
+    outliers: NDArray[np.uint8]
+
+
+def int8_linear(
+    s: Session, a: Floats, b: NDArray[np.int8], col_stats: Floats, threshold: float, bias: Floats | None
+) -> Linear:
+    (m, k), n = a.shape, len(b)
+    outputs = {"out": _form((m, n), a.dtype)} | ({"outliers": _form((k,), "u8")} if threshold > 0 else {})
+
+    def call(backend: Any, t: Any) -> None:
+        from qcore.backend import Weight8bit
+
+        w = Weight8bit(t["codes"], t["scales"])
+        backend.int8_linear(t["A"], w, threshold, t["bias"], out=t["out"], outliers=t.get("outliers"))
+
+    r = s.call("int8_linear", {"A": a, "codes": b, "scales": col_stats, "bias": bias}, outputs, call)
+    return Linear(r["out"], r.get("outliers", np.zeros(k, dtype=np.uint8)))
+
+
 def int8_dequantize_rows(s: Session, codes: NDArray[np.int8], row_stats: Floats, dtype: str) -> Floats:
     r = s.call(
         "int8_dequantize_rows",

@@ -279,6 +279,13 @@ def _int8_call(op: str, rng: generators.Rng, dtype: str, m: int, n: int, k: int)
     if op == "int8_scaled_gemm":
         arguments = (kind, *sizes, ptr("a"), ptr("b"), *scaling, *work)
         return CCall(op, {"a": a, "b": b} | scales, {"out": ((m, n), dtype)}, arguments, (m, n, k))
+    if op == "int8_linear":
+        inputs: dict[str, Array] = {"a": x, "b": b, "col_stats": cols, "bias": bias}
+        arguments = (
+            kind, *sizes, ptr("a"), ptr("b"), ptr("col_stats"), Argument("threshold", "threshold", 2.0), bias_kind,
+            ptr("bias", "optional"), out, ptr("outliers", "out"), *work,
+        )  # fmt: skip
+        return CCall(op, inputs, {"out": ((m, n), dtype), "outliers": ((k,), "u8")}, arguments, (m, n, k))
     assert op == "int8_dequantize_rows"
     arguments = (kind, sizes[0], sizes[2], ptr("a"), ptr("row_stats"), out)
     return CCall(op, {"a": a, "row_stats": rows}, {"out": ((m, k), dtype)}, arguments)

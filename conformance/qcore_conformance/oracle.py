@@ -222,6 +222,19 @@ def int8_dequantize_gemm(
     return rounded(t, dtype)
 
 
+def int8_linear(
+    a: Floats, b: NDArray[np.int8], col_stats: Floats, threshold: float, bias: Floats | None
+) -> tuple[Floats, NDArray[np.uint8]]:
+    """QC-INT8-010: the product in the dtype of ``a``, and the outlier columns."""
+    rows = int8_quantize_rows(a, threshold)
+    t = int8_dequantize_gemm(int8_gemm(rows.codes, b), rows.stats, col_stats, bias, "f32").f64()
+    weights, x = int8_dequantize_rows(b, col_stats, "f32").f64(), a.f64()
+    with np.errstate(all="ignore"):
+        for k in np.flatnonzero(rows.outlier_cols):
+            t = r32(t + r32(x[:, k, None] * weights[None, :, k]))
+    return rounded(t, a.dtype), rows.outlier_cols
+
+
 def int8_dequantize_rows(codes: NDArray[np.int8], row_stats: Floats, dtype: str) -> Floats:
     """QC-INT8-008."""
     with np.errstate(all="ignore"):

@@ -138,6 +138,14 @@ def _int8_dequantize_rows(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iter
         yield lambda s, codes=codes, stats=stats: (calls.int8_dequantize_rows(s, codes, stats, dtype),)
 
 
+def _int8_linear(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
+    for m, n, k in sizes.products:
+        a, b = generators.values("normal", rng, m * k, dtype).reshape(m, k), _factors(rng, 0, n, k)[1]
+        _, cols, bias = _scales(rng, m, n, dtype)
+        for threshold in (0.0, 3.0):
+            yield lambda s, a=a, b=b, cols=cols, bias=bias, t=threshold: calls.int8_linear(s, a, b, cols, t, bias)
+
+
 _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] = {
     "quantize_blockwise": _quantize_blockwise,
     "dequantize_blockwise": _dequantize_blockwise,
@@ -152,5 +160,6 @@ _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] 
     "int8_dequantize_gemm": _int8_dequantize_gemm,
     "int8_scaled_gemm": _int8_scaled_gemm,
     "int8_dequantize_rows": _int8_dequantize_rows,
+    "int8_linear": _int8_linear,
 }
 OPS = tuple(_MAKERS)

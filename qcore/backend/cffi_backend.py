@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from qcore.backend.abi import constants as QC
 from qcore.backend.abi import ffi
-from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, Weight4bit
+from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
+from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8
+from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
+from qcore.backend.weights import Weight4bit, Weight8bit
 from qcore.errors import (
     BackendError,
     BackendUnavailable,
@@ -293,9 +296,57 @@ class CffiBackend(Backend):
             "int8_scaled_gemm", device, stream, dtype, *sizes, *pointers, *_bias(bias, out), _ptr(out), *workspace
         )
 
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        self.prepare_int8_linear(W)(A, threshold, bias, out, outliers)
+
+    def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
+        function = self._functions["int8_linear"]
+        if function is None:
+            raise self._unsupported("int8_linear")
+        n, k = W.codes.shape
+        where, workspace_of, check = self._where, self._workspace, self._check
+        codes, scales = W.codes.data_ptr(), W.scales.data_ptr()
+
+        def linear(A: Tensor, threshold: float, bias: Tensor | None, out: Tensor, outliers: Tensor | None) -> None:
+            device, stream = where(A)
+            dtype, m = _DTYPES[A.dtype], A.numel() // k if k else out.numel() // max(n, 1)
+            _scratch, *workspace = workspace_of(QC.QC_OP_INT8_LINEAR, device, stream, dtype, m, n, k, A)
+            bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
+            x, y, found = A.data_ptr(), out.data_ptr(), 0 if outliers is None else outliers.data_ptr()
+            inputs = (m, n, k, x, codes, scales, threshold, bias_dtype, bias_ptr)
+            check(function(device, stream, dtype, *inputs, y, found, *workspace))
+
+        # Only addresses are kept: the tensors behind them live as long as the prepared call.
+        linear.weight = W  # type: ignore[attr-defined]
+        return linear
+
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         where = (*self._where(A), _DTYPES[out.dtype])
         self._call("int8_dequantize_rows", *where, *A.shape, _ptr(A), _ptr(row_stats), _ptr(out))
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        self.prepare_optimizer_step(tensors)(rule, tensors.grads, tensors.grad_scales)
+
+    def prepare_optimizer_step(self, t: OptimizerTensors) -> PreparedStep:
+        packed = PackedTensors(t)
+
+        def step(rule: OptimizerRule, grads: Sequence[Tensor], grad_scales: Sequence[float]) -> None:
+            if not grads:
+                return
+            device, stream = self._where(t.params[0])
+            packed.bring(grads, grad_scales)
+            dtypes = (_DTYPES[packed.param_dtype], _DTYPES[grads[0].dtype])
+            _scratch, address, size = None, 0, 0
+            if rule.max_unorm:
+                sizes = (packed.blocks, packed.count, 0)
+                _scratch, address, size = self._workspace(
+                    QC.QC_OP_OPTIMIZER_STEP, device, stream, dtypes[0], *sizes, t.params[0]
+                )
+            self._call("optimizer_step", device, stream, pack_rule(rule, *dtypes), packed.struct, address, size)
+
+        return step
 
 
 def _ptr(tensor: Tensor | None) -> int:

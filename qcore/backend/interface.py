@@ -1,23 +1,22 @@
-"""The abstract backend: one class, one method an op.
+"""The abstract backend: one class, one method an op; an op is left out by not overriding it.
 
-The frontend validates every argument, makes tensors contiguous and allocates every output; a backend writes into the
-outputs that it is given. What each op computes is in ``docs/spec/``, cited by clause. A backend leaves an op out by not
-overriding it: the method then raises :class:`~qcore.errors.Unsupported`.
-"""
+The frontend validates arguments, makes them contiguous and allocates outputs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, device
 
+from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
+from qcore.backend.weights import Weight4bit as Weight4bit
+from qcore.backend.weights import Weight8bit as Weight8bit
 from qcore.errors import Unsupported
 
-# Op name -> version of its meaning in the spec. A backend's ops are a subset.
-OPS: Mapping[str, int] = {
+OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backend's ops are a subset
     "quantize_blockwise": 1,
     "dequantize_blockwise": 1,
     "quantize_4bit": 1,
@@ -31,6 +30,8 @@ OPS: Mapping[str, int] = {
     "int8_dequantize_gemm": 1,
     "int8_scaled_gemm": 1,
     "int8_dequantize_rows": 1,
+    "optimizer_step": 1,
+    "int8_linear": 1,
 }
 
 
@@ -50,28 +51,9 @@ class Description:
     declarations: Mapping[str, Any] = field(default_factory=dict)  # see describe() in qcore_backend.h
 
 
-@dataclass(frozen=True, eq=False)
-class Weight4bit:
-    """A 4-bit tensor as its parts (QC-4BIT-002, QC-NEST-003); validated by the frontend.
-
-    ``packed`` uint8 ``(ceil(numel/2),)``; ``absmax`` float32 ``(blocks,)``, or uint8 when nested; ``nested_absmax``
-    float32 ``(ceil(blocks/nested_blocksize),)``; ``nested_code`` float32 ``(256,)``; ``nested_offset`` float32, one
-    value.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    quant_type: str  # "nf4" | "fp4"
-    blocksize: int
-    shape: tuple[int, ...]
-    nested_absmax: Tensor | None = None
-    nested_code: Tensor | None = None
-    nested_offset: Tensor | None = None
-    nested_blocksize: int = 0
-
-
 # (A[M,K], bias[N] or None, out[M,N]) -> None; everything about the weight was checked and packed when it was made.
 PreparedGemm = Callable[[Tensor, "Tensor | None", Tensor], None]
+PreparedInt8 = Callable[[Tensor, float, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
 class Backend(ABC):
@@ -140,6 +122,22 @@ class Backend(ABC):
 
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         raise self._unsupported("int8_dequantize_rows")
+
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        raise self._unsupported("int8_linear")
+
+    def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
+        """As :meth:`prepare_gemm_4bit`; the result takes ``(A, threshold, bias, out, outliers)``."""
+        return lambda A, t, bias, out, found: self.int8_linear(A, W, t, bias, out=out, outliers=found)
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        raise self._unsupported("optimizer_step")
+
+    def prepare_optimizer_step(self, t: OptimizerTensors) -> PreparedStep:
+        """Pack the tensors of many steps once; each step brings its rule and its gradients."""
+        return lambda rule, grads, scales: self.optimizer_step(rule, replace(t, grads=grads, grad_scales=scales))
 
     def _unsupported(self, op: str) -> Unsupported:
         return Unsupported(f"{op}: backend {self.name!r} does not serve this op; `qcore info` lists those that do")

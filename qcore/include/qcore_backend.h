@@ -1,4 +1,4 @@
-/* qcore backend ABI, version 1.0: the whole contract of a native backend.
+/* qcore backend ABI, version 1.1: the whole contract of a native backend.
  *
  * A backend is one shared library that exports qcore_backend_open(). The table that it returns is append-only:
  * within a major version new entries go to the end, `size` says how much of it the library fills, and a NULL entry
@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define QC_ABI_MAJOR 1
-#define QC_ABI_MINOR 0
+#define QC_ABI_MINOR 1
 
 typedef int32_t qc_status;
 #define QC_OK 0
@@ -59,6 +59,8 @@ typedef int32_t qc_status;
 #define QC_OP_INT8_DEQUANTIZE_GEMM 10
 #define QC_OP_INT8_SCALED_GEMM 11
 #define QC_OP_INT8_DEQUANTIZE_ROWS 12
+#define QC_OP_OPTIMIZER_STEP 13
+#define QC_OP_INT8_LINEAR 14
 
 /* A 4-bit tensor. With nested_absmax == 0, absmax is float[blocks]; else it is uint8_t[blocks] and the nested
  * fields decode it (QC-NEST-003). The struct lives on the host, is filled once per weight and may be kept. */
@@ -74,6 +76,42 @@ typedef struct qc_weight_4bit {
     int32_t format; /* QC_NF4 or QC_FP4 */
     int32_t layout; /* 0: as stored; a library refuses every other with QC_UNSUPPORTED or QC_INVALID_ARGUMENT */
 } qc_weight_4bit;
+
+/* algorithms of optimizer_step (QC-OPT-010..015) */
+#define QC_ADAM 0 /* also AdamW and LAMB */
+#define QC_ADEMAMIX 1
+#define QC_LION 2
+#define QC_MOMENTUM 3 /* SGD and LARS */
+#define QC_RMSPROP 4
+#define QC_ADAGRAD 5
+/* flags of optimizer_step */
+#define QC_OPT_NESTEROV 1      /* QC_MOMENTUM (QC-OPT-013) */
+#define QC_OPT_SKIP_ZEROS 2    /* QC-OPT-005 */
+#define QC_OPT_STOCHASTIC 4    /* bfloat16 parameters without compensation (QC-OPT-007) */
+#define QC_OPT_BNB_CODES 8     /* QC-OPT-023 */
+#define QC_OPT_SIGNED_STATE 16 /* QC_RMSPROP, QC_ADAGRAD (QC-OPT-020) */
+
+/* What a step does to every element; QC-OPT-002 says what the scalars are. */
+typedef struct qc_optimizer {
+    int32_t algorithm, state_bits, param_dtype, grad_dtype, flags; /* state_bits: 32 (float) or 8 (blocks of 256) */
+    float step_size, decay, l2, eps, beta1, gain1, beta2, gain2, beta3, gain3, correction1, correction2, alpha;
+    double max_unorm, unorm_factor; /* max_unorm 0: no limit (QC-OPT-008) */
+    uint64_t seed;
+} qc_optimizer;
+
+/* Host arrays of `count` entries; 0 in place of an array that nobody needs. All tensors but the gradients change. */
+typedef struct qc_optimizer_tensors {
+    int64_t count;
+    const int64_t *numel;
+    const uintptr_t *params, *grads; /* in param_dtype, in grad_dtype */
+    const uintptr_t *state1;         /* float[numel] or uint8_t[numel]; QC_ADEMAMIX: [2][numel], fast and slow */
+    const uintptr_t *state2;         /* QC_ADAM, QC_ADEMAMIX */
+    const uintptr_t *absmax1;        /* 8-bit states: float[ceil(numel / 256)]; QC_ADEMAMIX: two rows of that */
+    const uintptr_t *absmax2;
+    const uintptr_t *compensation; /* in param_dtype, 16 bits; optional (QC-OPT-006) */
+    const float *grad_scales;      /* optional, else 1 (QC-OPT-003) */
+    const uint64_t *streams;       /* QC_OPT_STOCHASTIC */
+} qc_optimizer_tensors;
 
 typedef struct qc_api {
     uint32_t size; /* sizeof(qc_api) of the library */
@@ -138,6 +176,17 @@ typedef struct qc_api {
     /* QC-INT8-008: a int8_t[m,k], row_stats float[m] -> out[m,k] in dtype. */
     qc_status (*int8_dequantize_rows)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t k,
                                       uintptr_t a, uintptr_t row_stats, uintptr_t out);
+
+    /* QC-OPT-001..023: one step on many tensors, in place. The structs and arrays are read before the call returns.
+     * workspace(): m = sum of ceil(numel / 256), n = count; with max_unorm 0 none is needed. */
+    qc_status (*optimizer_step)(int32_t device, uintptr_t stream, const qc_optimizer *optimizer,
+                                const qc_optimizer_tensors *tensors, uintptr_t workspace, int64_t workspace_bytes);
+    /* QC-INT8-010: a[m,k] in dtype, b int8_t[n,k], col_stats float[n] -> out[m,n] in dtype; with threshold 0
+     * outliers uint8_t[k] is not touched. */
+    qc_status (*int8_linear)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                             uintptr_t a, uintptr_t b, uintptr_t col_stats, float threshold, int32_t bias_dtype,
+                             uintptr_t bias, uintptr_t out, uintptr_t outliers, uintptr_t workspace,
+                             int64_t workspace_bytes);
 } qc_api;
 
 /* The library's only export. NULL if it cannot serve this major version. */

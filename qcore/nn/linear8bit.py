@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_compiling
 
 from qcore.autograd import MatmulLtState, matmul
 from qcore.errors import InvalidArgument
 from qcore.nn.int8_params import Int8Params
 from qcore.nn.quantized import Quantized8bit
+from qcore.ops.prepared_int8 import PreparedInt8Linear
 
 
 class Linear8bitLt(Quantized8bit, nn.Linear):
@@ -34,6 +38,9 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
         ``CB`` and ``SCB`` are the weight's codes and scales, ``idx`` the outlier columns of the last eager call.
     """
 
+    # The handle, with the weight and the scales that it was made for.
+    _prepared: tuple[PreparedInt8Linear | None, Tensor | None, Tensor | None] = (None, None, None)
+
     def __init__(
         self,
         input_features: int,
@@ -57,6 +64,7 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
         return (self.out_features, self.in_features)
 
     def _changed(self) -> None:
+        self._prepared = (None, None, None)
         if isinstance(self.weight, Int8Params):
             self.state.reset_grads()
 
@@ -67,12 +75,35 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ W.T + bias``: ``(..., in_features)`` to ``(..., out_features)`` in the dtype of ``x`` or autocast."""
+        weight, bias, state = self._parameters["weight"], self._parameters["bias"], self.state
+        gemm, known, scales = self._prepared
+        if (
+            gemm is not None
+            and weight is known
+            and weight.SCB is scales  # type: ignore[union-attr]
+            and state.CB is weight
+            and (bias is None or bias.dtype is x.dtype)
+            and not _is_any_autocast_enabled()
+            and not is_compiling()
+        ):
+            out, outlier_cols = gemm.eager(x, bias, state.threshold)  # the handle looks at everything else
+            state._outlier_cols = outlier_cols if state.threshold > 0.0 else None
+            return out
+        return self._forward_any(x)
+
+    def _forward_any(self, x: Tensor) -> Tensor:
         state, weight = self.state, self.weight
         if not is_compiling():
             state.is_training = self.training
             if weight.dtype == torch.int8:
                 state.CB, state.SCB = weight, self._scales()
+                if isinstance(weight, Int8Params) and weight.SCB is not None:
+                    self._prepared = (PreparedInt8Linear(weight, weight.SCB), weight, weight.SCB)
         return matmul(x, weight, bias=self.bias, state=state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was prepared holds addresses: a copy or a pickle prepares its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.state.threshold}"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qcore.backend.interface import Backend, PreparedGemm, Weight4bit
+from qcore.backend.interface import Backend, PreparedGemm, Weight4bit, Weight8bit
 from qcore.errors import Unsupported
 
 log = logging.getLogger("qcore")
@@ -23,6 +23,10 @@ _RECIPES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "int8_scaled_gemm": (
         ("int8_gemm", "int8_dequantize_gemm"),
         "int8_gemm, then int8_dequantize_gemm (QC-INT8-007)",
+    ),
+    "int8_linear": (
+        ("int8_quantize_rows", "int8_gemm", "int8_dequantize_gemm", "int8_dequantize_rows"),
+        "int8_quantize_rows, int8_gemm, int8_dequantize_gemm, and each outlier column on its own: slow (QC-INT8-010)",
     ),
     "dequantize_absmax": (
         ("dequantize_blockwise",),
@@ -61,6 +65,33 @@ def int8_scaled_gemm(
     product = torch.empty(out.shape, dtype=torch.int32, device=out.device)
     backend.int8_gemm(A, B, out=product)
     backend.int8_dequantize_gemm(product, row_stats, col_stats, bias, out=out)
+
+
+def int8_linear(
+    backend: Backend,
+    A: Tensor,
+    W: Weight8bit,
+    threshold: float,
+    bias: Tensor | None,
+    *,
+    out: Tensor,
+    outliers: Tensor | None,
+) -> None:
+    """QC-INT8-010, step by step."""
+    _announce(backend, "int8_linear")
+    codes = torch.empty(A.shape, dtype=torch.int8, device=A.device)
+    row_stats = torch.empty(len(A), dtype=torch.float32, device=A.device)
+    backend.int8_quantize_rows(A, threshold, out=codes, row_stats=row_stats, outlier_cols=outliers)
+    product = torch.empty(out.shape, dtype=torch.int32, device=out.device)
+    backend.int8_gemm(codes, W.codes, out=product)
+    t = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    backend.int8_dequantize_gemm(product, row_stats, W.scales, None if bias is None else bias.float(), out=t)
+    if outliers is not None and outliers.any():
+        weights = torch.empty(W.codes.shape, dtype=torch.float32, device=out.device)
+        backend.int8_dequantize_rows(W.codes, W.scales, out=weights)
+        for k in outliers.nonzero().view(-1).tolist():
+            t += A[:, k, None].float() * weights[None, :, k]
+    out.copy_(t)
 
 
 def dequantize_absmax(

@@ -7,14 +7,17 @@ data; inside one op the shape of the result does not, so ``torch.compile`` sees 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qcore.backend.interface import Weight8bit
+from qcore.backend.registry import backend_for
 from qcore.errors import InvalidArgument
-from qcore.ops import validate
-from qcore.ops.int8 import int8_dequantize_rows, int8_quantize_rows, int8_scaled_gemm
+from qcore.ops import compose, validate
+from qcore.ops.int8 import int8_dequantize_rows, int8_quantize_rows
 from qcore.ops.library import register, register_autograd, traced
 
 
@@ -23,9 +26,9 @@ def int8_linear(
 ) -> tuple[Tensor, Tensor]:
     """``A @ W.T + bias`` by LLM.int8(); differentiable in ``A``, ``bias`` and a ``B`` that holds numbers.
 
-    The int8 part is QC-INT8-002 to -007. With outlier columns (QC-INT8-001) it stays float32; their product with the
-    dequantized weights (QC-INT8-008) is added in float32, and the sum is rounded once. Gradients take the quantized
-    weight for the weight and activations for themselves: ``dA = dY W``, ``dB = dY^T A``.
+    QC-INT8-010: the products of outlier columns with the dequantized weights are added in float32, and the sum is
+    rounded once. Gradients take the quantized weight for the weight and activations for themselves: ``dA = dY W``,
+    ``dB = dY^T A``.
 
     Parameters
     ----------
@@ -79,6 +82,8 @@ def _plan(A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, thre
     validate.bias(op, bias, n, A.dtype)
     validate.device(op, "A", A.device, [("B", B), ("scales", scales), ("bias", bias)])
     validate.threshold(op, threshold)
+    if k > validate.MAX_INT8_K:
+        raise InvalidArgument(f"{op}: K is {k}, int32 sums are exact up to {validate.MAX_INT8_K}; split K")
     out = torch.empty((*A.shape[:-1], n), dtype=A.dtype, device=A.device)
     return out, torch.empty(k if threshold > 0.0 else 0, dtype=torch.uint8, device=A.device)
 
@@ -86,20 +91,16 @@ def _plan(A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, thre
 def _forward(
     A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    out, no_outliers = _plan(A, B, scales, bias, threshold)
-    weight, weight_stats = _codes(B, scales)
-    flat = A.reshape(math.prod(A.shape[:-1]), A.shape[-1])
-    codes, row_stats, outlier_cols = int8_quantize_rows(flat, threshold)
-    if outlier_cols is None or not bool(outlier_cols.any()):
-        result = int8_scaled_gemm(codes, weight, row_stats, weight_stats, bias, A.dtype)
-    else:
-        columns = outlier_cols.nonzero().view(-1)
-        full_bias = None if bias is None else bias.float()
-        result = int8_scaled_gemm(codes, weight, row_stats, weight_stats, full_bias, torch.float32)
-        outlier_weight = int8_dequantize_rows(weight[:, columns].contiguous(), weight_stats, torch.float32)
-        result.addmm_(flat[:, columns].float(), outlier_weight.t())
-        result = result.to(A.dtype)
-    return result.view(out.shape), no_outliers if outlier_cols is None else outlier_cols
+    out, outliers = _plan(A, B, scales, bias, threshold)
+    weight, stats = _codes(B, scales)
+    backend = backend_for(A.device)
+    step = backend.int8_linear if backend.supports("int8_linear") else partial(compose.int8_linear, backend)
+    flat = validate.readable(A).reshape(math.prod(A.shape[:-1]), A.shape[-1])
+    W = Weight8bit(validate.readable(weight), validate.readable(stats))
+    addend = None if bias is None else validate.readable(bias)
+    found = outliers if threshold > 0.0 else None
+    step(flat, W, threshold, addend, out=out.view(len(flat), len(weight)), outliers=found)
+    return out, outliers
 
 
 def _codes(B: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:

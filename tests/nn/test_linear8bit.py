@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import qcore
 from qcore.errors import InvalidArgument
 from qcore.nn import Int8Params, Linear8bitLt
 from truth import UNIT, assert_close, f64, linear_int8, rows_int8
@@ -144,6 +145,60 @@ def test_a_changed_weight_is_noticed():
     assert torch.equal(layer(x), layer.bias.expand(3, 48))
     layer.weight = weight
     assert torch.equal(layer(x), first)
+
+
+def fresh(layer, x):
+    """What a new layer with the same weight says: nothing was prepared in it."""
+    other = Linear8bitLt(64, 48, has_fp16_weights=False, threshold=layer.state.threshold)
+    other.weight = Int8Params(layer.weight.data.clone(), SCB=layer.weight.SCB.clone())
+    other.bias = layer.bias
+    return other(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, x: (layer, x),
+        lambda layer, x: (layer, x.bfloat16()),
+        lambda layer, x: (layer, x[:2]),
+        lambda layer, x: (layer, x[None, None]),
+        lambda layer, x: (layer, torch.stack([x, x], -1)[..., 0]),
+        lambda layer, x: (setattr(layer.weight, "data", layer.weight.data.flip(0).clone()), x),
+        lambda layer, x: (setattr(layer.weight, "SCB", layer.weight.SCB * 2), x),
+        lambda layer, x: (setattr(layer.state, "threshold", 2.5), x),
+        lambda layer, x: (setattr(layer.state, "threshold", 0.0), x),
+        lambda layer, x: (layer.state.reset_grads(), x),
+        lambda layer, x: (setattr(layer, "bias", nn.Parameter(torch.randn(48))), x),
+        lambda layer, x: (layer.bias.data.mul_(2), x),
+        lambda layer, x: (layer.half().float(), x.half()),
+    ],
+)
+def test_what_was_prepared_for_other_arguments_is_not_used(change):
+    layer, x = quantized(threshold=6.0), activations(4, 64)
+    with torch.no_grad():
+        for _ in range(3):
+            before = layer(x)
+        assert torch.equal(before, fresh(layer, x))
+        _, x = change(layer, x)
+        for _ in range(3):
+            assert torch.equal(layer(x), fresh(layer, x))
+        outliers = x.reshape(-1, 64).abs().float().amax(0) >= layer.state.threshold
+        want = outliers.nonzero().view(-1).tolist() if layer.state.threshold else None
+        assert (None if layer.state.idx is None else layer.state.idx.tolist()) == want
+
+
+def test_another_backend_is_noticed_and_bad_input_is_still_refused():
+    layer, x = quantized(threshold=6.0), activations(4, 64)
+    with torch.no_grad():
+        want = layer(x)
+        layer(x)
+        with qcore.use_backend("cpu_reference"):
+            assert torch.equal(layer(x), want)
+        with pytest.raises(InvalidArgument, match=r"\(4, 63\)"):
+            layer(x[:, :63])
+        layer.state.threshold = float("nan")
+        with pytest.raises(InvalidArgument, match="threshold"):
+            layer(x)
 
 
 def test_copies_compute_the_same():

@@ -14,6 +14,7 @@ from qcore.backend.registry import get_backend, use_backend
 from qcore.errors import Unsupported
 from qcore.ops import fourbit, int8
 from qcore.ops.compose import composed_ops
+from qcore.ops.int8_linear import int8_linear
 
 REFERENCE = get_backend("cpu_reference")
 
@@ -59,6 +60,20 @@ def test_scaled_gemm_is_bit_for_bit_the_two_ops(caplog: pytest.LogCaptureFixture
         "backend partial does not serve int8_scaled_gemm; it is composed of int8_gemm, then int8_dequantize_gemm "
         "(QC-INT8-007)"
     )
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_int8_linear_is_bit_for_bit_its_steps(threshold: float) -> None:
+    A, bias = random(7, 64), random(12).bfloat16()
+    B = torch.randint(-127, 128, (12, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    arguments = (A.bfloat16(), B, torch.linspace(0.1, 3, 12), bias, threshold)
+    with use_backend("cpu_reference"):
+        expected, columns = int8_linear(*arguments)
+    assert bool(columns.any()) == (threshold > 0)
+    with use_backend(Partial("int8_linear")):
+        out, found = int8_linear(*arguments)
+    assert torch.equal(out, expected)
+    assert torch.equal(found, columns)
 
 
 @pytest.mark.parametrize("missing", [(), ("dequantize_absmax",)])

@@ -93,8 +93,8 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_DEQUANTIZE_ROWS, op);
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_LINEAR, op);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
@@ -105,6 +105,12 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     }
     if (op == QC_OP_INT8_GEMM || op == QC_OP_INT8_SCALED_GEMM) {
         return int8_gemm_workspace(stream, m, n, k, bytes);
+    }
+    if (op == QC_OP_OPTIMIZER_STEP) {
+        return optimizer_step_workspace(m, bytes);
+    }
+    if (op == QC_OP_INT8_LINEAR) {
+        return int8_linear_workspace(stream, dtype, m, n, k, bytes);
     }
     return QC_OK;
 }
@@ -131,6 +137,8 @@ constexpr qc_api kApi = {
     int8_dequantize_gemm,
     int8_scaled_gemm,
     int8_dequantize_rows,
+    optimizer_step,
+    int8_linear,
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "chunks.h"
 #include "dispatch.h"
 #include "int8_kernels.h"
+#include "int8_product.h"
 #include "ops.h"
 #include "pages.h"
 
@@ -27,11 +28,44 @@ const Int8Kernels &kernels() {
     return selected;
 }
 
-const void *row(uintptr_t a, int32_t dtype, int64_t r, int64_t k) {
-    return pointer<const char>(a) + r * k * dtype_size(dtype);
+}  // namespace
+
+void find_int8_outliers(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold, uint8_t *outliers) {
+    if (threshold == 0.0f || k == 0) {
+        return;
+    }
+    std::memset(outliers, 0, static_cast<size_t>(k));
+    for (int64_t r = 0; r < m; ++r) {
+        kernels().row_stat(dtype, static_cast<const char *>(a) + r * k * dtype_size(dtype), k, threshold, outliers);
+    }
 }
 
-}  // namespace
+bool quantize_int8_rows(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold, int64_t threads,
+                        int8_t *codes, float *row_stats, uint8_t *outliers) {
+    const bool looks = threshold > 0.0f && k > 0;
+    if (looks) {
+        std::memset(outliers, 0, static_cast<size_t>(k));
+    }
+    const int64_t row_bytes = k * dtype_size(dtype);
+    const double work = kQuantize * static_cast<double>(k);
+    parallel_ranges(m, 1, work, threads, [&](int64_t first, int64_t end) {
+        for (int64_t r = first; r < end; ++r) {
+            const void *x = static_cast<const char *>(a) + r * row_bytes;
+            row_stats[r] = kernels().row_stat(dtype, x, k, threshold, outliers);
+            kernels().row_codes(dtype, x, k, row_stats[r], codes + r * k);
+        }
+    });
+    // Only now is every outlier column known (QC-INT8-003).
+    if (!looks || std::memchr(outliers, 1, static_cast<size_t>(k)) == nullptr) {
+        return false;
+    }
+    parallel_ranges(m, 1, work / 8, threads, [&](int64_t first, int64_t end) {
+        for (int64_t r = first; r < end; ++r) {
+            kernels().clear_outliers(outliers, k, codes + r * k);
+        }
+    });
+    return true;
+}
 
 qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,
                              float threshold, uintptr_t out, uintptr_t row_stats, uintptr_t outlier_cols) {
@@ -47,30 +81,12 @@ qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, ui
         if (!arguments.ok()) {
             return arguments.status();
         }
-        const int64_t threads = thread_limit(stream);
-        auto *codes = pointer<int8_t>(out);
-        auto *stats = pointer<float>(row_stats);
-        auto *outliers = pointer<uint8_t>(outlier_cols);
-        if (outliers != nullptr && k > 0) {
-            std::memset(outliers, 0, static_cast<size_t>(k));
+        if (threshold == 0.0f && outlier_cols != 0 && k > 0) {
+            std::memset(pointer<uint8_t>(outlier_cols), 0, static_cast<size_t>(k));
         }
-        const double work = kQuantize * static_cast<double>(k);
         prefer_huge_pages(out, m * k);
-        parallel_ranges(m, 1, work, threads, [&](int64_t first, int64_t end) {
-            for (int64_t r = first; r < end; ++r) {
-                const void *x = row(a, dtype, r, k);
-                stats[r] = kernels().row_stat(dtype, x, k, threshold, outliers);
-                kernels().row_codes(dtype, x, k, stats[r], codes + r * k);
-            }
-        });
-        // Only now is every outlier column known (QC-INT8-003).
-        if (threshold > 0.0f && k > 0 && std::memchr(outliers, 1, static_cast<size_t>(k)) != nullptr) {
-            parallel_ranges(m, 1, work / 8, threads, [&](int64_t first, int64_t end) {
-                for (int64_t r = first; r < end; ++r) {
-                    kernels().clear_outliers(outliers, k, codes + r * k);
-                }
-            });
-        }
+        quantize_int8_rows(dtype, pointer<const void>(a), m, k, threshold, thread_limit(stream), pointer<int8_t>(out),
+                           pointer<float>(row_stats), pointer<uint8_t>(outlier_cols));
         return QC_OK;
     });
 }

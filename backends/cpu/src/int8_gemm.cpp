@@ -4,13 +4,12 @@
 #include "abi.h"
 #include "dispatch.h"
 #include "int8_kernels.h"
+#include "int8_product.h"
 #include "ops.h"
 #include "product.h"
 
 namespace qcore::cpu {
 namespace {
-
-constexpr int64_t kMaxK = 131071;  // QC-INT8-005
 
 const Int8GemmKernels &kernels() {
     static const Int8GemmKernels &selected = select<Int8GemmKernels>({
@@ -30,7 +29,7 @@ double nanoseconds(int64_t rows) { return 0.06 + 0.01 * static_cast<double>(rows
 
 Arguments check_sizes(const char *op, int32_t device, int64_t m, int64_t n, int64_t k) {
     Arguments arguments(op, device);
-    arguments.count("m", m).count("n", n).count("k", k).at_most("k", k, kMaxK);
+    arguments.count("m", m).count("n", n).count("k", k).at_most("k", k, kMaxInt8K);
     arguments.extent("m, k", m, k).extent("n, k", n, k).extent("m, n", m, n);
     return arguments;
 }
@@ -47,20 +46,26 @@ Int8Gemm problem(int64_t m, int64_t n, int64_t k, uintptr_t a, uintptr_t b) {
 
 qc_status run(const char *op, const Int8Gemm &p, uintptr_t stream, uintptr_t workspace, int64_t workspace_bytes) {
     const int64_t threads = thread_limit(stream);
-    const ProductPlan plan(p, kernels(), nanoseconds, threads);
+    const ProductPlan plan = plan_int8_product(p, threads);
     return run_product(op, p, kernels(), plan, threads, workspace, workspace_bytes);
 }
 
 }  // namespace
+
+ProductPlan plan_int8_product(const Int8Gemm &p, int64_t threads) {
+    return ProductPlan(p, kernels(), nanoseconds, threads);
+}
+
+void run_int8_product(const Int8Gemm &p, const ProductPlan &plan, int64_t threads, char *scratch) {
+    run_product(p, kernels(), plan, threads, scratch);
+}
 
 qc_status int8_gemm_workspace(uintptr_t stream, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
     const Arguments arguments = check_sizes("int8_gemm", 0, m, n, k);
     if (!arguments.ok()) {
         return arguments.status();
     }
-    *bytes = m == 0 || n == 0
-                 ? 0
-                 : ProductPlan(problem(m, n, k, 0, 0), kernels(), nanoseconds, thread_limit(stream)).workspace_bytes();
+    *bytes = m == 0 || n == 0 ? 0 : plan_int8_product(problem(m, n, k, 0, 0), thread_limit(stream)).workspace_bytes();
     return QC_OK;
 }
 

@@ -10,8 +10,7 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // elements after which a row is looked through for outliers
 constexpr int64_t kStripColumns = 512;
-constexpr float kRound = 0x1.8p23f;         // adding and taking it away rounds to an integer, ties to even, up to 2^22
-constexpr float kSeventh = 0x1.020408p-7f;  // 1 / 127
+constexpr float kRound = 0x1.8p23f;  // adding and taking it away rounds to an integer, ties to even, up to 2^22
 
 I32 magnitude_bits(F32 x) { return (I32)x & 0x7fffffff; }
 F32 magnitude(F32 x) { return (F32)magnitude_bits(x); }
@@ -207,10 +206,10 @@ void dequantize_row_of(const int8_t *codes, int64_t k, float stat, T *out) {
     int64_t i = 0;
     for (; i + kLanes <= k; i += kLanes) {
         const F32 x = __builtin_convertvector(__builtin_convertvector(load_vector<I8>(codes + i), I32), F32);
-        store(out + i, x * splat(stat) * splat(kSeventh));
+        store(out + i, x * splat(stat) * splat(kInt8Reciprocal));
     }
     for (; i < k; ++i) {
-        out[i] = from_float<T>(static_cast<float>(codes[i]) * stat * kSeventh);
+        out[i] = from_float<T>(static_cast<float>(codes[i]) * stat * kInt8Reciprocal);
     }
 }
 

@@ -6,6 +6,22 @@
 
 namespace qcore::cpu {
 
+constexpr float kInt8Reciprocal = 0x1.020408p-7f;  // 1 / 127 (QC-INT8-008)
+
+// The outlier columns of int8_linear (QC-INT8-010), for int8_outliers.h. The weights of the first `expanded` of them
+// stand ready, a row of N each; those of the rest are read from B where they are used.
+struct Int8Outliers {
+    static constexpr int64_t kMostExpanded = 256;
+
+    int64_t count;
+    const int32_t *columns;
+    int64_t expanded;
+    const float *weights;  // [expanded, n]
+    const void *a;         // [m, k], in the dtype of the output
+    const int8_t *b;       // [n, k]
+    int64_t n, k;
+};
+
 // What turns the sums of one row into a row of the output (QC-INT8-006).
 struct Int8Scaling {
     int32_t dtype;
@@ -14,6 +30,7 @@ struct Int8Scaling {
     const float *col_stats;
     const void *bias;  // or null
     void *out;         // [m, n]
+    const Int8Outliers *outliers = nullptr;
 };
 
 struct Int8Kernels {

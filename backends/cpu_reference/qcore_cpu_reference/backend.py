@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore.backend import OPS, Backend, Description, Weight4bit
+from qcore.backend import ALGORITHMS, OPS, Backend, Description, OptimizerRule, OptimizerTensors, Weight4bit, Weight8bit
 from qcore.errors import InvalidArgument
-from qcore_cpu_reference import blockwise, fourbit, int8
+from qcore_cpu_reference import blockwise, fourbit, int8, optimizer
 from qcore_cpu_reference.floats import F32, from_float32, to_float32
 
 _MAX_INT8_K = 131_071  # QC-INT8-005
@@ -163,14 +163,124 @@ class ReferenceBackend(Backend):
         _output(op, "out", out, m * k, *_FLOATS)
         _write(out, from_float32(int8.dequantize_rows(codes, stats), out.dtype))
 
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        op = "int8_linear"
+        n, k = _matrix(op, "codes", W.codes)
+        m = out.numel() // n if n else A.numel() // max(k, 1)
+        x = _float(op, "A", A, m * k).reshape(m, k)
+        codes = _integers(op, "codes", W.codes, n * k, torch.int8).reshape(n, k)
+        _check_int8_depth(op, k)
+        scales = _float(op, "scales", W.scales, n, (torch.float32,))
+        _check_threshold(op, threshold)
+        addend = None if bias is None else _float(op, "bias", bias, n, (A.dtype, torch.float32))
+        _output(op, "out", out, m * n, A.dtype)
+        if outliers is None and threshold > 0:
+            raise InvalidArgument(f"{op}: outliers is missing, threshold {threshold} needs {k} values")
+        if outliers is not None:
+            _output(op, "outliers", outliers, k, torch.uint8)
+        t, columns = int8.linear(x, codes, scales, threshold, addend)
+        _write(out, from_float32(t, out.dtype))
+        if outliers is not None and threshold > 0:
+            _write(outliers, torch.from_numpy(columns))
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        stepped = [_step(rule, tensors, i) for i in range(len(tensors.params))]
+        for i, step in enumerate(stepped):  # nothing is written before every tensor was checked
+            _write_step(rule, tensors, i, step)
+
+
+def _step(rule: OptimizerRule, t: OptimizerTensors, i: int) -> optimizer.Stepped:
+    op, n = "optimizer_step", t.params[i].numel()
+    _check_lists(op, rule, t)
+    param = _float(op, "params", t.params[i], n, (t.params[0].dtype,))
+    grad = _float(op, "grads", t.grads[i], n, (t.grads[0].dtype,))
+    if t.compensation:
+        with np.errstate(all="ignore"):
+            param = param + _float(op, "compensation", t.compensation[i], n, (param_dtype := t.params[i].dtype,))
+        if param_dtype == torch.float32:
+            raise InvalidArgument(f"{op}: compensation is for 16-bit parameters")
+    if rule.stochastic and (t.params[i].dtype != torch.bfloat16 or t.compensation):
+        raise InvalidArgument(f"{op}: stochastic rounding is for bfloat16 parameters without compensation")
+    scale = t.grad_scales[i] if t.grad_scales else 1.0
+    return optimizer.step(rule, grad, scale, param, _read_states(op, rule, t, i))
+
+
+def _check_lists(op: str, rule: OptimizerRule, t: OptimizerTensors) -> None:
+    if rule.algorithm not in ALGORITHMS or rule.state_bits not in (8, 32):
+        raise InvalidArgument(f"{op}: no algorithm {rule.algorithm!r} at {rule.state_bits} bits")
+    count, two, coded = len(t.params), ALGORITHMS[rule.algorithm] == 2, rule.state_bits == 8
+    lengths = {"grads": count, "state1": count, "state2": count * two, "absmax1": count * coded}
+    lengths |= {"absmax2": count * (two and coded)}
+    for name, expected in lengths.items():
+        _check_count(op, name, len(getattr(t, name)), expected)
+    for name in ("compensation", "grad_scales"):
+        _check_count(op, name, len(getattr(t, name)) or count, count)
+    if rule.stochastic:
+        _check_count(op, "streams", len(t.streams), count)
+
+
+def _read_states(op: str, rule: OptimizerRule, t: OptimizerTensors, i: int) -> list[optimizer.State]:
+    """The states of tensor i, decoded (QC-OPT-020), in the order of optimizer.second_moments."""
+    n = t.params[i].numel()
+    rows = 2 if rule.algorithm == "ademamix" else 1
+    states = []
+    for s, second_moment in enumerate(optimizer.second_moments(rule.algorithm)):
+        row, of_two = (s, rows) if s < rows else (0, 1)
+        codes, absmaxes = (t.state1, t.absmax1) if s < rows else (t.state2, t.absmax2)
+        if rule.state_bits == 32:
+            values = _float(op, "state", codes[i], of_two * n, (torch.float32,))
+            states.append(optimizer.State(values.reshape(of_two, n)[row].copy(), None, second_moment))
+            continue
+        table = optimizer.table(rule, second_moment)
+        blocks = _blocks(n, optimizer.BLOCK)
+        code = _integers(op, "state", codes[i], of_two * n, torch.uint8).reshape(of_two, n)[row]
+        absmax = _float(op, "absmax", absmaxes[i], of_two * blocks, (torch.float32,)).reshape(of_two, blocks)[row]
+        values = blockwise.dequantize_blockwise(code, absmax, table, optimizer.BLOCK)
+        states.append(optimizer.State(values, table, second_moment))
+    return states
+
+
+def _write_step(rule: OptimizerRule, t: OptimizerTensors, i: int, step: optimizer.Stepped) -> None:
+    param = t.params[i]
+    changed = torch.from_numpy(~step.kept).to(param.device).reshape(param.shape)
+    if rule.stochastic:
+        bits = optimizer.stochastic_bits(step.param, rule.seed, t.streams[i])
+        rounded = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    else:
+        rounded = from_float32(step.param, param.dtype)
+    if t.compensation:
+        high = to_float32(rounded)
+        with np.errstate(all="ignore"):
+            rest = np.where(np.isfinite(high), step.param - high, np.float32(0))
+        _write_where(t.compensation[i], changed, from_float32(rest, param.dtype))
+    _write_where(param, changed, rounded)
+    groups: list[tuple[Tensor, Tensor | None, list[optimizer.State]]]
+    first = 2 if rule.algorithm == "ademamix" else 1
+    groups = [(t.state1[i], t.absmax1[i] if t.absmax1 else None, step.states[:first])]
+    if t.state2:
+        groups.append((t.state2[i], t.absmax2[i] if t.absmax2 else None, step.states[first:]))
+    for state, absmax, parts in groups:
+        if absmax is None:
+            _write(state, torch.from_numpy(np.concatenate([part.values for part in parts])))
+        else:
+            _write(state, torch.from_numpy(np.concatenate([part.codes for part in parts])))
+            _write(absmax, torch.from_numpy(np.concatenate([part.absmax for part in parts])))
+
+
+def _write_where(destination: Tensor, changed: Tensor, values: Tensor) -> None:
+    """Elements that a step passes over keep their bits, those of a NaN included (QC-OPT-005)."""
+    new = values.to(destination.device).reshape(destination.shape)
+    destination.copy_(torch.where(changed.reshape(destination.shape), new, destination))
+
 
 def _int8_product(op: str, A: Tensor, B: Tensor) -> int8.I32:
     m, k = _matrix(op, "A", A)
     n, k_b = _matrix(op, "B", B)
     if k != k_b:
         raise InvalidArgument(f"{op}: A has {k} columns, B has {k_b}; both are (rows, K)")
-    if k > _MAX_INT8_K:
-        raise InvalidArgument(f"{op}: K is {k}, int32 sums are exact up to {_MAX_INT8_K}")
+    _check_int8_depth(op, k)
     a = _integers(op, "A", A, m * k, torch.int8).reshape(m, k)
     b = _integers(op, "B", B, n * k, torch.int8).reshape(n, k)
     return int8.gemm(a, b)
@@ -226,6 +336,11 @@ def _check_blocksize(op: str, blocksize: int) -> None:
 def _check_quant_type(op: str, quant_type: str) -> None:
     if quant_type not in fourbit.TABLES:
         raise InvalidArgument(f"{op}: quant_type is {quant_type!r}, expected 'nf4' or 'fp4'")
+
+
+def _check_int8_depth(op: str, k: int) -> None:
+    if k > _MAX_INT8_K:
+        raise InvalidArgument(f"{op}: K is {k}, int32 sums are exact up to {_MAX_INT8_K}")
 
 
 def _check_threshold(op: str, threshold: float) -> None:

@@ -70,6 +70,17 @@ def dequantize_gemm(c: I32, row_stats: F32, col_stats: F32, bias: F32 | None) ->
         return t if bias is None else t + bias
 
 
+def linear(x: F32, b: I8, col_stats: F32, threshold: float, bias: F32 | None) -> tuple[F32, U8]:
+    """QC-INT8-010, before the last rounding, and the outlier columns."""
+    codes, row_stats, columns = quantize_rows(x, threshold)
+    t = dequantize_gemm(gemm(codes, b), row_stats, col_stats, bias)
+    weights = dequantize_rows(b, col_stats)
+    with np.errstate(all="ignore"):
+        for k in np.flatnonzero(columns):
+            t = t + x[:, k, None] * weights[None, :, k]
+    return t, columns
+
+
 def dequantize_rows(codes: I8, row_stats: F32) -> F32:
     """QC-INT8-008, before the last rounding."""
     with np.errstate(all="ignore"):

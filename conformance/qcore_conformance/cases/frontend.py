@@ -57,6 +57,7 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
 
     from qcore.backend import Weight4bit
     from qcore.ops import blockwise, fourbit, int8
+    from qcore.ops.int8_linear import int8_linear
 
     def zeros(d: Any, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=d)
@@ -213,6 +214,16 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
             lambda d, out: int8.int8_scaled_gemm(
                 zeros(d, 2, 8, dtype=i8), zeros(d, 3, 8, dtype=i8), zeros(d, 2), zeros(d, 2), None, torch.float32
             ),
+            False,
+        ),
+        "int8_linear-scales": (
+            "int8_linear",
+            lambda d, out: int8_linear(zeros(d, 2, 8), zeros(d, 3, 8, dtype=i8), zeros(d, 2)),
+            False,
+        ),
+        "int8_linear-k-131072": (
+            "int8_linear",
+            lambda d, out: int8_linear(zeros(d, 1, 131_072), zeros(d, 1, 131_072, dtype=i8), zeros(d, 1)),
             False,
         ),
         "int8_dequantize_rows-stats": (

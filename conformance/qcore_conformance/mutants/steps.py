@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qcore import codebooks
-from qcore.backend import Backend, Description, Weight4bit, get_backend
+from qcore.backend import Backend, Description, Weight4bit, Weight8bit, get_backend
 
 F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
@@ -223,6 +223,18 @@ class Steps(Backend):
     def decode_rows(self, codes: I8, rows: F32) -> F32:
         return codes.astype(np.float32) * rows[:, None] * ROW_SCALE
 
+    def outlier_columns(self, outlier: Bools) -> NDArray[np.intp]:
+        """In the order in which their products are added (QC-INT8-010)."""
+        return np.flatnonzero(outlier.any(axis=0))
+
+    def add_column(self, t: F32, x: F32, w: F32) -> F32:
+        return t + x[:, None] * w[None, :]
+
+    def add_outliers(self, t: F32, x: F32, w: F32, columns: NDArray[np.intp]) -> F32:
+        for k in columns:
+            t = self.add_column(t, x[:, k], w[:, k])
+        return t
+
     # The ops
 
     @np.errstate(all="ignore")
@@ -328,3 +340,19 @@ class Steps(Backend):
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         self.reference.int8_dequantize_rows(A, row_stats, out=out)
         self.store(self.decode_rows(A.numpy(), self.load(row_stats)), out)
+
+    @np.errstate(all="ignore")
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        self.reference.int8_linear(A, W, threshold, bias, out=out, outliers=outliers)
+        x, scales = self.load(A).reshape(A.shape), self.load(W.scales)
+        outlier = self.outliers(x, threshold)
+        stats = self.statistics(x, outlier, axis=1)
+        codes = self.zero_outliers(self.codes_int8(x, stats[:, None]), outlier)
+        b = None if bias is None else self.load(bias)
+        t = self.decode_product(self.int8_product(codes, W.codes.numpy()), stats, scales, b)
+        w = self.decode_rows(W.codes.numpy(), scales)
+        self.store(self.add_outliers(t, x, w, self.outlier_columns(outlier)), out)
+        if outliers is not None and threshold > 0:
+            self.store(outlier.any(axis=0).astype(np.uint8), outliers)

@@ -1,0 +1,309 @@
+// One optimizer step on many tensors: arguments, shares of the threads, norms (docs/spec/60-optimizers.md).
+//
+// The blocks of all tensors form one sequence, which is cut into ranges: a thousand small tensors are one piece of
+// work, and a large one is shared. With a limit on the update's norm there are two passes, because the first block's
+// step depends on the last block's norm.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "abi.h"
+#include "chunks.h"
+#include "dispatch.h"
+#include "ieee.h"
+#include "ops.h"
+#include "optimizer_kernels.h"
+#include "qcore_codebooks.h"
+
+namespace qcore::cpu {
+namespace {
+
+constexpr char kOp[] = "optimizer_step";
+constexpr double kBlockNanoseconds = 100;
+
+const OptimizerKernels &optimizer_kernels() {
+    static const OptimizerKernels &kernels = select<OptimizerKernels>({
+        {Isa::portable, &portable::optimizer_kernels},
+#ifdef __x86_64__
+        {Isa::avx2, &avx2::optimizer_kernels},
+        {Isa::avx512, &avx512::optimizer_kernels},
+        {Isa::avx512_vnni, &avx512_vnni::optimizer_kernels},
+#endif
+    });
+    return kernels;
+}
+
+// QC-OPT-020. The tables are built once, under IEEE arithmetic.
+StateBook book(bool squares, bool signed_state) {
+    const IeeeArithmetic ieee;
+    if (squares && !signed_state) {
+        static const Codebook codes(QC_DYNAMIC_UNSIGNED_TABLE, Codebook::kMinIndexedValues);
+        return {QC_DYNAMIC_UNSIGNED_TABLE, &codes};
+    }
+    static const Codebook codes(QC_DYNAMIC_TABLE, Codebook::kMinIndexedValues);
+    return {QC_DYNAMIC_TABLE, &codes};
+}
+
+int state_count(int32_t algorithm) { return algorithm == QC_ADEMAMIX ? 3 : algorithm == QC_ADAM ? 2 : 1; }
+
+bool holds_squares(int32_t algorithm, int state) {
+    return algorithm == QC_RMSPROP || algorithm == QC_ADAGRAD || (algorithm == QC_ADAM && state == 1) ||
+           (algorithm == QC_ADEMAMIX && state == 2);
+}
+
+qc_status invalid(const char *what, const char *expected, int64_t got) {
+    return fail(QC_INVALID_ARGUMENT, "%s: %s: expected %s, got %lld", kOp, what, expected, static_cast<long long>(got));
+}
+
+qc_status check_rule(const qc_optimizer &rule) {
+    constexpr int32_t kFlags =
+        QC_OPT_NESTEROV | QC_OPT_SKIP_ZEROS | QC_OPT_STOCHASTIC | QC_OPT_BNB_CODES | QC_OPT_SIGNED_STATE;
+    if (rule.algorithm < QC_ADAM || rule.algorithm > QC_ADAGRAD) {
+        return invalid("algorithm", "QC_ADAM (0) to QC_ADAGRAD (5)", rule.algorithm);
+    }
+    if (rule.state_bits != 8 && rule.state_bits != 32) {
+        return invalid("state_bits", "8 or 32", rule.state_bits);
+    }
+    if ((rule.flags & ~kFlags) != 0) {
+        return invalid("flags", "a sum of QC_OPT_ flags", rule.flags);
+    }
+    if ((rule.flags & QC_OPT_NESTEROV) != 0 && rule.algorithm != QC_MOMENTUM) {
+        return invalid("algorithm", "QC_MOMENTUM (3), since QC_OPT_NESTEROV is set", rule.algorithm);
+    }
+    if ((rule.flags & QC_OPT_SIGNED_STATE) != 0 && rule.algorithm != QC_RMSPROP && rule.algorithm != QC_ADAGRAD) {
+        return invalid("algorithm", "QC_RMSPROP (4) or QC_ADAGRAD (5), since QC_OPT_SIGNED_STATE is set",
+                       rule.algorithm);
+    }
+    if ((rule.flags & QC_OPT_STOCHASTIC) != 0 && rule.param_dtype != QC_BF16) {
+        return invalid("param_dtype", "QC_BF16 (2), since QC_OPT_STOCHASTIC is set", rule.param_dtype);
+    }
+    if (!(std::isfinite(rule.max_unorm) && rule.max_unorm >= 0)) {
+        return fail(QC_INVALID_ARGUMENT, "%s: max_unorm: expected a finite value of at least 0, got %g", kOp,
+                    rule.max_unorm);
+    }
+    return QC_OK;
+}
+
+// Whether the lists that the rule needs are there.
+qc_status check_lists(const qc_optimizer &rule, const qc_optimizer_tensors &t) {
+    const bool two = rule.algorithm == QC_ADAM || rule.algorithm == QC_ADEMAMIX;
+    const bool coded = rule.state_bits == 8;
+    const struct {
+        const char *name;
+        const void *list;
+        bool needed;
+    } lists[] = {{"numel", t.numel, true},
+                 {"params", t.params, true},
+                 {"grads", t.grads, true},
+                 {"state1", t.state1, true},
+                 {"state2", t.state2, two},
+                 {"absmax1", t.absmax1, coded},
+                 {"absmax2", t.absmax2, coded && two},
+                 {"streams", t.streams, (rule.flags & QC_OPT_STOCHASTIC) != 0}};
+    for (const auto &entry : lists) {
+        if (entry.needed && entry.list == nullptr) {
+            return fail(QC_INVALID_ARGUMENT, "%s: %s: expected the address of %lld entries, got 0", kOp, entry.name,
+                        static_cast<long long>(t.count));
+        }
+    }
+    if (t.compensation != nullptr && (rule.param_dtype == QC_F32 || (rule.flags & QC_OPT_STOCHASTIC) != 0)) {
+        return fail(QC_INVALID_ARGUMENT,
+                    "%s: compensation: expected 0 for float32 parameters and with QC_OPT_STOCHASTIC, got an address",
+                    kOp);
+    }
+    return QC_OK;
+}
+
+// One entry of a list of addresses; fills in the name of the argument only where it is wrong.
+qc_status check_address(const char *name, int64_t index, uintptr_t address, int64_t count, int64_t size) {
+    if (count == 0 || (address != 0 && address % static_cast<uintptr_t>(size) == 0)) {
+        return QC_OK;
+    }
+    char argument[64];
+    std::snprintf(argument, sizeof argument, "%s[%lld]", name, static_cast<long long>(index));
+    return Arguments(kOp, 0).array(argument, address, count, size).status();
+}
+
+// The tensors as the kernels take them.
+class Tensors {
+   public:
+    qc_status collect(const qc_optimizer &rule, const qc_optimizer_tensors &t) {
+        tensors_.reserve(static_cast<size_t>(t.count));
+        first_block_.reserve(static_cast<size_t>(t.count) + 1);
+        first_block_.push_back(0);
+        for (int64_t i = 0; i < t.count; ++i) {
+            const qc_status status = add(rule, t, i);
+            if (status != QC_OK) {
+                return status;
+            }
+        }
+        return QC_OK;
+    }
+
+    int64_t blocks() const { return first_block_.back(); }
+    int64_t count() const { return static_cast<int64_t>(tensors_.size()); }
+    int64_t first_block(int64_t i) const { return first_block_[static_cast<size_t>(i)]; }
+    OptimizerTensor &operator[](int64_t i) { return tensors_[static_cast<size_t>(i)]; }
+
+    // function(tensor, first, last) for each run of blocks of one tensor, on as many threads as the work is worth.
+    template <class Function>
+    void for_runs(uintptr_t stream, const Function &function) const {
+        const int64_t threads = blocks() > 1 ? thread_limit(stream) : 1;
+        parallel_ranges(blocks(), 1, kBlockNanoseconds, threads, [&](int64_t first, int64_t end) {
+            auto next = std::upper_bound(first_block_.begin(), first_block_.end(), first);
+            for (size_t i = static_cast<size_t>(next - first_block_.begin()) - 1; first < end; ++i) {
+                const int64_t last = std::min(end, first_block_[i + 1]);
+                if (first < last) {
+                    function(static_cast<int64_t>(i), first - first_block_[i], last - first_block_[i]);
+                }
+                first = last;
+            }
+        });
+    }
+
+   private:
+    qc_status add(const qc_optimizer &rule, const qc_optimizer_tensors &t, int64_t i) {
+        const int64_t n = t.numel[i];
+        if (n < 0 || n > INT64_MAX / 16) {
+            return invalid("numel", "counts from 0 to 2^59 - 1", n);
+        }
+        const bool coded = rule.state_bits == 8;
+        const int64_t blocks = ceil_div(n, kOptimizerBlock);
+        const int64_t rows = rule.algorithm == QC_ADEMAMIX ? 2 : 1;
+        const int64_t state_size = coded ? 1 : 4;
+        const int64_t param_size = dtype_size(rule.param_dtype);
+        const struct {
+            const char *name;
+            const uintptr_t *list;
+            int64_t count, size;
+        } lists[] = {{"params", t.params, n, param_size},
+                     {"grads", t.grads, n, dtype_size(rule.grad_dtype)},
+                     {"state1", t.state1, rows * n, state_size},
+                     {"state2", state_count(rule.algorithm) > 1 ? t.state2 : nullptr, n, state_size},
+                     {"absmax1", coded ? t.absmax1 : nullptr, rows * blocks, 4},
+                     {"absmax2", coded && state_count(rule.algorithm) > 1 ? t.absmax2 : nullptr, blocks, 4},
+                     {"compensation", t.compensation, n, param_size}};
+        for (const auto &entry : lists) {
+            const qc_status status =
+                entry.list != nullptr ? check_address(entry.name, i, entry.list[i], entry.count, entry.size) : QC_OK;
+            if (status != QC_OK) {
+                return status;
+            }
+        }
+        OptimizerTensor tensor{};
+        tensor.n = n;
+        tensor.param = pointer<void>(t.params[i]);
+        tensor.grad = pointer<const void>(t.grads[i]);
+        tensor.compensation = t.compensation != nullptr ? pointer<void>(t.compensation[i]) : nullptr;
+        for (int64_t s = 0; s < state_count(rule.algorithm); ++s) {
+            const uintptr_t state = s < rows ? t.state1[i] : t.state2[i];
+            const int64_t row = s < rows ? s : 0;
+            tensor.state[s] = pointer<void>(state + static_cast<uintptr_t>(row * n * state_size));
+            if (coded) {
+                const uintptr_t absmax = s < rows ? t.absmax1[i] : t.absmax2[i];
+                tensor.absmax[s] = pointer<float>(absmax) + row * blocks;
+            }
+        }
+        tensor.grad_scale = t.grad_scales != nullptr ? t.grad_scales[i] : 1.0f;
+        tensor.step_size = rule.step_size;
+        tensor.stream = (rule.flags & QC_OPT_STOCHASTIC) != 0 ? t.streams[i] : 0;
+        tensors_.push_back(tensor);
+        first_block_.push_back(first_block_.back() + blocks);
+        return QC_OK;
+    }
+
+    std::vector<OptimizerTensor> tensors_;
+    std::vector<int64_t> first_block_;
+};
+
+// QC-OPT-009 over the blocks of one tensor, whose sums stand two apart.
+double total(const double *sums, int64_t blocks) {
+    constexpr int64_t kSums = 256;
+    double lane[kSums] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+        lane[block % kSums] += sums[2 * block];
+    }
+    for (int64_t half = kSums / 2; half > 0; half /= 2) {
+        for (int64_t l = 0; l < half; ++l) {
+            lane[l] += lane[l + half];
+        }
+    }
+    return lane[0];
+}
+
+// QC-OPT-008.
+float limited_step(const qc_optimizer &rule, const double *sums, int64_t blocks) {
+    const double squares = total(sums + 1, blocks);
+    const double limit = rule.max_unorm * std::sqrt(squares);
+    const double norm = std::sqrt(total(sums, blocks)) * rule.unorm_factor;
+    if (squares == 0 || !(norm > limit)) {
+        return rule.step_size;
+    }
+    return rule.step_size * static_cast<float>(limit / norm);
+}
+
+}  // namespace
+
+qc_status optimizer_step_workspace(int64_t blocks, int64_t *bytes) {
+    *bytes = 2 * static_cast<int64_t>(sizeof(double)) * blocks;
+    return QC_OK;
+}
+
+qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *optimizer,
+                         const qc_optimizer_tensors *list, uintptr_t workspace, int64_t workspace_bytes) {
+    return guarded(kOp, [&] {
+        Arguments arguments(kOp, device);
+        if (arguments.ok() && (optimizer == nullptr || list == nullptr)) {
+            return fail(QC_INVALID_ARGUMENT, "%s: %s: expected an address, got 0", kOp,
+                        optimizer == nullptr ? "optimizer" : "tensors");
+        }
+        if (!arguments.ok()) {
+            return arguments.status();
+        }
+        const qc_optimizer &rule = *optimizer;
+        arguments.dtype("param_dtype", rule.param_dtype).dtype("grad_dtype", rule.grad_dtype);
+        arguments.count("count", list->count);
+        qc_status status = arguments.ok() ? check_rule(rule) : arguments.status();
+        if (status != QC_OK || list->count == 0) {
+            return status;
+        }
+        Tensors tensors;
+        status = check_lists(rule, *list);
+        status = status == QC_OK ? tensors.collect(rule, *list) : status;
+        if (status != QC_OK) {
+            return status;
+        }
+        OptimizerJob job{&rule, {}};
+        for (int s = 0; s < state_count(rule.algorithm); ++s) {
+            job.book[s] = book(holds_squares(rule.algorithm, s), (rule.flags & QC_OPT_SIGNED_STATE) != 0);
+        }
+        const int coded = rule.state_bits == 8 ? 1 : 0;
+        const OptimizerKernels &kernels = optimizer_kernels();
+        if (rule.max_unorm > 0) {
+            int64_t needed = 0;
+            optimizer_step_workspace(tensors.blocks(), &needed);
+            if (workspace_bytes < needed) {
+                return invalid("workspace_bytes", "what workspace() says", workspace_bytes);
+            }
+            if (!arguments.array("workspace", workspace, needed, 64).ok()) {
+                return arguments.status();
+            }
+            double *sums = pointer<double>(workspace);
+            const auto squares = kernels.squares[rule.algorithm][coded];
+            tensors.for_runs(stream, [&](int64_t i, int64_t first, int64_t last) {
+                squares(job, tensors[i], first, last, sums + 2 * (tensors.first_block(i) + first));
+            });
+            const IeeeArithmetic ieee;
+            for (int64_t i = 0; i < tensors.count(); ++i) {
+                const int64_t first = tensors.first_block(i);
+                tensors[i].step_size = limited_step(rule, sums + 2 * first, tensors.first_block(i + 1) - first);
+            }
+        }
+        const auto step = kernels.step[rule.algorithm][coded];
+        tensors.for_runs(stream, [&](int64_t i, int64_t first, int64_t last) { step(job, tensors[i], first, last); });
+        return qc_status{QC_OK};
+    });
+}
+
+}  // namespace qcore::cpu

@@ -1,0 +1,248 @@
+// One optimizer step (docs/spec/60-optimizers.md).
+//
+// Memory picture, fp32 parameters: one pass over the data, block by block of 256 elements, everything between reading
+// and writing in L1. Per element 8-bit Adam reads 4 (gradient) + 4 (parameter) + 2 (codes) bytes and writes 4 + 2: 16
+// bytes where 32-bit Adam moves 28. The floor is that traffic; beside it stand one square root, one division, and per
+// 8-bit state one look-up to decode and one to encode.
+//
+// A block takes three loops: the rule (old states and gradient to new states and update), the parameter, and for 8-bit
+// states the encoding, which needs the block's absmax first. What is rare, elements that keep their values, is set
+// right between them, so that the loops stay free of masks.
+#include "optimizer_kernels.h"
+
+#include "optimizer_block.h"
+
+namespace qcore::cpu::QC_ISA {
+namespace {
+
+struct StateEncoder {
+    static constexpr int kVectors = QC_ISA::kVectors;
+    static constexpr int kBytes = kGroup;
+
+    Int codes(Float y) const { return search(y); }
+    void pack(const Int (&c)[kVectors], uint8_t *out) const { pack_bytes(c, out); }
+    float bounded(float y) const { return y; }  // integer keys order infinities too
+
+    CodebookCodes search;
+};
+
+// The first loop: states in place (decoded into b.state first), update to `update`. Returns the largest magnitude of
+// each state, as bits.
+template <class Rule, bool kCoded>
+void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, const Block &b,
+           float *update, int32_t (&largest)[Rule::kStates]) {
+    constexpr int kStates = Rule::kStates;
+    const Float scale = broadcast(t.grad_scale);
+    const Float l2 = broadcast(job.rule->l2);
+    const bool coupled = job.rule->l2 != 0.0f;
+    Float absmax[kStates];
+    Int top[kStates];
+    for (int s = 0; s < kStates; ++s) {
+        absmax[s] = broadcast(kCoded ? t.absmax[s][index] : 1.0f);
+        top[s] = zero();
+    }
+    for (int64_t i = 0; i < b.size; i += kGroup) {
+        Float old[kStates][kVectors];
+        if constexpr (kCoded) {
+            for (int s = 0; s < kStates; ++s) {
+                Decoder(job.book[s].table)(b.codes[s] + i, old[s]);
+            }
+        }
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = i + v * kLanes;
+            Float x = multiply(load(b.grad + at), scale);
+            if (coupled) {
+                x = x + load(b.param + at) * l2;
+            }
+            Float state[kStates];
+            for (int s = 0; s < kStates; ++s) {
+                state[s] = kCoded ? multiply(old[s][v], absmax[s]) : load(b.state[s] + at);
+            }
+            store(update + at, rule(x, state));
+            for (int s = 0; s < kStates; ++s) {
+                store(b.state[s] + at, state[s]);
+                top[s] = maximum(top[s], magnitude(state[s]));
+            }
+        }
+    }
+    for (int s = 0; s < kStates; ++s) {
+        largest[s] = highest(top[s]);
+    }
+}
+
+// The second loop (QC-OPT-004).
+void move(const qc_optimizer &rule, float step_size, const Block &b, const float *update) {
+    const Float decay = broadcast(rule.decay);
+    const Float size = broadcast(step_size);
+    for (int64_t i = 0; i < b.size; i += kLanes) {
+        store(b.moved + i, load(b.param + i) * decay + load(update + i) * size);
+    }
+}
+
+// The third loop (QC-OPT-021, -023); returns the absmax.
+float encode(const StateBook &book, bool squares, bool as_bnb, int32_t largest, const float *values, int64_t size,
+             uint8_t *out) {
+    const StateEncoder encoder{CodebookCodes(*book.codes)};
+    const int32_t zero_code = book.codes->zero_code;
+    const bool floored = squares && !as_bnb;
+    const float r = largest == 0 ? 0.0f : 1.0f / float_of(static_cast<uint32_t>(largest));
+    if (bits_of(r) >= kInfinity) {  // so small that r overflows
+        BlockQuantizer<StateEncoder>(encoder).quantize(values, size, out);
+        for (int64_t i = 0; floored && i < size; ++i) {
+            out[i] = static_cast<uint8_t>(out[i] + (out[i] == zero_code && values[i] > 0.0f ? 1 : 0));
+        }
+    } else {
+        const Float scale = broadcast(r);
+        const Int one = broadcast_int(1);
+        const Int first = broadcast_int(zero_code);
+        for (int64_t i = 0; i < size; i += kGroup) {
+            Int codes[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                const Float value = load(values + i + v * kLanes);
+                codes[v] = encoder.codes(multiply(value, scale));
+                if (floored) {  // as integers: 1 if above 0, 0 if 0, no matter what if below
+                    codes[v] = maximum(codes[v], add(first, minimum(bits(value), one)));
+                }
+            }
+            encoder.pack(codes, out + i);
+        }
+    }
+    for (int64_t i = 0; as_bnb && !squares && i < size; ++i) {
+        out[i] = static_cast<uint8_t>(out[i] - (out[i] == zero_code && bits_of(values[i]) >> 31 != 0 ? 1 : 0));
+    }
+    return float_of(static_cast<uint32_t>(largest));
+}
+
+// The states before the step, for elements that skip it.
+template <int kStates>
+void remember(const OptimizerJob &job, const OptimizerTensor &t, int64_t index, const Block &b, Scratch &scratch) {
+    for (int s = 0; s < kStates; ++s) {
+        if (job.rule->state_bits == 8) {
+            decode_block(job.book[s], b, s, t.absmax[s][index], scratch.before[s]);
+        } else {
+            std::memcpy(scratch.before[s], b.state[s], static_cast<size_t>(b.size) * sizeof(float));
+        }
+    }
+}
+
+// QC-OPT-005, QC-OPT-022: marks the elements that are kept, sets their states and updates right, finds the maxima anew.
+template <int kStates>
+__attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &scratch, int32_t (&largest)[kStates]) {
+    const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
+    const bool coded = job.rule->state_bits == 8;
+    for (int s = 0; s < kStates; ++s) {
+        largest[s] = 0;
+    }
+    for (int64_t i = 0; i < b.size; ++i) {
+        const bool skipped = skips && b.grad[i] == 0.0f;
+        bool lost = false;
+        for (int s = 0; s < kStates; ++s) {
+            b.state[s][i] = skipped ? scratch.before[s][i] : b.state[s][i];
+            lost |= coded && (bits_of(b.state[s][i]) & kMagnitude) >= kInfinity;
+        }
+        for (int s = 0; s < kStates; ++s) {
+            b.state[s][i] = lost ? 0.0f : b.state[s][i];
+            const int32_t size = static_cast<int32_t>(bits_of(b.state[s][i]) & kMagnitude);
+            largest[s] = size > largest[s] ? size : largest[s];
+        }
+        scratch.kept[i] = skipped || lost;
+        scratch.update[i] = skipped || lost ? 0.0f : scratch.update[i];
+        b.keeps |= scratch.kept[i];
+    }
+    b.moved = b.keeps ? scratch.moved : b.moved;
+}
+
+// Reads a block and takes the first loop.
+template <class Rule, bool kCoded>
+Block advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, bool in_place,
+              Scratch &scratch, int32_t (&largest)[Rule::kStates]) {
+    Block b = open_block(job, t, Rule::kStates, index, in_place, scratch);
+    const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
+    if (skips) {
+        remember<Rule::kStates>(job, t, index, b, scratch);
+    }
+    apply<Rule, kCoded>(rule, job, t, index, b, scratch.update, largest);
+    bool finite = true;
+    for (int s = 0; s < Rule::kStates; ++s) {
+        finite &= largest[s] < static_cast<int32_t>(kInfinity);
+    }
+    if (skips || (kCoded && !finite)) {
+        keep<Rule::kStates>(job, b, scratch, largest);
+    }
+    return b;
+}
+
+template <class Rule, bool kCoded>
+void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last) {
+    const Rule rule(*job.rule);
+    const bool as_bnb = (job.rule->flags & QC_OPT_BNB_CODES) != 0;
+    Scratch scratch;
+    int32_t largest[Rule::kStates];
+    for (int64_t index = first; index < last; ++index) {
+        const Block b = advance<Rule, kCoded>(rule, job, t, index, true, scratch, largest);
+        move(*job.rule, t.step_size, b, scratch.update);
+        close_block(job, t, b, scratch);
+        for (int s = 0; s < Rule::kStates; ++s) {
+            if constexpr (kCoded) {
+                t.absmax[s][index] =
+                    encode(job.book[s], Rule::kSquares[s], as_bnb, largest[s], b.state[s], b.size, b.codes[s]);
+                if (b.n != b.size) {
+                    std::memcpy(static_cast<uint8_t *>(t.state[s]) + b.start, b.codes[s], static_cast<size_t>(b.n));
+                }
+            } else if (b.n != b.size) {
+                std::memcpy(static_cast<float *>(t.state[s]) + b.start, b.state[s],
+                            static_cast<size_t>(b.n) * sizeof(float));
+            }
+        }
+    }
+}
+
+// QC-OPT-009 of one block.
+double sum_of_squares(const float *x, int64_t n) {
+    constexpr int kSums = 16;
+    double lane[kSums] = {};
+    int64_t i = 0;
+    for (; i + kSums <= n; i += kSums) {
+        for (int l = 0; l < kSums; ++l) {
+            lane[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
+        }
+    }
+    for (int l = 0; i + l < n; ++l) {
+        lane[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
+    }
+    for (int half = kSums / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) {
+            lane[l] += lane[l + half];
+        }
+    }
+    return lane[0];
+}
+
+template <class Rule, bool kCoded>
+void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last, double *sums) {
+    const Rule rule(*job.rule);
+    Scratch scratch;
+    int32_t largest[Rule::kStates];
+    for (int64_t index = first; index < last; ++index, sums += 2) {
+        const Block b = advance<Rule, kCoded>(rule, job, t, index, false, scratch, largest);
+        sums[0] = sum_of_squares(scratch.update, b.n);
+        sums[1] = sum_of_squares(b.param, b.n);
+    }
+}
+
+}  // namespace
+
+const OptimizerKernels optimizer_kernels = {{{step<Adam, false>, step<Adam, true>},
+                                             {step<Ademamix, false>, step<Ademamix, true>},
+                                             {step<Lion, false>, step<Lion, true>},
+                                             {step<Momentum, false>, step<Momentum, true>},
+                                             {step<Rmsprop, false>, step<Rmsprop, true>},
+                                             {step<Adagrad, false>, step<Adagrad, true>}},
+                                            {{squares<Adam, false>, squares<Adam, true>},
+                                             {squares<Ademamix, false>, squares<Ademamix, true>},
+                                             {squares<Lion, false>, squares<Lion, true>},
+                                             {squares<Momentum, false>, squares<Momentum, true>},
+                                             {squares<Rmsprop, false>, squares<Rmsprop, true>},
+                                             {squares<Adagrad, false>, squares<Adagrad, true>}}};
+
+}  // namespace qcore::cpu::QC_ISA

@@ -1,0 +1,80 @@
+"""Mutants of the product with outlier columns (QC-INT8-010)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qcore.backend import Weight8bit
+from qcore_conformance.mutants.mutant import mutant
+from qcore_conformance.mutants.steps import F32, I8, Bools, Steps
+
+LINEAR = "int8_linear"
+
+
+@mutant("QC-INT8-010", LINEAR)
+class OutliersBackwards(Steps):
+    """Outlier columns are added from the last to the first."""
+
+    def outlier_columns(self, outlier: Bools) -> NDArray[np.intp]:
+        return super().outlier_columns(outlier)[::-1]
+
+
+@mutant("QC-INT8-010", LINEAR)
+class OutliersCutOff(Steps):
+    """There is room for 256 outlier columns, and the rest is dropped."""
+
+    def outlier_columns(self, outlier: Bools) -> NDArray[np.intp]:
+        return super().outlier_columns(outlier)[:256]
+
+
+@mutant("QC-INT8-010", LINEAR)
+class FirstOutlierDropped(Steps):
+    """The list of outlier columns begins with the second."""
+
+    def outlier_columns(self, outlier: Bools) -> NDArray[np.intp]:
+        return super().outlier_columns(outlier)[1:]
+
+
+@mutant("QC-INT8-010", LINEAR)
+class OutlierProductFused(Steps):
+    """Product and sum of an outlier column are one fused multiply-add."""
+
+    def add_column(self, t: F32, x: F32, w: F32) -> F32:
+        return (t + x[:, None].astype(np.float64) * w[None, :]).astype(np.float32)
+
+
+@mutant("QC-INT8-010", LINEAR)
+class OutliersApart(Steps):
+    """The outlier products are summed on their own and added at the end, as two matrix products would."""
+
+    def add_outliers(self, t: F32, x: F32, w: F32, columns: NDArray[np.intp]) -> F32:
+        return t + super().add_outliers(np.zeros_like(t), x, w, columns)
+
+
+@mutant("QC-INT8-010", LINEAR)
+class OutliersRounded(Steps):
+    """Weights of outlier columns are rounded to float16, as in bitsandbytes."""
+
+    def add_column(self, t: F32, x: F32, w: F32) -> F32:
+        return super().add_column(t, x, w.astype(np.float16).astype(np.float32))
+
+
+@mutant("QC-INT8-010", LINEAR)
+class OutliersCountedTwice(Steps):
+    """Codes of outlier columns are not cleared, so that their columns are multiplied twice."""
+
+    def zero_outliers(self, codes: I8, outlier: Bools) -> I8:
+        return codes
+
+
+@mutant("QC-INT8-010", LINEAR)
+class BiasLostBesideOutliers(Steps):
+    """Where there are outlier columns, the bias is dropped."""
+
+    def int8_linear(
+        self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
+    ) -> None:
+        found = self.outliers(self.load(A).reshape(A.shape), threshold)
+        super().int8_linear(A, W, threshold, None if found.any() else bias, out=out, outliers=outliers)
