@@ -29,6 +29,11 @@ def bench(*arguments: str) -> int:
     return run(["bench", "cpu", *TINY, "--allow-reference", *arguments])
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # a narrower terminal folds the names
+
+
 @pytest.fixture(scope="module")
 def report_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of everything on the backend that the machine has."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -190,19 +189,3 @@ def test_denormals_count_even_when_torch_flushes_them(backend: CffiBackend) -> N
         torch.set_flush_denormal(False)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(want, got, strict=True))
     assert still_flushing
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_computes(backend: CffiBackend) -> None:
-    """An OpenMP team does not survive fork: a child that waits for it hangs."""
-    x = torch.randn(N, generator=torch.Generator().manual_seed(2))
-    want = quantize(backend, x)
-    child = os.fork()
-    if child == 0:
-        got = quantize(backend, x)
-        os._exit(0 if all(bytes(a.numpy()) == bytes(b.numpy()) for a, b in zip(want, got, strict=True)) else 1)
-    timer = threading.Timer(30, os.kill, (child, 9))
-    timer.start()
-    _, status = os.waitpid(child, 0)
-    timer.cancel()
-    assert status == 0, "the child hung" if status == 9 else "the child got other bits"
