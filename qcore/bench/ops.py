@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
+import qcore.optim
 from qcore import functional as F
 from qcore.bench import peers
 from qcore.bench.measure import Call
@@ -13,6 +15,7 @@ from qcore.bench.workload import BLOCKSIZE, BLOCKSIZE_8BIT, DTYPES, Build, Share
 from qcore.functional.codemaps import dynamic_code
 from qcore.ops import int8
 from qcore.ops.fourbit import dequantize_absmax, prepare_gemm_4bit, quantize_absmax
+from qcore.ops.int8_linear import int8_linear
 
 QUANT_TYPES = ("nf4", "fp4")
 
@@ -31,6 +34,8 @@ def specs(shape: tuple[int, int], dtypes: Sequence[str], rows: Sequence[int]) ->
                 yield Spec("dequantize_4bit", variant, dtype, shape, None, _dequantize_4bit(kind, dtype, out))
         yield Spec("int8_quantize_cols", "", dtype, shape, None, _quantize_cols(dtype))
         yield Spec("int8_dequantize_rows", "", dtype, shape, None, _dequantize_rows(dtype))
+    for bits in (8, 32):
+        yield Spec("optimizer_step", f"AdamW, {bits} bits", "f32", shape, None, _adamw(bits))
     yield Spec("quantize_absmax", "", "f32", shape, None, _quantize_absmax)
     yield Spec("dequantize_absmax", "", "f32", shape, None, _dequantize_absmax)
     for m in rows:
@@ -39,6 +44,7 @@ def specs(shape: tuple[int, int], dtypes: Sequence[str], rows: Sequence[int]) ->
                 yield Spec("gemm_4bit", kind, dtype, shape, m, _gemm_4bit(kind, dtype, m))
             yield Spec("int8_quantize_rows", "threshold 6", dtype, shape, m, _quantize_rows(dtype, m))
         yield Spec("int8_gemm", "", "int8", shape, m, _int8_gemm(m))
+        yield Spec("int8_linear", "", dtypes[0], shape, m, _int8_linear(dtypes[0], m))
         yield Spec("int8_scaled_gemm", "", dtypes[0], shape, m, _int8_scaled_gemm(dtypes[0], m))
         yield Spec("int8_dequantize_gemm", "", dtypes[0], shape, m, _dequantize_gemm(dtypes[0], m))
 
@@ -209,6 +215,43 @@ def _int8_scaled_gemm(dtype: str, m: int) -> Build:
         s.with_torch(calls, x, "f32", "bf16")
         written = m * n * target.itemsize
         return Workload(calls, nbytes(codes, weight, rows, cols), written, 2 * m * n * k, "int8")
+
+    return build
+
+
+def _int8_linear(dtype: str, m: int) -> Build:
+    def build(s: Shared) -> Workload:
+        (n, k), (weight, cols), x = s.shape, s.codes(), s.normal(m, s.shape[1], dtype)
+        calls: dict[str, Call] = {"qcore": lambda: int8_linear(x, weight, cols)}
+        if s.bitsandbytes:
+            layer = s.their_linear8bit(0.0)
+            calls["bitsandbytes"] = lambda: layer(x)
+        s.with_torch(calls, x, "f32", "bf16")
+        return Workload(calls, nbytes(x, weight, cols), m * n * x.element_size(), 2 * m * n * k, "int8")
+
+    return build
+
+
+def _adamw(bits: int) -> Build:
+    """A step of one float32 parameter; torch keeps its state in 32 bits in any case, and fuses the step."""
+
+    def build(s: Shared) -> Workload:
+        gradient = s.normal(*s.shape, "f32")
+        name = "AdamW8bit" if bits == 8 else "AdamW32bit"
+
+        def step(kind: Any, **options: Any) -> Call:
+            parameter = torch.nn.Parameter(s.weight("f32").clone())
+            parameter.grad = gradient
+            optimizer = kind([parameter], lr=1e-4, **options)
+            return lambda: optimizer.step()
+
+        calls: dict[str, Call] = {"qcore": step(getattr(qcore.optim, name))}
+        if s.torch:
+            calls["torch f32"] = step(torch.optim.AdamW, fused=True)
+        if s.bitsandbytes:
+            calls["bitsandbytes"] = step(getattr(peers.bitsandbytes().optim, name))
+        state = 2 * (1 + 4 / 256) if bits == 8 else 8.0  # bytes an element
+        return Workload(calls, int(gradient.numel() * (8 + state)), int(gradient.numel() * (4 + state)))
 
     return build
 

@@ -47,6 +47,7 @@ def bitsandbytes() -> Any:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # what it says on import is in the note
         import bitsandbytes.functional
         import bitsandbytes.nn
+        import bitsandbytes.optim
     return bitsandbytes
 
 
