@@ -7,6 +7,7 @@ a finder on ``sys.meta_path`` that knows two module names, and finds their loade
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -33,7 +34,7 @@ class _Following(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        import_module(self._follower)
+        _follow(module.__name__, self._follower)
 
 
 class _Finder(MetaPathFinder):
@@ -60,4 +61,13 @@ def watch() -> None:
     sys.meta_path.insert(0, _Finder())
     for name, follower in _WATCHED.items():
         if sys.modules.get(name) is not None:
-            import_module(follower)
+            _follow(name, follower)
+
+
+def _follow(arrived: str, follower: str) -> None:
+    """Import ours. Where it does not know the library's version, the library itself must go on working."""
+    try:
+        import_module(follower)
+    except (ImportError, AttributeError) as error:
+        library = arrived.partition(".")[0]
+        warnings.warn(f"qcore cannot be used from this {library}: {error}; upgrade one of them", stacklevel=2)

@@ -7,7 +7,11 @@ to qcore where a :class:`QcoreConfig` is passed along or bitsandbytes is not ins
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
+
+if int(version("transformers").partition(".")[0]) < 5:
+    raise ImportError(f"qcore needs Transformers 5 or later, this is {version('transformers')}")
 
 from transformers.quantizers import auto
 

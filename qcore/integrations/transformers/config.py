@@ -44,7 +44,8 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
     threshold : float
         Magnitude from which on an activation is an outlier (int8); 0 for none.
     fp32_cpu_offload : bool
-        Leave modules that ``device_map`` puts on ``"cpu"`` or ``"disk"``, beside an accelerator, in floating point.
+        Leave modules that a ``device_map`` puts on ``"disk"``, or on ``"cpu"`` beside an accelerator, in floating
+        point.
 
     Raises
     ------

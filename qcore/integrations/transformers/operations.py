@@ -41,6 +41,8 @@ def _stand_in(weight: CodedParameter) -> CodedParameter:
     """The weight without its codes, for a layer whose codes stay on the disk: its meaning is kept in memory."""
     stand_in: Any = type(weight)
     attributes = {key: value for key, value in weight.__dict__.items() if not key.startswith("_")}
+    # Transformers gives random values to what does not carry this mark.
+    attributes["_is_hf_initialized"] = True
     placeholder: CodedParameter = stand_in(weight.data.to("meta"), requires_grad=False, **attributes)
     return placeholder
 
@@ -125,6 +127,8 @@ class Load(ConversionOps):  # type: ignore[misc]
 
     def _cast(self, model: Any, name: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():
+            if model.get_parameter_or_buffer(name).is_floating_point():
+                raise FormatError(f"{name} is {value.dtype} where the model has a float weight; is skip_modules right?")
             return value
         dtype = self.hf_quantizer.dtype
         return value.to(torch.float32 if architecture.stays_float32(model, name, dtype) else dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from qcore.nn import Linear4bit, Linear8bitLt
 log = logging.get_logger(__name__)
 
 _QUANTIZED = (Linear4bit, Linear8bitLt)
-_OFFLOADED = ("cpu", "disk")
 
 
 class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -53,10 +51,6 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         self.dtype = torch.float32
 
     def validate_environment(self, *args: Any, device_map: Any = None, **options: Any) -> None:
-        if int(version("transformers").split(".")[0]) < 5:
-            raise Unsupported(
-                f"QcoreConfig needs Transformers 5 or later, this is {version('transformers')}; upgrade it"
-            )
         for device in _devices(device_map):
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise BackendUnavailable(
@@ -94,8 +88,15 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config, self.dtype = self.quantization_config, dtype or torch.get_default_dtype()
         skips = self._skips(model)
+        if config.fp32_cpu_offload and self.pre_quantized:
+            raise InvalidArgument(
+                "QcoreConfig: fp32_cpu_offload needs the float checkpoint, this one is quantized; name the float one, "
+                "or leave fp32_cpu_offload out: quantized modules may be on the CPU and on the disk"
+            )
         if config.fp32_cpu_offload and isinstance(device_map, dict):
-            skips += [key for key, device in device_map.items() if str(device) in _OFFLOADED and key]
+            places = {str(device) for device in device_map.values()}
+            away = {"cpu", "disk"} if places - {"cpu", "disk"} else {"disk"}
+            skips += [key for key, device in device_map.items() if str(device) in away and key]
         linear = architecture.linear_layers(model, skips)
         takes_experts = config.settings.experts or not self.pre_quantized
         fused = experts.find(model, skips) if takes_experts else {}
@@ -129,7 +130,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         asked = config.skip_modules or []
         names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
         for pattern in asked:
-            if not names or all(should_convert_module(name, [pattern]) for name in names):
+            if not _matches_one(names, pattern):
                 raise InvalidArgument(
                     f"QcoreConfig: skip_modules has {pattern!r}, which matches no layer; they are called like "
                     f"{architecture.examples(names) or '(there is none)'}"
@@ -157,7 +158,8 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, _QUANTIZED) and not module.weight.is_coded
         ]
         if missing:
-            raise FormatError(f"{len(missing)} quantized layers have no weight in the checkpoint: {missing[:4]}")
+            raise FormatError(f"{len(missing)} layers have no quantized weight in the checkpoint: {missing[:4]}")
+        _check_int8_offload(model)
         self._keep_names(model)
         # What PEFT, Accelerate and the Trainer ask.
         model.is_loaded_in_4bit = self.quantization_config.format != "int8"
@@ -224,6 +226,27 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _matches_one(names: list[str], pattern: str) -> bool:
+    try:
+        return any(not should_convert_module(name, [pattern]) for name in names)
+    except re.error as error:
+        raise InvalidArgument(
+            f"QcoreConfig: skip_modules has {pattern!r}, which is no regular expression: {error}; "
+            "write the start or the end of a name, without *"
+        ) from error
+
+
+def _check_int8_offload(model: nn.Module) -> None:
+    away = [
+        name for name, module in model.named_modules() if isinstance(module, Linear8bitLt) and module.weight.is_meta
+    ]
+    if away and not torch.accelerator.is_available():
+        raise Unsupported(
+            f"{len(away)} int8 layers are on the disk, such as {away[0]}; Accelerate brings int8 weights back through "
+            "an accelerator, and there is none: use a 4-bit format, or fp32_cpu_offload=True for these modules"
+        )
 
 
 def _devices(device_map: Any) -> list[torch.device]:
