@@ -1,8 +1,8 @@
 """QLoRA on SmolLM2-135M-Instruct and Wikipedia text, beside LoRA on the unquantized model: minutes on two cores.
 
-LoRA of rank 16 on q, k, v and o, gradient checkpointing, paged 8-bit AdamW, a quantized base. Both runs see the same batches in the same
-order from the same initial adapters, and are judged on text that neither was trained on. The adapter is saved,
-reloaded and merged at the end.
+LoRA of rank 16 on q, k, v and o, gradient checkpointing, paged 8-bit AdamW, a quantized base. Both runs see the same
+batches in the same order from the same initial adapters, and are judged on text that neither was trained on. The
+adapter is saved, reloaded and merged at the end.
 
     python examples/qlora.py [--steps 40] [--json FILE] [--image FILE]
 
@@ -149,6 +149,9 @@ def main() -> None:
     windows = tokens_of(load_tokenizer(options.model), text, count, options.length)
     runs: dict[str, Any] = {}
     result = {
+        "schema": 1,
+        "kind": "qlora",
+        "machine": machine(torch.get_num_threads()),
         "steps": options.steps,
         "batch": options.batch,
         "length": options.length,
