@@ -55,7 +55,7 @@ def config_of(name: str) -> PretrainedConfig:
     if name == "mixtral":
         return MixtralConfig(**_LLAMA, num_local_experts=4)
     if name == "gpt-oss":
-        return GptOssConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=12, rope_parameters=None)
+        return GptOssConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=12)
     raise KeyError(name)
 
 

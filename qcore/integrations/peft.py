@@ -29,7 +29,8 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
     unmerging puts the very codes back that were there before. They are kept meanwhile: half a byte a weight in 4 bits.
     """
 
-    _before: CodedParameter | None = None
+    # The weight before the first merge, or nothing; in a tuple, or it would be registered as a parameter.
+    _kept: tuple[CodedParameter, ...] = ()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the weight, as PEFT's ``merge``; ``safe_merge`` refuses values that are not finite."""
@@ -40,8 +41,7 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
         if len(together) > 1 and any(name in self.lora_variant for name in together):
             raise Unsupported(f"merge: {together} are not all plain LoRA; merge one such adapter at a time")
         layer = self.get_base_layer()
-        before = self._before if self._before is not None else layer.weight
-        _put(layer, before)
+        before = self._weight_before()
         weight = dequantized(before, torch.float32)
         for name in together:
             if name in self.lora_variant:
@@ -55,8 +55,12 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
         _put(layer, _requantized(before, weight))
         if bias is not None:
             layer.bias.data = bias
-        self._before = before
+        self._kept = (before,)
         self.merged_adapters.extend(names)
+
+    def _weight_before(self) -> CodedParameter:
+        weight: CodedParameter = self.get_base_layer().weight
+        return self._kept[0].to(weight.device) if self._kept else weight  # type: ignore[return-value]
 
     def _bias_with(self, names: list[str], sign: float = 1.0) -> Tensor | None:
         updated = [name for name in names if self.lora_bias[name]]
@@ -72,14 +76,14 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
 
     def unmerge(self) -> None:
         """Put back the weight as it was before the first merge."""
-        if self._before is None:
+        if not self._kept:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         bias = self._bias_with(self.merged_adapters, -1.0)
         if bias is not None:
             self.get_base_layer().bias.data = bias
-        _put(self.get_base_layer(), self._before)
-        self._before = None
+        _put(self.get_base_layer(), self._weight_before())
+        self._kept = ()
         self.merged_adapters.clear()
         self._caches.clear()
 

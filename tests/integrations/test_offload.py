@@ -74,7 +74,7 @@ def test_chosen_modules_stay_in_floating_point(tmp_path: Path, format_: str) -> 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="int8 goes through the accelerator that there is")
 def test_int8_on_the_disk_needs_an_accelerator(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="14 int8 layers are on the disk"):
+    with pytest.raises(Unsupported, match="puts int8 layers on the disk"):
         load(
             save_model("llama", tmp_path / "float"), QcoreConfig("int8"), device_map=MAP, offload_folder=tmp_path / "d"
         )

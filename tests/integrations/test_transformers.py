@@ -196,6 +196,7 @@ BAD_LOADS: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
     "no pattern": ("llama", {"skip_modules": ["*.up_proj"]}, {}, InvalidArgument, "is no regular expression"),
     "all skipped": ("llama", {"skip_modules": ["model"]}, {}, InvalidArgument, "has no linear layer to quantize"),
     "tied": ("llama-tied", {"quantize_head": True}, {}, InvalidArgument, "share their values"),
+    "no map": ("llama", {"fp32_cpu_offload": True}, {"device_map": "auto"}, InvalidArgument, "that names modules"),
     "no gpu": ("llama", {}, {"device_map": "cuda:0"}, BackendUnavailable, "sees no such device"),
     "no gpu in map": ("llama", {}, {"device_map": {"": 0}}, BackendUnavailable, "sees no such device"),
 }
@@ -217,7 +218,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="quantized to nf4, QcoreConfig asks for int8"):
         load(tmp_path / "out", QcoreConfig("int8"))
     with pytest.raises(InvalidArgument, match="fp32_cpu_offload needs the float checkpoint"):
-        load(tmp_path / "out", QcoreConfig("nf4", fp32_cpu_offload=True))
+        load(tmp_path / "out", QcoreConfig("nf4", fp32_cpu_offload=True), device_map={"": "cpu"})
     whole, layer = tensors(tmp_path / "out"), "model.layers.1.mlp.up_proj.weight"
     for name in (f"{layer}.absmax", layer):  # Transformers reports what an operation raised as a RuntimeError
         rest = {key: value for key, value in whole.items() if key != name}
@@ -258,7 +259,14 @@ def test_what_is_pushed_to_a_hub_loads(tmp_path: Path, monkeypatch: pytest.Monke
     model = load(save_model("llama", tmp_path / "float"), QcoreConfig("nf4"))
     expected = logits(model)
     with running_hub() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        constants = {
+            "ENDPOINT": hub.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in constants.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint=hub.endpoint, token="hf_none"))
         model.push_to_hub("someone/tiny-nf4", token="hf_none")
     assert {"config.json", "model.safetensors"} <= hub.files["someone/tiny-nf4"].keys(), hub.refused

@@ -51,6 +51,19 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         self.dtype = torch.float32
 
     def validate_environment(self, *args: Any, device_map: Any = None, **options: Any) -> None:
+        """Refuse what cannot work; Transformers asks before loading, and again once it has made the map."""
+        config = self.quantization_config
+        if config.fp32_cpu_offload and not isinstance(device_map, dict):
+            raise InvalidArgument(
+                f"QcoreConfig: fp32_cpu_offload needs a device_map that names modules, came {device_map!r}; write one, "
+                'as {"lm_head": "cpu", "model": 0}'
+            )
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        if on_disk and config.format == "int8" and not (config.fp32_cpu_offload or torch.accelerator.is_available()):
+            raise Unsupported(
+                "device_map puts int8 layers on the disk; Accelerate brings int8 weights back through an accelerator, "
+                "and there is none: use a 4-bit format, or fp32_cpu_offload=True for these modules"
+            )
         for device in _devices(device_map):
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise BackendUnavailable(
@@ -159,7 +172,6 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
         if missing:
             raise FormatError(f"{len(missing)} layers have no quantized weight in the checkpoint: {missing[:4]}")
-        _check_int8_offload(model)
         self._keep_names(model)
         # What PEFT, Accelerate and the Trainer ask.
         model.is_loaded_in_4bit = self.quantization_config.format != "int8"
@@ -236,17 +248,6 @@ def _matches_one(names: list[str], pattern: str) -> bool:
             f"QcoreConfig: skip_modules has {pattern!r}, which is no regular expression: {error}; "
             "write the start or the end of a name, without *"
         ) from error
-
-
-def _check_int8_offload(model: nn.Module) -> None:
-    away = [
-        name for name, module in model.named_modules() if isinstance(module, Linear8bitLt) and module.weight.is_meta
-    ]
-    if away and not torch.accelerator.is_available():
-        raise Unsupported(
-            f"{len(away)} int8 layers are on the disk, such as {away[0]}; Accelerate brings int8 weights back through "
-            "an accelerator, and there is none: use a 4-bit format, or fp32_cpu_offload=True for these modules"
-        )
 
 
 def _devices(device_map: Any) -> list[torch.device]:
