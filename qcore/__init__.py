@@ -9,15 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qcore.integrations.arrival import watch
+
 if TYPE_CHECKING:
     from qcore import backend, errors, functional, nn, ops, optim
     from qcore.autograd import MatmulLtState, matmul, matmul_4bit
     from qcore.backend.registry import use_backend
+    from qcore.integrations.transformers import QcoreConfig
 
     __version__: str
 
 __all__ = [
     "MatmulLtState",
+    "QcoreConfig",
     "__version__",
     "backend",
     "errors",
@@ -32,6 +36,7 @@ __all__ = [
 
 _ORIGIN = {
     "MatmulLtState": "qcore.autograd",
+    "QcoreConfig": "qcore.integrations.transformers",
     "matmul": "qcore.autograd",
     "matmul_4bit": "qcore.autograd",
     "use_backend": "qcore.backend.registry",
@@ -54,3 +59,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+watch()

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -35,7 +37,11 @@ _LLAMA: dict[str, Any] = {
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """The configuration called ``name``: llama, llama-tied, qwen2 (biases), gpt2 (transposed weights)."""
+    """The configuration called ``name``.
+
+    llama, llama-tied, qwen2 (biases), gpt2 (transposed weights), mixtral and gpt-oss (fused experts; those of gpt-oss
+    transposed, interleaved and with biases).
+    """
     if name == "llama":
         return LlamaConfig(**_LLAMA, tie_word_embeddings=False)
     if name == "llama-tied":
@@ -46,6 +52,10 @@ def config_of(name: str) -> PretrainedConfig:
         return GPT2Config(
             vocab_size=48, n_embd=72, n_layer=2, n_head=6, n_positions=128, bos_token_id=0, eos_token_id=1
         )
+    if name == "mixtral":
+        return MixtralConfig(**_LLAMA, num_local_experts=4)
+    if name == "gpt-oss":
+        return GptOssConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=12)
     raise KeyError(name)
 
 

@@ -94,6 +94,20 @@ def default_skips(model: Any) -> list[str]:
     return sorted(get_keys_to_not_convert(model))
 
 
+def check_not_tied(model: Any, layers: Iterable[str]) -> None:
+    """Refuse to quantize a layer that shares its weight with another module.
+
+    Raises
+    ------
+    InvalidArgument
+        One of ``layers`` is tied.
+    """
+    chosen = set(layers)
+    for one, other in dict(model.all_tied_weights_keys).items():
+        if {one.removesuffix(".weight"), other.removesuffix(".weight")} & chosen:
+            raise InvalidArgument(f"quantize: {one} and {other} share their values and cannot be quantized; skip them")
+
+
 def resolve_skips(model: Any, globs: Iterable[str]) -> list[str]:
     """Names of the modules that ``globs`` match: a full name, its last part, or the name of an enclosing module.
 
@@ -107,7 +121,7 @@ def resolve_skips(model: Any, globs: Iterable[str]) -> list[str]:
     for glob in globs:
         matched = [name for name in names if _matches(name, glob)]
         if not matched:
-            raise InvalidArgument(f"--skip {glob}: matches no linear layer; they are called like {_examples(names)}")
+            raise InvalidArgument(f"--skip {glob}: matches no linear layer; they are called like {examples(names)}")
         chosen += matched
     return sorted(set(chosen))
 
@@ -118,7 +132,7 @@ def _matches(name: str, glob: str) -> bool:
     return fnmatch.fnmatchcase(parts[-1], glob) or any(fnmatch.fnmatchcase(prefix, glob) for prefix in enclosing)
 
 
-def _examples(names: Sequence[str]) -> str:
+def examples(names: Sequence[str]) -> str:
     first_of_kind = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
     return ", ".join(sorted(first_of_kind.values())[:8])
 

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 
 from qcore import codebooks
-from qcore.errors import FormatError
 from qcore.formats.shard_writer import Spec
 
-FORMATS = ("nf4", "fp4", "int8")
 CODES = {"nf4": codebooks.NF4, "fp4": codebooks.FP4}
 NESTED_BLOCKSIZE = 256
 # The longest text that json.dumps makes of a finite double.
@@ -121,75 +119,3 @@ def int8_specs(weight: str, shape: tuple[int, int]) -> list[Spec]:
         Spec(f"{module}.SCB", torch.float32, (shape[0],)),
         Spec(f"{module}.weight_format", torch.uint8, ()),
     ]
-
-
-def quantization_config(
-    format: str, *, nested: bool, compute_dtype: torch.dtype, skip_modules: list[str], threshold: float = 6.0
-) -> dict[str, Any]:
-    """``config.json``'s ``quantization_config``, with the keys that Transformers writes."""
-    four_bit = format != "int8"
-    return {
-        "_load_in_4bit": four_bit,
-        "_load_in_8bit": not four_bit,
-        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": format if four_bit else "fp4",
-        "bnb_4bit_use_double_quant": nested if four_bit else False,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules,
-        "llm_int8_threshold": threshold,
-        "load_in_4bit": four_bit,
-        "load_in_8bit": not four_bit,
-        "quant_method": "bitsandbytes",
-    }
-
-
-@dataclass(frozen=True)
-class CheckpointQuantization:
-    """What a checkpoint's ``quantization_config`` says: how its linear layers are to be built."""
-
-    format: str
-    nested: bool
-    compute_dtype: torch.dtype
-    quant_storage: torch.dtype
-    skip_modules: list[str] | None
-    threshold: float
-
-
-def _dtype(value: Any, what: str) -> torch.dtype:
-    dtype = getattr(torch, str(value).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise FormatError(f"quantization_config: {what} is {value!r}, which is no dtype")
-    return dtype
-
-
-def read_quantization(config: dict[str, Any]) -> CheckpointQuantization | None:
-    """Read ``config["quantization_config"]``; ``None`` for a float checkpoint.
-
-    Raises
-    ------
-    FormatError
-        Another quantization method, or a 4-bit type that is neither nf4 nor fp4.
-    """
-    section = config.get("quantization_config")
-    if section is None:
-        return None
-    method = section.get("quant_method")
-    if method != "bitsandbytes":
-        raise FormatError(f"quantization_config: quant_method is {method!r}; this reader knows 'bitsandbytes'")
-    four_bit = bool(section.get("load_in_4bit", section.get("_load_in_4bit", False)))
-    eight_bit = bool(section.get("load_in_8bit", section.get("_load_in_8bit", False)))
-    if four_bit == eight_bit:
-        raise FormatError("quantization_config: exactly one of load_in_4bit and load_in_8bit must be true")
-    format = section.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"
-    if format not in FORMATS:
-        raise FormatError(f"quantization_config: bnb_4bit_quant_type is {format!r}, expected nf4 or fp4")
-    return CheckpointQuantization(
-        format,
-        bool(section.get("bnb_4bit_use_double_quant", False)),
-        _dtype(section.get("bnb_4bit_compute_dtype", "float32"), "bnb_4bit_compute_dtype"),
-        _dtype(section.get("bnb_4bit_quant_storage", "uint8"), "bnb_4bit_quant_storage"),
-        section.get("llm_int8_skip_modules"),
-        float(section.get("llm_int8_threshold", 6.0)),
-    )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from qcore.errors import FormatError, InvalidArgument
 from qcore.formats import architecture
-from qcore.formats.bitsandbytes import FORMATS, FourBitLayout, int8_specs, quantization_config
+from qcore.formats.bitsandbytes import FourBitLayout, int8_specs
+from qcore.formats.quantization_config import FORMATS, QuantizationSettings, write_quantization
 from qcore.formats.shard_writer import Spec
 from qcore.formats.source import SINGLE, Source, TensorInfo
 
@@ -114,7 +115,8 @@ def make_plan(source: Source, options: Options) -> Plan:
     names, dropped, untied = _match(source, model, options)
     skips = _skips(model, options)
     linear = {} if options.format == "float" else architecture.linear_layers(model, skips)
-    _check_tied(model, linear, untied)
+    if not untied:
+        architecture.check_not_tied(model, linear)
     steps = [_step(source.tensors[old], new, model, linear, options, dtype) for old, new in names.items()]
     if linear and not any(step.action == options.format for step in steps):
         raise InvalidArgument("quantize: every linear layer is skipped; nothing would be quantized")
@@ -123,10 +125,9 @@ def make_plan(source: Source, options: Options) -> Plan:
     if untied:
         result["tie_word_embeddings"] = False
     if options.format != "float":
-        compute = FLOATS[options.compute_dtype] if options.compute_dtype else dtype
-        result["quantization_config"] = quantization_config(
-            options.format, nested=options.double_quant, compute_dtype=compute, skip_modules=skips
-        )
+        compute = FLOATS[options.compute_dtype] if options.compute_dtype else None
+        settings = QuantizationSettings(options.format, options.blocksize, options.double_quant, compute)
+        result["quantization_config"] = write_quantization(replace(settings, skip_modules=skips), dtype)
     return Plan(_shards(steps, options.shard_bytes), result, dropped)
 
 
@@ -208,16 +209,6 @@ def _equal(source: Source, one: str, other: str) -> bool:
     step = max(1, _COMPARE_NUMEL // max(1, first.row_numel))
     ranges = ((start, min(first.rows, start + step)) for start in range(0, first.rows, step))
     return all(torch.equal(source.read_rows(one, *rows), source.read_rows(other, *rows)) for rows in ranges)
-
-
-def _check_tied(model: Any, linear: dict[str, architecture.Linear], untied: bool) -> None:
-    shared = {} if untied else dict(model.all_tied_weights_keys)
-    for one, other in shared.items():
-        for name in (one, other):
-            if name.removesuffix(".weight") in linear:
-                raise InvalidArgument(
-                    f"quantize: {one} and {other} share their values and cannot be quantized; skip them"
-                )
 
 
 def _step(

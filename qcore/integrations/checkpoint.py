@@ -6,7 +6,8 @@ tensor is read from the safetensors files into memory of its own, so the peak is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from qcore.errors import FormatError
 from qcore.formats import architecture
-from qcore.formats.bitsandbytes import CheckpointQuantization, read_quantization
 from qcore.formats.plan import FLOATS
+from qcore.formats.quantization_config import read_quantization
 from qcore.formats.source import SafetensorsSource
+from qcore.integrations import experts, layers
+from qcore.integrations.experts import ExpertList
+from qcore.nn import Linear4bit, Linear8bitLt
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
@@ -52,7 +56,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
         own = FLOATS.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.float32)
         model: nn.Module = architecture.empty_model(config, dtype or own)
         if quantization is not None:
-            exchange_linear_layers(model, quantization, dtype)
+            settings = replace(quantization, compute_dtype=dtype or quantization.compute_dtype)
+            skips = architecture.default_skips(model) if settings.skip_modules is None else settings.skip_modules
+            layers.exchange(model, architecture.linear_layers(model, skips), settings)
+            if settings.experts:
+                experts.exchange(model, experts.find(model, skips), settings)
         _fill(model, source, dtype or own, torch.device(device))
     finally:
         source.close()
@@ -60,46 +68,19 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
     return model
 
 
-def exchange_linear_layers(model: Any, quantization: CheckpointQuantization, dtype: torch.dtype | None = None) -> None:
-    """Put quantized layers, on the meta device, where the checkpoint has quantized weights.
-
-    ``dtype`` takes the place of the checkpoint's compute dtype.
-    """
-    from qcore.nn import Linear4bit, Linear8bitLt
-
-    skips = quantization.skip_modules
-    layers = architecture.linear_layers(model, architecture.default_skips(model) if skips is None else skips)
-    for layer in layers.values():
-        rows, columns = layer.shape
-        new: nn.Module
-        if quantization.format == "int8":
-            new = Linear8bitLt(
-                columns, rows, layer.bias, has_fp16_weights=False, threshold=quantization.threshold, device="meta"
-            )
-        else:
-            new = Linear4bit(
-                columns,
-                rows,
-                layer.bias,
-                compute_dtype=dtype or quantization.compute_dtype,
-                compress_statistics=quantization.nested,
-                quant_type=quantization.format,
-                quant_storage=quantization.quant_storage,
-                device="meta",
-            )
-        model.set_submodule(layer.name, new.requires_grad_(False).eval())
-
-
 def _fill(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: torch.device) -> None:
     """Read every tensor of the source into its place; whatever the model lacks or the source lacks is an error."""
-    from qcore.nn import Linear4bit, Linear8bitLt
+    names_of = _model_names(model, source)
+    left = set(names_of)
 
-    left = set(source.tensors)
+    def read(name: str) -> Tensor:
+        return source.read(names_of[name])
+
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             names = _names_below(left, prefix)
-            entries = {key[len(prefix) :]: _placed(source.read(key), None, device) for key in names}
+            entries = {key[len(prefix) :]: _placed(read(key), None, device) for key in names}
             if "bias" in entries:
                 entries["bias"] = entries["bias"].to(dtype)
             if not entries:
@@ -109,8 +90,12 @@ def _fill(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: tor
             except (RuntimeError, FormatError) as error:
                 raise FormatError(f"{source.path}: {name}: {error}") from error
             left.difference_update(names)
+        elif isinstance(module, ExpertList):
+            if name in left:
+                left.remove(name)
+                experts.check_shape(f"{source.path}: {name}", read(name), module)
         else:
-            left.difference_update(_fill_plain(model, module, prefix, left, source, dtype, device))
+            left.difference_update(_fill_plain(model, module, prefix, left, read, dtype, device))
     model.tie_weights(missing_keys=_meta_parameters(model), recompute_mapping=False)
     missing = _meta_parameters(model)
     unknown = [key for key in left if not architecture.matches_any(key, model._keys_to_ignore_on_load_unexpected)]
@@ -119,12 +104,21 @@ def _fill(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: tor
             raise FormatError(f"{source.path}: {len(names)} tensors are {what}: {', '.join(names[:4])}")
 
 
+def _model_names(model: Any, source: SafetensorsSource) -> dict[str, str]:
+    """The source's tensors by the model's names for them: some classes have been renamed inside since."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return {apply_renamings(name, renamings): name for name in source.tensors}
+
+
 def _fill_plain(
     model: Any,
     module: nn.Module,
     prefix: str,
     left: Iterable[str],
-    source: SafetensorsSource,
+    read: Callable[[str], Tensor],
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[str]:
@@ -138,13 +132,13 @@ def _fill_plain(
                 module._buffers[key] = old.to(device)
             continue
         target = torch.float32 if architecture.stays_float32(model, full, dtype) else dtype
-        value = _placed(source.read(full), target, device)
+        value = _placed(read(full), target, device)
         if value.shape != old.shape:
-            raise FormatError(f"{source.path}: {full} has shape {tuple(value.shape)}, the model {tuple(old.shape)}")
+            raise FormatError(f"{full} has shape {tuple(value.shape)}, the model {tuple(old.shape)}")
         if key in module._buffers:
             module._buffers[key] = value
         elif not value.is_floating_point():
-            raise FormatError(f"{source.path}: {full} is {value.dtype} where the model has a float weight")
+            raise FormatError(f"{full} is {value.dtype} where the model has a float weight")
         else:
             module._parameters[key] = nn.Parameter(value, requires_grad=False)
         done.append(full)

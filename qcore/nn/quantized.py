@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -246,6 +247,8 @@ class Quantized8bit(QuantizedModule):
                 f"{prefix}weight_format is {layout!r}, needs 'row' (0): load the file with the version that wrote it, "
                 "and save it again from a version that writes rows"
             )
+        if data.dtype == torch.int8 and data.shape == (prod(self._weight_shape()),):
+            data = data.view(self._weight_shape())  # stored flat, so that no plain layer takes it
         if data.dtype != torch.int8:
             if scales is not None or not data.is_floating_point():
                 raise FormatError(f"{prefix}weight is {data.dtype}, {prefix}SCB needs it to be int8 codes")

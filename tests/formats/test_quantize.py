@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import save_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qcore.backend import Backend
 from qcore.errors import FormatError, InvalidArgument
@@ -48,6 +49,13 @@ def dequantized(module: torch.nn.Module) -> torch.Tensor:
     return (state.code[codes.long()].double() * scales).view(state.shape)
 
 
+def by_bitsandbytes(folder: Path) -> Any:
+    """The folder with bitsandbytes' layers: its own configuration asks for them, where qcore is imported too."""
+    section = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    theirs = None if section is None else BitsAndBytesConfig.from_dict(section)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=theirs)
+
+
 def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -60,7 +68,7 @@ def test_bitsandbytes_loads_it_bit_for_bit(
 ) -> None:
     source = save_model(name, tmp_path / "float")
     quantize(source, tmp_path / "out", format_, **options)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = by_bitsandbytes(tmp_path / "out")
     written, original = load_file(tmp_path / "out/model.safetensors"), load_file(source / "model.safetensors")
     assert model.dtype == torch.bfloat16
     layers = quantized_layers(model)
@@ -87,7 +95,7 @@ def test_the_reported_error_is_that_of_the_written_weights(
     original = load_file(source / "model.safetensors")
     error, signal = dict.fromkeys((row.kind for row in report.rows), 0.0), {}
     signal = dict(error)
-    for name, module in quantized_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).items():
+    for name, module in quantized_layers(by_bitsandbytes(tmp_path / "out")).items():
         weight, kind = original[f"{name}.weight"].double(), name.rsplit(".", 1)[1]
         error[kind] += float((dequantized(module) - weight).square().sum())
         signal[kind] += float(weight.square().sum())
@@ -142,7 +150,7 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     single = load_file(tmp_path / "a/model.safetensors")
     assert together.keys() == single.keys()
     assert all(torch.equal(tensor, single[name]) for name, tensor in together.items())
-    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ab")
+    one, other = (by_bitsandbytes(tmp_path / name) for name in "ab")
     ids = torch.arange(2, 20)[None]
     assert torch.equal(one(ids).logits, other(ids).logits)
 
@@ -152,7 +160,7 @@ def test_skips_are_named_in_full_and_honoured(tmp_path: Path) -> None:
     quantize(source, tmp_path / "out", "nf4", skip=("lm_head", "model.layers.0", "*.2.*.down_proj", "q_proj"))
     skipped = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
     assert len(skipped) == 1 + 7 + 1 + 2
-    layers = quantized_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    layers = quantized_layers(by_bitsandbytes(tmp_path / "out"))
     assert len(layers) == 3 * 7 - 10
     assert not any(layer.startswith("model.layers.0.") or layer.endswith("q_proj") for layer in layers)
 
@@ -160,7 +168,7 @@ def test_skips_are_named_in_full_and_honoured(tmp_path: Path) -> None:
 def test_the_head_is_quantized_on_demand(tmp_path: Path) -> None:
     source = save_model("llama", tmp_path / "float")
     quantize(source, tmp_path / "out", "nf4", quantize_head=True)
-    assert "lm_head" in quantized_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert "lm_head" in quantized_layers(by_bitsandbytes(tmp_path / "out"))
 
 
 def test_a_tied_head_cannot_be_quantized(tmp_path: Path) -> None:
@@ -194,7 +202,7 @@ def test_a_tied_head_that_is_stored_twice_is_written_once(tmp_path: Path) -> Non
     rewrite(source, {"lm_head.weight": embedding.clone()})
     report = quantize(source, tmp_path / "out", "nf4")
     assert report.dropped == ["lm_head.weight"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = by_bitsandbytes(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -203,7 +211,7 @@ def test_a_tied_head_with_values_of_its_own_is_kept(tmp_path: Path) -> None:
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(source, {"lm_head.weight": embedding + 1})
     quantize(source, tmp_path / "out", "nf4")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = by_bitsandbytes(tmp_path / "out")
     assert torch.equal(model.lm_head.weight, embedding + 1)
 
 

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Everything that is an extra: importing one of them in the core is an error.
-EXTRAS = ["accelerate", "bitsandbytes", "click", "gguf", "jinja2", "matplotlib", "rich", "safetensors", "transformers"]
+EXTRAS = ["accelerate", "bitsandbytes", "click", "gguf", "jinja2", "matplotlib", "peft", "rich", "safetensors"]
+EXTRAS += ["transformers"]
 
 PROGRAM = """
 import sys

@@ -1,0 +1,84 @@
+"""Put quantized layers where a Transformers model has linear ones, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcore.errors import InvalidArgument
+from qcore.formats.architecture import Linear
+from qcore.formats.quantization_config import QuantizationSettings
+from qcore.functional import dequantize_4bit, int8_vectorwise_dequant
+from qcore.nn import Linear4bit, Linear8bitLt, Params4bit
+
+Quantized = Linear4bit | Linear8bitLt
+
+
+def make_layer(settings: QuantizationSettings, shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> Quantized:
+    """A frozen layer ``shape`` = (out, in) on the meta device; ``dtype`` is that of its bias."""
+    rows, columns = shape
+    layer: Quantized
+    if settings.format == "int8":
+        layer = Linear8bitLt(columns, rows, bias, False, settings.threshold, device="meta", dtype=dtype)
+    else:
+        layer = Linear4bit(
+            columns,
+            rows,
+            bias,
+            compute_dtype=settings.compute_dtype,
+            compress_statistics=settings.nested,
+            quant_type=settings.format,
+            quant_storage=settings.quant_storage,
+            device="meta",
+            blocksize=settings.blocksize,
+            dtype=dtype,
+        )
+    layer.requires_grad_(False)
+    return layer.eval()
+
+
+def exchange(model: Any, layers: Mapping[str, Linear], settings: QuantizationSettings) -> None:
+    """Put an unquantized layer on the meta device in the place of each of ``layers``."""
+    for layer in layers.values():
+        dtype = model.get_submodule(layer.name).weight.dtype
+        model.set_submodule(layer.name, make_layer(settings, layer.shape, layer.bias, dtype))
+
+
+def dequantized(weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The numbers (out, in) that a ``Params4bit`` or an ``Int8Params`` with codes stands for.
+
+    They come in ``dtype``; without it in the dtype of a 4-bit weight before it was quantized, float32 of an int8 one.
+    """
+    if not isinstance(weight, Params4bit):
+        numbers = int8_vectorwise_dequant(weight.data, weight.SCB)
+        return numbers if dtype is None else numbers.to(dtype)
+    state = weight.quant_state
+    if state is None or state.shape is None:
+        raise InvalidArgument("dequantized: the weight is not quantized")
+    out = None if dtype is None else torch.empty(tuple(state.shape), dtype=dtype, device=weight.device)
+    return dequantize_4bit(weight.data, state, out=out)
+
+
+def float_layer(layer: Quantized, dtype: torch.dtype, *, transposed: bool) -> nn.Module:
+    """The ``nn.Linear``, or Transformers' ``Conv1D`` if ``transposed``, that computes what the dequantized layer does.
+
+    Parameters require gradients, as those of a model that was loaded in floating point do.
+    """
+    weight = dequantized(layer.weight, dtype)
+    new: Any
+    if transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            new = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.t().contiguous()
+    else:
+        new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    new.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    module: nn.Module = new
+    return module.train(layer.training)

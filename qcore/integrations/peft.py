@@ -1,0 +1,140 @@
+"""LoRA on quantized layers: what PEFT builds for a :class:`~qcore.nn.Linear4bit` or :class:`~qcore.nn.Linear8bitLt`.
+
+PEFT takes a subclass of ``nn.Linear`` for one whose weight it may add to. ``import qcore`` puts a choice of its own
+before PEFT's, and lets PEFT's variants (DoRA) read a quantized weight; layers of other libraries go on as before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import integrations
+from torch import Tensor
+
+from qcore.errors import InvalidArgument, Unsupported
+from qcore.integrations.layers import dequantized
+from qcore.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from qcore.nn.coded import CodedParameter
+
+
+class LoraQuantizedLinear(Linear):  # type: ignore[misc]
+    """LoRA beside a frozen quantized layer.
+
+    Merging quantizes the sum of weight and update anew, once for all adapters that are merged, which rounds it;
+    unmerging puts the very codes back that were there before. They are kept meanwhile: half a byte a weight in 4 bits.
+    """
+
+    # The weight before the first merge, or nothing; in a tuple, or it would be registered as a parameter.
+    _kept: tuple[CodedParameter, ...] = ()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the weight, as PEFT's ``merge``; ``safe_merge`` refuses values that are not finite."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        together = [*self.merged_adapters, *names]
+        if len(together) > 1 and any(name in self.lora_variant for name in together):
+            raise Unsupported(f"merge: {together} are not all plain LoRA; merge one such adapter at a time")
+        layer = self.get_base_layer()
+        before = self._weight_before()
+        weight = dequantized(before, torch.float32)
+        for name in together:
+            if name in self.lora_variant:
+                weight = self.lora_variant[name].merge_safe(self, name, weight)
+            else:
+                weight = weight + self.get_delta_weight(name).float()
+        weight, bias = weight.detach(), self._bias_with(names)
+        for value in (weight, bias):
+            if safe_merge and value is not None and not torch.isfinite(value).all():
+                raise InvalidArgument(f"merge: adapters {names} give values that are NaN or infinite")
+        _put(layer, _requantized(before, weight))
+        if bias is not None:
+            layer.bias.data = bias
+        self._kept = (before,)
+        self.merged_adapters.extend(names)
+
+    def _weight_before(self) -> CodedParameter:
+        weight: CodedParameter = self.get_base_layer().weight
+        return self._kept[0].to(weight.device) if self._kept else weight  # type: ignore[return-value]
+
+    def _bias_with(self, names: list[str], sign: float = 1.0) -> Tensor | None:
+        updated = [name for name in names if self.lora_bias[name]]
+        if not updated:
+            return None
+        bias = self.get_base_layer().bias
+        if bias is None:
+            raise InvalidArgument("merge: lora_bias=True, but the layer has no bias to add to")
+        result = bias.data.float()
+        for name in updated:
+            result = result + sign * self.scaling[name] * self.lora_B[name].bias.detach().float()
+        return result.to(bias.dtype)
+
+    def unmerge(self) -> None:
+        """Put back the weight as it was before the first merge."""
+        if not self._kept:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        bias = self._bias_with(self.merged_adapters, -1.0)
+        if bias is not None:
+            self.get_base_layer().bias.data = bias
+        _put(self.get_base_layer(), self._weight_before())
+        self._kept = ()
+        self.merged_adapters.clear()
+        self._caches.clear()
+
+
+def _requantized(before: CodedParameter, weight: Tensor) -> CodedParameter:
+    """``weight`` (out, in) in the format of ``before``."""
+    new: CodedParameter
+    if isinstance(before, Params4bit):
+        attributes = {**before.__dict__, "quant_state": None, "bnb_quantized": False}
+        four_bit = Params4bit(weight, requires_grad=False, **attributes).quantize()
+        if four_bit.quant_state is not None and before.quant_state is not None:
+            four_bit.quant_state.dtype = before.quant_state.dtype
+        new = four_bit
+    else:
+        new = Int8Params(weight, requires_grad=False).quantize()
+    return new
+
+
+def _put(layer: Any, weight: CodedParameter) -> None:
+    layer.weight = weight
+    if isinstance(weight, Params4bit):
+        layer.quant_state = weight.quant_state
+    layer._changed()
+
+
+def _dispatch(target: Any, adapter_name: str, config: Any, **options: Any) -> LoraQuantizedLinear | None:
+    layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(layer, (Linear4bit, Linear8bitLt)):
+        return None
+    return LoraQuantizedLinear(target, adapter_name, config=config, **options)
+
+
+def register() -> None:
+    """Make PEFT choose :class:`LoraQuantizedLinear`; does nothing the second time."""
+    theirs, dequantize = LoraModel._create_new_module, integrations.dequantize_bnb_weight
+    if getattr(theirs, "_knows_qcore", False):
+        return
+
+    def create(lora_config: Any, adapter_name: str, target: Any, **options: Any) -> Any:
+        chosen = _dispatch(target, adapter_name, lora_config, **options) if not lora_config._custom_modules else None
+        return theirs(lora_config, adapter_name, target, **options) if chosen is None else chosen
+
+    def dequantize_weight(weight: Any, state: Any = None) -> Tensor:
+        if not isinstance(weight, CodedParameter):
+            return dequantize(weight, state=state)  # type: ignore[no-any-return]
+        return dequantized(weight)
+
+    create._knows_qcore = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create)
+    # By its name in the module: that is where PEFT's variants look it up.
+    integrations.dequantize_bnb_weight = dequantize_weight
+
+
+register()

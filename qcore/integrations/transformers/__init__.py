@@ -1,0 +1,66 @@
+"""Transformers models with qcore's layers: ``from_pretrained(path, quantization_config=qcore.QcoreConfig("nf4"))``.
+
+``import qcore`` alone makes Transformers know the method ``qcore``, and read folders that qcore wrote in bitsandbytes'
+layout. It takes nothing away from an installed bitsandbytes: a folder that bitsandbytes wrote goes to bitsandbytes, and
+to qcore where a :class:`QcoreConfig` is passed along or bitsandbytes is not installed.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+if int(version("transformers").partition(".")[0]) < 5:
+    raise ImportError(f"qcore needs Transformers 5 or later, this is {version('transformers')}")
+
+from transformers.quantizers import auto
+
+from qcore.integrations.transformers.config import QcoreConfig
+from qcore.integrations.transformers.quantizer import QcoreQuantizer
+
+__all__ = ["QcoreConfig", "QcoreQuantizer", "register"]
+
+METHOD = "qcore"
+
+
+def register() -> None:
+    """Make the quantizer known to Transformers; does nothing the second time."""
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(METHOD)(QcoreConfig)
+    auto.register_quantizer(METHOD)(QcoreQuantizer)
+    theirs = auto.AutoHfQuantizer.merge_quantization_configs
+
+    def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        """Choose between the configuration in a checkpoint and the one passed along with it."""
+        if not is_ours(quantization_config, quantization_config_from_args):
+            return theirs(quantization_config, quantization_config_from_args)
+        if isinstance(quantization_config, dict):
+            quantization_config = QcoreConfig.from_dict(quantization_config)
+        passed = quantization_config_from_args
+        return quantization_config if passed is None else quantization_config.with_arguments(passed)
+
+    auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge)
+
+
+def is_ours(stored: Any, passed: Any) -> bool:
+    """Whether qcore loads a checkpoint whose section is ``stored``, for a caller who passed ``passed`` along."""
+    if not isinstance(passed, (QcoreConfig, type(None))):
+        return False  # another library was asked for by name; Transformers says so where that does not fit
+    if isinstance(stored, QcoreConfig):
+        return True
+    section = stored if isinstance(stored, dict) else stored.to_dict()
+    method = section.get("quant_method")
+    if method != "bitsandbytes":
+        return bool(method == METHOD or isinstance(passed, QcoreConfig))
+    return "qcore" in section or passed is not None or not _has_bitsandbytes()
+
+
+def _has_bitsandbytes() -> bool:
+    """Whether Transformers would find bitsandbytes."""
+    from transformers.utils import is_bitsandbytes_available
+
+    return bool(is_bitsandbytes_available())
+
+
+register()

@@ -1,0 +1,147 @@
+"""``QcoreConfig``: what to pass to ``from_pretrained`` as ``quantization_config``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qcore.errors import InvalidArgument, InvalidDtype, Unsupported
+from qcore.formats.plan import BLOCKSIZES
+from qcore.formats.quantization_config import FORMATS, QuantizationSettings, dtype_of, read_section, write_quantization
+from qcore.ops import validate
+
+_LATER = ("gptq", "awq")
+_STORAGE = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+
+
+class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How ``from_pretrained`` quantizes a model: ``quantization_config=qcore.QcoreConfig("nf4")``.
+
+    A checkpoint that is quantized already says itself how; of a configuration that is passed along with it, only
+    ``compute_dtype`` and ``fp32_cpu_offload`` count, and ``format`` has to be the checkpoint's.
+
+    Parameters
+    ----------
+    format : str
+        ``"nf4"``, ``"fp4"`` or ``"int8"``.
+    blocksize : int
+        Elements a scale (4 bits), a power of two from 32 to 4096.
+    double_quant : bool
+        Quantize the scales too (4 bits).
+    compute_dtype : torch.dtype or str, optional
+        dtype to compute in (4 bits); None for that of the activations.
+    quant_storage : torch.dtype or str
+        dtype under which packed codes are stored (4 bits); FSDP wants that of the other parameters.
+    skip_modules : iterable of str, optional
+        Layers to leave in floating point besides the output head: the start of a dotted name, its end, or a regular
+        expression for the start, as ``llm_int8_skip_modules``. Each has to match a layer.
+    quantize_head : bool
+        Quantize the output head as well, unless it shares its weight with the embedding.
+    threshold : float
+        Magnitude from which on an activation is an outlier (int8); 0 for none.
+    fp32_cpu_offload : bool
+        Leave modules that a ``device_map`` puts on ``"disk"``, or on ``"cpu"`` beside an accelerator, in floating
+        point.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        A value is not allowed.
+    Unsupported
+        ``format`` is one that qcore does not load into Transformers: ``"gptq"``, ``"awq"``.
+    """
+
+    quant_method = "qcore"
+
+    def __init__(
+        self,
+        format: str,
+        *,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | str | None = None,
+        quant_storage: torch.dtype | str = torch.uint8,
+        skip_modules: Iterable[str] | None = None,
+        quantize_head: bool = False,
+        threshold: float = 6.0,
+        fp32_cpu_offload: bool = False,
+    ) -> None:
+        if format in _LATER:
+            raise Unsupported(
+                f"QcoreConfig: format {format!r} is not supported yet; use nf4, fp4 or int8 on the float checkpoint"
+            )
+        if format not in FORMATS:
+            raise InvalidArgument(f"QcoreConfig: format is {format!r}, expected nf4, fp4 or int8")
+        if blocksize not in BLOCKSIZES:
+            raise InvalidArgument(f"QcoreConfig: blocksize is {blocksize!r}, expected a power of two from 32 to 4096")
+        if isinstance(skip_modules, str):
+            raise InvalidArgument(f"QcoreConfig: skip_modules is the string {skip_modules!r}, needs a list of names")
+        compute = _dtype("compute_dtype", compute_dtype, tuple(validate.FLOATS))
+        storage = _dtype("quant_storage", quant_storage, _STORAGE)
+        self.settings = QuantizationSettings(
+            format, blocksize, double_quant, compute, storage or torch.uint8, None, float(threshold)
+        )
+        self.skip_modules = None if skip_modules is None else list(skip_modules)
+        self.quantize_head = quantize_head
+        self.fp32_cpu_offload = fp32_cpu_offload
+        # dtype of the model that was loaded with this configuration; the written section names it.
+        self.model_dtype: torch.dtype | None = None
+
+    @property
+    def format(self) -> str:
+        """nf4, fp4 or int8."""
+        return self.settings.format
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """dtype to compute in; None for that of the activations."""
+        return self.settings.compute_dtype
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> QcoreConfig | tuple[QcoreConfig, dict[str, Any]]:
+        """Read the section ``quantization_config`` of a ``config.json``, of qcore or bitsandbytes.
+
+        Raises
+        ------
+        FormatError
+            It is another method's, inconsistent, or of a later schema.
+        """
+        settings = read_section(config_dict)
+        config = cls(settings.format)
+        config.settings = settings
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as it is written to ``config.json``: bitsandbytes' wherever bitsandbytes has the format."""
+        return write_quantization(self.settings, self.model_dtype or torch.float32)
+
+    def with_arguments(self, passed: QcoreConfig) -> QcoreConfig:
+        """This configuration of a checkpoint with what ``passed`` may change about it.
+
+        Raises
+        ------
+        InvalidArgument
+            ``passed`` asks for another format.
+        """
+        if passed.format != self.format:
+            raise InvalidArgument(
+                f"from_pretrained: the checkpoint is quantized to {self.format}, QcoreConfig asks for {passed.format}; "
+                "name the float checkpoint to quantize anew, or leave quantization_config out"
+            )
+        if passed.compute_dtype is not None:
+            self.settings = replace(self.settings, compute_dtype=passed.compute_dtype)
+        self.fp32_cpu_offload = passed.fp32_cpu_offload
+        return self
+
+
+def _dtype(name: str, value: torch.dtype | str | None, allowed: tuple[torch.dtype, ...]) -> torch.dtype | None:
+    found = dtype_of(value, name) if isinstance(value, str) else value
+    if found is not None and found not in allowed:
+        raise InvalidDtype(f"QcoreConfig: {name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
+    return found

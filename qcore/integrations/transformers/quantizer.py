@@ -1,0 +1,261 @@
+"""The quantizer that Transformers calls while it loads, saves and dequantizes a model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
+
+from qcore.backend.registry import backend_for
+from qcore.errors import BackendUnavailable, FormatError, InvalidArgument, Unsupported
+from qcore.formats import architecture
+from qcore.formats.quantization_config import dtype_of
+from qcore.integrations import experts, layers
+from qcore.integrations.experts import ExpertList, FusedExperts
+from qcore.integrations.transformers.config import QcoreConfig
+from qcore.nn import Linear4bit, Linear8bitLt
+
+log = logging.get_logger(__name__)
+
+_QUANTIZED = (Linear4bit, Linear8bitLt)
+
+
+class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Quantizes while loading, and loads what qcore or bitsandbytes has quantized.
+
+    Attributes
+    ----------
+    experts : dict
+        Fused parameters that are to be quantized, by name.
+    transposed : set of str
+        Layers that are ``Conv1D`` in the float model: their weights are transposed.
+    dtype : torch.dtype
+        Of what stays in floating point.
+    """
+
+    requires_calibration = False
+    quantization_config: QcoreConfig
+
+    def __init__(self, quantization_config: QcoreConfig, **options: Any) -> None:
+        # A copy: what loading finds out about the model is noted in it, and the caller may use theirs again.
+        super().__init__(copy.deepcopy(quantization_config), **options)
+        self.experts: dict[str, FusedExperts] = {}
+        self.transposed: set[str] = set()
+        self.dtype = torch.float32
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **options: Any) -> None:
+        """Refuse what cannot work; Transformers asks before loading, and again once it has made the map."""
+        config = self.quantization_config
+        if config.fp32_cpu_offload and not isinstance(device_map, dict):
+            raise InvalidArgument(
+                f"QcoreConfig: fp32_cpu_offload needs a device_map that names modules, came {device_map!r}; write one, "
+                'as {"lm_head": "cpu", "model": 0}'
+            )
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        if on_disk and config.format == "int8" and not (config.fp32_cpu_offload or torch.accelerator.is_available()):
+            raise Unsupported(
+                "device_map puts int8 layers on the disk; Accelerate brings int8 weights back through an accelerator, "
+                "and there is none: use a 4-bit format, or fp32_cpu_offload=True for these modules"
+            )
+        for device in _devices(device_map):
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise BackendUnavailable(
+                    f"device_map asks for {device}, but this PyTorch ({torch.__version__}) sees no such device; "
+                    "leave device_map out to load on the CPU, or install a CUDA or ROCm build of PyTorch"
+                )
+            backend_for(device)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Without a map the model goes to the GPU, if there is one: as with bitsandbytes."""
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.device("cuda", torch.cuda.current_device())}
+        return device_map
+
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        """Leave a tenth for the float tensor that is being quantized, and for activations."""
+        return {device: size * 0.9 for device, size in max_memory.items()}
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes an element, statistics included."""
+        settings = self.quantization_config.settings
+        if settings.format == "int8":
+            return 1.0
+        return 0.5 + (1 + 4 / 256 if settings.nested else 4) / settings.blocksize
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        if param_name in self.experts:
+            return True
+        path, _, key = param_name.rpartition(".")
+        return key == "weight" and isinstance(model.get_submodule(path), _QUANTIZED)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> None:
+        config, self.dtype = self.quantization_config, dtype or torch.get_default_dtype()
+        skips = self._skips(model)
+        if config.fp32_cpu_offload and self.pre_quantized:
+            raise InvalidArgument(
+                "QcoreConfig: fp32_cpu_offload needs the float checkpoint, this one is quantized; name the float one, "
+                "or leave fp32_cpu_offload out: quantized modules may be on the CPU and on the disk"
+            )
+        if config.fp32_cpu_offload and isinstance(device_map, dict):
+            places = {str(device) for device in device_map.values()}
+            away = {"cpu", "disk"} if places - {"cpu", "disk"} else {"disk"}
+            skips += [key for key, device in device_map.items() if str(device) in away and key]
+        linear = architecture.linear_layers(model, skips)
+        takes_experts = config.settings.experts or not self.pre_quantized
+        fused = experts.find(model, skips) if takes_experts else {}
+        if not linear and not fused:
+            raise InvalidArgument(
+                f"QcoreConfig: {type(model).__name__} has no linear layer to quantize"
+                + (f", those of {skips} left out" if skips else "")
+            )
+        if not self.pre_quantized:
+            architecture.check_not_tied(model, linear)
+            left = experts.unreachable(model, skips)
+            if left:
+                log.warning(f"qcore leaves {len(left)} fused expert weights in floating point, such as {left[0]}")
+        config.model_dtype = self.dtype
+        config.settings = replace(config.settings, skip_modules=sorted(set(skips)), experts=bool(fused))
+        self.transposed = {name for name, layer in linear.items() if layer.transposed}
+        layers.exchange(model, linear, config.settings)
+        if self.pre_quantized:
+            experts.exchange(model, fused, config.settings)
+            # Saved with each list, so that nothing else takes the folder for a float checkpoint.
+            names = {rf"^{re.escape(name)}$" for name in fused}
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *names}
+        else:
+            self.experts = fused
+
+    def _skips(self, model: Any) -> list[str]:
+        """Patterns of the modules that stay as they are: the checkpoint's, or the defaults and those asked for."""
+        config = self.quantization_config
+        if self.pre_quantized and config.settings.skip_modules is not None:
+            return list(config.settings.skip_modules)
+        asked = config.skip_modules or []
+        names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
+        for pattern in asked:
+            if not _matches_one(names, pattern):
+                raise InvalidArgument(
+                    f"QcoreConfig: skip_modules has {pattern!r}, which matches no layer; they are called like "
+                    f"{architecture.examples(names) or '(there is none)'}"
+                )
+        return [*([] if config.quantize_head else architecture.default_skips(model)), *asked]
+
+    def get_quantize_ops(self) -> Any:
+        from qcore.integrations.transformers.operations import Quantize
+
+        return Quantize(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        from transformers.core_model_loading import WeightConverter
+
+        from qcore.integrations.transformers.operations import Keep, Load, part_names
+
+        if not self.pre_quantized:
+            return [WeightConverter(["weight"], "weight", [Keep()])]
+        return [WeightConverter(part_names(self.quantization_config.format), "weight", [Load(self)])]
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        missing = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, _QUANTIZED) and not module.weight.is_coded
+        ]
+        if missing:
+            raise FormatError(f"{len(missing)} layers have no quantized weight in the checkpoint: {missing[:4]}")
+        self._keep_names(model)
+        # What PEFT, Accelerate and the Trainer ask.
+        model.is_loaded_in_4bit = self.quantization_config.format != "int8"
+        model.is_loaded_in_8bit = not model.is_loaded_in_4bit
+        return model
+
+    def _keep_names(self, model: Any) -> None:
+        """Let the model be saved under its own names where a conversion back would cut codes to pieces."""
+        from transformers.core_model_loading import WeightConverter
+
+        quantized = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
+        model._weight_conversions = [
+            each
+            for each in model._weight_conversions or []
+            if not isinstance(each, WeightConverter)
+            or not any(target in name for target in each.target_patterns for name in quantized)
+        ]
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """With fused experts: shapes under the fused names and flat int8 codes, which no plain layer takes."""
+        if not self.quantization_config.settings.experts:
+            return None, {}
+        state: dict[str, Tensor] = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, ExpertList):
+                state[name] = torch.tensor(module.fused_shape)
+            elif isinstance(module, Linear8bitLt):
+                state[f"{name}.weight"] = state[f"{name}.weight"].reshape(-1)
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        from accelerate.hooks import add_hook_to_module
+
+        # Saving leaves a string in the model's configuration, which Transformers then passes here.
+        dtype = dtype_of(dtype or self.dtype, "dtype")
+        quantized = {name: module for name, module in model.named_modules() if isinstance(module, _QUANTIZED)}
+        away = [name for name, module in quantized.items() if module.weight.is_meta]
+        if away:
+            raise Unsupported(f"dequantize: {len(away)} layers are offloaded, such as {away[0]}; load without offload")
+        fused = {name: module for name, module in model.named_modules() if isinstance(module, ExpertList)}
+        for name in fused:
+            path, _, key = name.rpartition(".")
+            module: Any = model.get_submodule(path)
+            experts.restore(module, key, dtype)
+            module.config._experts_implementation_internal = "eager"
+        for name, layer in quantized.items():
+            if name.rpartition(".")[0] in fused:
+                continue
+            new: nn.Module = layers.float_layer(layer, dtype, transposed=name in self.transposed)
+            if hasattr(layer, "_hf_hook"):
+                add_hook_to_module(new, layer._hf_hook)
+            model.set_submodule(name, new)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        return model.to(dtype) if dtype != self.dtype else model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are: the quantized weights are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _matches_one(names: list[str], pattern: str) -> bool:
+    try:
+        return any(not should_convert_module(name, [pattern]) for name in names)
+    except re.error as error:
+        raise InvalidArgument(
+            f"QcoreConfig: skip_modules has {pattern!r}, which is no regular expression: {error}; "
+            "write the start or the end of a name, without *"
+        ) from error
+
+
+def _devices(device_map: Any) -> list[torch.device]:
+    """The devices that a map names itself; "auto" and the like name none."""
+    values = device_map.values() if isinstance(device_map, dict) else [device_map]
+    found = []
+    for value in values:
+        if value in (None, "disk", "auto", "balanced", "balanced_low_0", "sequential"):
+            continue
+        found.append(torch.device("cuda", value) if isinstance(value, int) else torch.device(value))
+    return found
