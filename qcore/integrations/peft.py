@@ -69,7 +69,7 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
         bias = self.get_base_layer().bias
         if bias is None:
             raise InvalidArgument("merge: lora_bias=True, but the layer has no bias to add to")
-        result = bias.data.float()
+        result: Tensor = bias.data.float()
         for name in updated:
             result = result + sign * self.scaling[name] * self.lora_B[name].bias.detach().float()
         return result.to(bias.dtype)
