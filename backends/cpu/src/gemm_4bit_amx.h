@@ -6,8 +6,8 @@
 // Memory picture for few rows of X (multiply_few_rows): W is read once, sixteen of its rows side by side, 128 elements
 // of each at a time, into 4 KiB of scratch, while the tile unit multiplies the 4 KiB before. Decoding (split order,
 // gemm_4bit_split.h) keeps the vector ports busy for 128 cycles a step, the four tile products of the step the tile
-// unit for 64, so a row of X or eight cost what the decoding costs. The tiles of X are as narrow as X has rows, so that
-// they stay in L1; the lines that the next sixteen rows of W will need are fetched into L2 meanwhile.
+// unit for 64, so two rows of X or sixteen cost about what the decoding costs. The tiles of X are as narrow as X has
+// rows, so that they are small; the lines that the next sixteen rows of W will need are fetched into L2 meanwhile.
 #ifndef QCORE_CPU_GEMM_4BIT_AMX_H
 #define QCORE_CPU_GEMM_4BIT_AMX_H
 
@@ -18,7 +18,7 @@
 
 namespace qcore::cpu::QC_ISA {
 
-constexpr int64_t kFewTileRows = 8;                  // rows of X up to which multiply_few_rows takes them
+constexpr int64_t kFewTileRows = 16;                 // rows of X up to which multiply_few_rows takes them
 constexpr int64_t kStepBytes = kTile * kGroupBytes;  // of 16 rows of W, decoded
 
 inline bool few_rows_serve(const Gemm4 &p, int64_t rows) { return rows <= kFewTileRows && split_serves(p); }

@@ -2,7 +2,7 @@
 // include it.
 //
 // Memory picture: a panel of up to 64 rows of W, 1024 elements of K at a time, is decoded into scratch (256 KiB, L2);
-// four rows of X are converted beside it (16 KiB, L1) and meet it four columns at a time, sixteen sums in registers.
+// four (AVX-512: six) rows of X are converted beside it (L1) and meet it four columns at a time, all sums in registers.
 // With few rows of X the panel is four rows of W (16 KiB, L1) and W is read once, at half a byte an element.
 //
 // Rounding: a lane takes one step per kLanes (bfloat16: 2 * kLanes, each two steps) elements, lanes and spans of 1024
@@ -16,8 +16,17 @@
 namespace qcore::cpu::QC_ISA {
 
 constexpr int64_t kSpan = 1024;
-constexpr int64_t kStrip = 4;    // columns of Y, rows of W
-constexpr int64_t kFewRows = 4;  // rows of X up to which a panel is one strip
+// Of rows in scratch: an odd number of cache lines spreads rows that are read side by side over the sets of L1.
+template <class Element>
+constexpr int64_t kRowStride = kSpan + 64 / static_cast<int64_t>(sizeof(Element));
+constexpr int64_t kStrip = 4;  // columns of Y, rows of W
+// Rows of X at a time, and up to which a panel is one strip. Six by four sums, four vectors of W and one of X fill the
+// registers of AVX-512; each vector of W that comes from L2 then meets six rows.
+#if defined(__AVX512F__)
+constexpr int64_t kFewRows = 6;
+#else
+constexpr int64_t kFewRows = 4;
+#endif
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -100,7 +109,7 @@ inline void dot(const typename How::Element *x, const typename How::Element *w, 
         const auto w1 = How::weights(w + stride + i);
         const auto w2 = How::weights(w + 2 * stride + i);
         const auto w3 = How::weights(w + 3 * stride + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
             sum[r][0] = How::add_product(x + r * stride + i, w0, sum[r][0]);
             sum[r][1] = How::add_product(x + r * stride + i, w1, sum[r][1]);
@@ -108,7 +117,7 @@ inline void dot(const typename How::Element *x, const typename How::Element *w, 
             sum[r][3] = How::add_product(x + r * stride + i, w3, sum[r][3]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
         float total[kStrip];
         sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3], total);
@@ -155,13 +164,14 @@ struct DotScratch {
 
     static int64_t bytes(int64_t rows) {
         const int64_t columns = panel_columns(rows);
-        return (columns + kFewRows) * kSpan * static_cast<int64_t>(sizeof(typename How::Element)) +
+        return (columns + kFewRows) * kRowStride<typename How::Element> *
+                   static_cast<int64_t>(sizeof(typename How::Element)) +
                round_up(rows * columns * 4, 64);
     }
     DotScratch(void *scratch, int64_t rows) {
         w = static_cast<typename How::Element *>(scratch);
-        x = w + panel_columns(rows) * kSpan;
-        sums = reinterpret_cast<float *>(x + kFewRows * kSpan);
+        x = w + panel_columns(rows) * kRowStride<typename How::Element>;
+        sums = reinterpret_cast<float *>(x + kFewRows * kRowStride<typename How::Element>);
     }
 };
 
@@ -171,6 +181,7 @@ template <class How, class OddPanel>
 inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch_bytes,
                              const OddPanel &odd_panel) {
     using X = typename How::X;
+    constexpr int64_t kStride = kRowStride<typename How::Element>;
     const DotScratch<How> scratch(scratch_bytes, rows);
     const int64_t columns = panel_columns(rows);
     const X *x = static_cast<const X *>(p.x) + row0 * p.k;
@@ -184,7 +195,7 @@ inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t
             const int64_t padded = round_up(span, How::kStep);
             const auto tail = static_cast<size_t>(padded - span) * sizeof(typename How::Element);
             for (int64_t c = 0; c < round_up(width, kStrip); ++c) {
-                typename How::Element *row = scratch.w + c * padded;
+                typename How::Element *row = scratch.w + c * kStride;
                 if (c >= width) {
                     __builtin_memset(row, 0, static_cast<size_t>(padded) * sizeof *row);
                     continue;
@@ -195,24 +206,30 @@ inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t
             for (int64_t r = 0; r < rows && served; r += kFewRows) {
                 const int64_t some = r + kFewRows < rows ? kFewRows : rows - r;
                 for (int64_t i = 0; i < some; ++i) {
-                    How::convert(x + (r + i) * p.k + k0, span, scratch.x + i * padded);
-                    __builtin_memset(scratch.x + i * padded + span, 0, tail);
+                    How::convert(x + (r + i) * p.k + k0, span, scratch.x + i * kStride);
+                    __builtin_memset(scratch.x + i * kStride + span, 0, tail);
                 }
                 for (int64_t c = 0; c < width; c += kStrip) {
                     float *sums = scratch.sums + r * columns + c;
-                    const typename How::Element *w = scratch.w + c * padded;
+                    const typename How::Element *w = scratch.w + c * kStride;
                     switch (some) {
                         case 1:
-                            dot<How, 1>(scratch.x, w, padded, padded, sums, columns);
+                            dot<How, 1>(scratch.x, w, kStride, padded, sums, columns);
                             break;
                         case 2:
-                            dot<How, 2>(scratch.x, w, padded, padded, sums, columns);
+                            dot<How, 2>(scratch.x, w, kStride, padded, sums, columns);
                             break;
                         case 3:
-                            dot<How, 3>(scratch.x, w, padded, padded, sums, columns);
+                            dot<How, 3>(scratch.x, w, kStride, padded, sums, columns);
+                            break;
+                        case 4:
+                            dot<How, 4>(scratch.x, w, kStride, padded, sums, columns);
+                            break;
+                        case 5:
+                            dot<How, 5>(scratch.x, w, kStride, padded, sums, columns);
                             break;
                         default:
-                            dot<How, 4>(scratch.x, w, padded, padded, sums, columns);
+                            dot<How, kFewRows>(scratch.x, w, kStride, padded, sums, columns);
                     }
                 }
             }

@@ -107,7 +107,8 @@ int8_t code_of(float q) {
 }
 
 #if defined(__AVX512BW__)
-// 64 codes of values whose magnitude is below 127.5 or that the caller replaces (outliers become -128 or 127): no clamp.
+// 64 codes of values whose magnitude is below 127.5 or that the caller replaces (outliers become -128 or 127): no
+// clamp.
 void store_codes(__m512 a, __m512 b, __m512 c, __m512 d, int8_t *out) {
     const auto rounded = [](__m512 q) {
         return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(q, q, _CMP_ORD_Q), q);  // NaN becomes 0

@@ -1,8 +1,8 @@
 // Memory pages of large outputs.
 //
-// A fresh tensor of tens of megabytes has no pages yet: torch takes it from malloc, which maps it anew, and gives it back
-// at once. The kernel then brings one page of 4 KiB at a time, zeroed, when it is first written: 0.75 ms a megabyte on
-// the machine of docs/results, five times what writing it takes. With pages of 2 MiB it is a third of that.
+// A fresh tensor of tens of megabytes has no pages yet: torch takes it from malloc, which maps it anew, and gives it
+// back at once. The kernel then brings one page of 4 KiB at a time, zeroed, when it is first written: 0.75 ms a
+// megabyte on the machine of docs/results, five times what writing it takes. With pages of 2 MiB it is a third of that.
 #ifndef QCORE_CPU_PAGES_H
 #define QCORE_CPU_PAGES_H
 

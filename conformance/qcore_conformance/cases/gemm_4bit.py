@@ -270,5 +270,10 @@ def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield case("L1", f"{dtype}-overflow", _overflow(dtype), ("QC-GEMM4-005", "QC-NUM-003"))
         yield case("L1", f"{dtype}-nan-meets-zero", _nan_meets_zero(dtype), ("QC-GEMM4-006",))
-    yield case("L2", "nf4-bf16-deep", _bounded("nf4", "bf16", ((1, 9, 8192), (4, 5, 4099)), 64, 0, None), _BOUNDED)
+    yield case(
+        "L2",
+        "nf4-bf16-deep",
+        _bounded("nf4", "bf16", ((1, 9, 8192), (4, 5, 4099), (4, 5, 8256)), 64, 0, None),
+        _BOUNDED,
+    )
     yield from golden.cases(_OP, _BOUNDED)
