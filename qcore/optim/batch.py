@@ -64,7 +64,6 @@ class Batch:
 
     members: list[Member]
     settings: Mapping[str, Any]  # the group's, or a parameter's own over them
-    make_rule: Callable[[Mapping[str, Any], int, Batch], OptimizerRule]
     bits: int
     signed_state: bool
     compensated: bool  # by Kahan buffers
@@ -103,8 +102,13 @@ class Batch:
         """Every state tensor, to be read ahead."""
         return [value for state in self._states for value in state.values() if isinstance(value, Tensor)]
 
-    def calls(self) -> list[Call]:
+    def calls(self, make_rule: MakeRule) -> list[Call]:
         """The calls of this step: one, unless parameters differ in how many steps they had.
+
+        Parameters
+        ----------
+        make_rule : callable
+            The rule of a batch at a step.
 
         Raises
         ------
@@ -119,14 +123,14 @@ class Batch:
                 return []
         steps = [*map(_step_of, self._states)] if which is None else [self._states[index]["step"] for index in which]
         if steps.count(steps[0]) == len(steps):
-            return [self._call(which, grads)]
+            return [self._call(which, grads, make_rule)]
         everyone = range(len(grads)) if which is None else which
         by_step: dict[int, list[int]] = {}
         for index, step in zip(everyone, steps):
             by_step.setdefault(step, []).append(index)
-        return [self._call(chosen, grads) for chosen in by_step.values()]
+        return [self._call(chosen, grads, make_rule) for chosen in by_step.values()]
 
-    def _call(self, which: Sequence[int] | None, grads: Sequence[Tensor | None]) -> Call:
+    def _call(self, which: Sequence[int] | None, grads: Sequence[Tensor | None], make_rule: MakeRule) -> Call:
         chosen: list[Any] = list(grads) if which is None else [grads[index] for index in which]
         states = self._states if which is None else [self._states[index] for index in which]
         step = states[0]["step"] + 1
@@ -139,7 +143,7 @@ class Batch:
         readable = self._checked(which, chosen)
         if self.settings["maximize"]:
             scales = [-scale for scale in scales] if scales else [-1.0] * len(readable)
-        rule = self.make_rule(self.settings, step, self)
+        rule = make_rule(self, step)
         return Call(self, self._handle(which, rule), rule, readable, scales, states, histories)
 
     def _checked(self, which: Sequence[int] | None, grads: list[Tensor]) -> list[Tensor]:
@@ -162,6 +166,11 @@ class Batch:
         for index, grad in zip(indices, grads):
             name, own = self.members[index].name, self._locals[index]
             check_gradient(name, grad, self.settings["check_finite"])
+            if own.shape != self._shapes[index]:
+                raise InvalidArgument(
+                    f"{name} has shape {tuple(own.shape)}, its state is for {tuple(self._shapes[index])}; make a new "
+                    "optimizer, or give the parameter its shape back"
+                )
             if grad.shape != own.shape or grad.device != own.device:
                 raise InvalidArgument(
                     f"gradient of {name} has shape {tuple(grad.shape)} on {grad.device}, the parameter "
@@ -201,6 +210,9 @@ class Batch:
             streams=[self.members[index].stream for index in which] if rule.stochastic else (),
         )
         return prepare_optimizer_step(rule, tensors)
+
+
+MakeRule = Callable[[Batch, int], OptimizerRule]
 
 
 def check_gradient(name: str, grad: Tensor, finite: bool) -> None:

@@ -121,7 +121,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._batches = self._make_batches()
         assert self._batches is not None
         # Everything is checked before anything runs.
-        calls = [call for batch in self._batches for call in batch.calls()]
+        calls = [call for batch in self._batches for call in batch.calls(self._rule)]
         for call, following in zip(calls, [*calls[1:], None]):
             if following is not None and following.batch is not call.batch:
                 following.batch.memory.prefetch(following.batch.state_tensors())
@@ -164,7 +164,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 drafts_of_kind[-1][0].append(member)
         self._made_for = self._conditions()
         return [
-            Batch(members, settings, self._rule, kind[2], kind[3], kind[4], memory)
+            Batch(members, settings, kind[2], kind[3], kind[4], memory)
             for kind, several in drafts.items()
             for members, settings, memory in several
         ]
@@ -237,7 +237,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._batches = None
         self.state = defaultdict(dict)
 
-    def _rule(self, settings: Mapping[str, Any], step: int, batch: Batch) -> OptimizerRule:
+    def _rule(self, batch: Batch, step: int) -> OptimizerRule:
+        settings = batch.settings
         stochastic = settings["stochastic_rounding"] and batch.members[0].param.dtype == torch.bfloat16
         return optimizer_rule(
             self.algorithm,
