@@ -24,6 +24,7 @@ _state1_of = itemgetter("state1")
 _grad_of = attrgetter("grad")
 _shape_of = attrgetter("shape")
 _kind_of = attrgetter("dtype", "layout", "device")
+Kind = tuple[torch.dtype, torch.layout, torch.device]
 _PREPARED_AT_ONCE = 8  # subsets of a batch that have their own prepared call: experts take turns
 
 
@@ -76,7 +77,8 @@ class Batch:
     _locals: list[Tensor] = field(init=False)
     _addresses: list[int] = field(init=False)
     _shapes: list[torch.Size] = field(init=False)
-    _kinds: set[tuple[torch.dtype, torch.layout, torch.device]] = field(init=False)  # of gradients that fit
+    _kinds: list[Kind] = field(init=False)
+    _fitting: set[Kind] = field(init=False)  # kinds of gradients
 
     def __post_init__(self) -> None:
         self._params = [member.param for member in self.members]
@@ -89,13 +91,17 @@ class Batch:
         self._locals = [local(member.param, member.name) for member in self.members]
         self._addresses = [tensor.data_ptr() for tensor in self._locals]
         self._shapes = [tensor.shape for tensor in self._locals]
-        self._kinds = {(dtype, torch.strided, self._locals[0].device) for dtype in FLOATS}
+        self._kinds = list(map(_kind_of, self._locals))
+        self._fitting = {(dtype, torch.strided, self._locals[0].device) for dtype in FLOATS}
         self._prepared.clear()
 
     def holds(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether an optimizer's state is still what the batch was made from."""
-        return all(map(is_, map(state.get, self._params), self._states)) and all(
-            map(is_, map(_state1_of, self._states), self._state1)
+        """Whether the parameters and an optimizer's state are still what the batch was made from."""
+        return (
+            all(map(is_, map(state.get, self._params), self._states))
+            and all(map(is_, map(_state1_of, self._states), self._state1))
+            and list(map(_kind_of, self._locals)) == self._kinds
+            and list(map(_shape_of, self._locals)) == self._shapes
         )
 
     def state_tensors(self) -> list[Tensor]:
@@ -156,7 +162,7 @@ class Batch:
             ]
         shapes = self._shapes if which is None else [self._shapes[index] for index in which]
         kinds = set(map(_kind_of, grads))
-        fits = len(kinds) == 1 and kinds <= self._kinds and list(map(_shape_of, grads)) == shapes
+        fits = len(kinds) == 1 and kinds <= self._fitting and list(map(_shape_of, grads)) == shapes
         if not fits or self.settings["check_finite"]:
             self._complain(indices, grads)
         return grads
@@ -166,11 +172,6 @@ class Batch:
         for index, grad in zip(indices, grads):
             name, own = self.members[index].name, self._locals[index]
             check_gradient(name, grad, self.settings["check_finite"])
-            if own.shape != self._shapes[index]:
-                raise InvalidArgument(
-                    f"{name} has shape {tuple(own.shape)}, its state is for {tuple(self._shapes[index])}; make a new "
-                    "optimizer, or give the parameter its shape back"
-                )
             if grad.shape != own.shape or grad.device != own.device:
                 raise InvalidArgument(
                     f"gradient of {name} has shape {tuple(grad.shape)} on {grad.device}, the parameter "
