@@ -134,9 +134,9 @@ def smoke(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the ops and the host cost of a layer beside bitsandbytes."""
+    """Time the ops, the host cost of a layer and optimizer steps beside bitsandbytes."""
     REPORTS.mkdir(parents=True, exist_ok=True)
-    for program in ("host_cost", "ops"):
+    for program in ("host_cost", "ops", "optimizers"):
         _python(session, f"benchmarks/{program}.py", "--json", str(REPORTS / f"{program}.json"), *session.posargs)
 
 
