@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from qcore.optim.optimizer import Optimizer8bit
 from qcore.optim.settings import AllOptions
 from qcore.optim.state import UNSIGNED_FIRST, Moment
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Adagrad(Optimizer8bit):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from qcore.errors import InvalidArgument
 from qcore.optim.optimizer import Optimizer8bit
 from qcore.optim.settings import UnormOptions, parsed_betas
 from qcore.optim.state import FAST_AND_SLOW, UNSIGNED, Moment
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AdEMAMix(Optimizer8bit):

@@ -24,6 +24,7 @@ _state1_of = itemgetter("state1")
 _grad_of = attrgetter("grad")
 _shape_of = attrgetter("shape")
 _kind_of = attrgetter("dtype", "layout", "device")
+Kind = tuple[torch.dtype, torch.layout, torch.device]
 _PREPARED_AT_ONCE = 8  # subsets of a batch that have their own prepared call: experts take turns
 
 
@@ -64,7 +65,6 @@ class Batch:
 
     members: list[Member]
     settings: Mapping[str, Any]  # the group's, or a parameter's own over them
-    make_rule: Callable[[Mapping[str, Any], int, Batch], OptimizerRule]
     bits: int
     signed_state: bool
     compensated: bool  # by Kahan buffers
@@ -77,7 +77,8 @@ class Batch:
     _locals: list[Tensor] = field(init=False)
     _addresses: list[int] = field(init=False)
     _shapes: list[torch.Size] = field(init=False)
-    _kinds: set[tuple[torch.dtype, torch.layout, torch.device]] = field(init=False)  # of gradients that fit
+    _kinds: list[Kind] = field(init=False)
+    _fitting: set[Kind] = field(init=False)  # kinds of gradients
 
     def __post_init__(self) -> None:
         self._params = [member.param for member in self.members]
@@ -90,21 +91,30 @@ class Batch:
         self._locals = [local(member.param, member.name) for member in self.members]
         self._addresses = [tensor.data_ptr() for tensor in self._locals]
         self._shapes = [tensor.shape for tensor in self._locals]
-        self._kinds = {(dtype, torch.strided, self._locals[0].device) for dtype in FLOATS}
+        self._kinds = list(map(_kind_of, self._locals))
+        self._fitting = {(dtype, torch.strided, self._locals[0].device) for dtype in FLOATS}
         self._prepared.clear()
 
     def holds(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether an optimizer's state is still what the batch was made from."""
-        return all(map(is_, map(state.get, self._params), self._states)) and all(
-            map(is_, map(_state1_of, self._states), self._state1)
+        """Whether the parameters and an optimizer's state are still what the batch was made from."""
+        return (
+            all(map(is_, map(state.get, self._params), self._states))
+            and all(map(is_, map(_state1_of, self._states), self._state1))
+            and list(map(_kind_of, self._locals)) == self._kinds
+            and list(map(_shape_of, self._locals)) == self._shapes
         )
 
     def state_tensors(self) -> list[Tensor]:
         """Every state tensor, to be read ahead."""
         return [value for state in self._states for value in state.values() if isinstance(value, Tensor)]
 
-    def calls(self) -> list[Call]:
+    def calls(self, make_rule: MakeRule) -> list[Call]:
         """The calls of this step: one, unless parameters differ in how many steps they had.
+
+        Parameters
+        ----------
+        make_rule : callable
+            The rule of a batch at a step.
 
         Raises
         ------
@@ -119,14 +129,14 @@ class Batch:
                 return []
         steps = [*map(_step_of, self._states)] if which is None else [self._states[index]["step"] for index in which]
         if steps.count(steps[0]) == len(steps):
-            return [self._call(which, grads)]
+            return [self._call(which, grads, make_rule)]
         everyone = range(len(grads)) if which is None else which
         by_step: dict[int, list[int]] = {}
         for index, step in zip(everyone, steps):
             by_step.setdefault(step, []).append(index)
-        return [self._call(chosen, grads) for chosen in by_step.values()]
+        return [self._call(chosen, grads, make_rule) for chosen in by_step.values()]
 
-    def _call(self, which: Sequence[int] | None, grads: Sequence[Tensor | None]) -> Call:
+    def _call(self, which: Sequence[int] | None, grads: Sequence[Tensor | None], make_rule: MakeRule) -> Call:
         chosen: list[Any] = list(grads) if which is None else [grads[index] for index in which]
         states = self._states if which is None else [self._states[index] for index in which]
         step = states[0]["step"] + 1
@@ -139,7 +149,7 @@ class Batch:
         readable = self._checked(which, chosen)
         if self.settings["maximize"]:
             scales = [-scale for scale in scales] if scales else [-1.0] * len(readable)
-        rule = self.make_rule(self.settings, step, self)
+        rule = make_rule(self, step)
         return Call(self, self._handle(which, rule), rule, readable, scales, states, histories)
 
     def _checked(self, which: Sequence[int] | None, grads: list[Tensor]) -> list[Tensor]:
@@ -152,7 +162,7 @@ class Batch:
             ]
         shapes = self._shapes if which is None else [self._shapes[index] for index in which]
         kinds = set(map(_kind_of, grads))
-        fits = len(kinds) == 1 and kinds <= self._kinds and list(map(_shape_of, grads)) == shapes
+        fits = len(kinds) == 1 and kinds <= self._fitting and list(map(_shape_of, grads)) == shapes
         if not fits or self.settings["check_finite"]:
             self._complain(indices, grads)
         return grads
@@ -201,6 +211,9 @@ class Batch:
             streams=[self.members[index].stream for index in which] if rule.stochastic else (),
         )
         return prepare_optimizer_step(rule, tensors)
+
+
+MakeRule = Callable[[Batch, int], OptimizerRule]
 
 
 def check_gradient(name: str, grad: Tensor, finite: bool) -> None:

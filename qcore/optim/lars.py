@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from qcore.errors import InvalidArgument
 from qcore.optim.settings import PagedOptions
 from qcore.optim.sgd import MomentumOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LARS(MomentumOptimizer):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from qcore.optim.optimizer import Optimizer8bit
 from qcore.optim.settings import UnormOptions, parsed_betas
 from qcore.optim.state import SIGNED, Moment
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Lion(Optimizer8bit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from qcore.backend.registry import selection
-from qcore.errors import InvalidDtype, Unsupported
+from qcore.errors import InvalidArgument, InvalidDtype, Unsupported
 from qcore.ops.optimizer import OptimizerRule, optimizer_rule
 from qcore.ops.validate import FLOATS
 from qcore.optim import checkpoint
@@ -121,7 +122,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._batches = self._make_batches()
         assert self._batches is not None
         # Everything is checked before anything runs.
-        calls = [call for batch in self._batches for call in batch.calls()]
+        calls = [call for batch in self._batches for call in batch.calls(self._rule)]
         for call, following in zip(calls, [*calls[1:], None]):
             if following is not None and following.batch is not call.batch:
                 following.batch.memory.prefetch(following.batch.state_tensors())
@@ -142,7 +143,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _make_batches(self) -> list[Batch]:
         self._idle = []
-        drafts: dict[tuple[Any, ...], list[tuple[list[Member], Mapping[str, Any], MemoryTier]]] = {}
+        drafts: dict[tuple[Any, ...], list[_Draft]] = {}
         number = 0
         for group_index, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
@@ -155,18 +156,20 @@ class Optimizer8bit(torch.optim.Optimizer):
                 own = local(param, name)
                 self._check(param, own, name, settings)
                 memory = self._memory(settings, own.device)
-                state = self._settled(param, own, settings, memory)
-                member = Member(param, name, state, number - 1 | rank_of(param) << 32)
-                shared = number if settings is not group else 0
-                drafts_of_kind = drafts.setdefault((group_index, shared, *self._kind(own, settings, state)), [])
-                if not drafts_of_kind or (memory.window and _bytes(drafts_of_kind[-1][0]) > memory.window):
-                    drafts_of_kind.append(([], settings, memory))
-                drafts_of_kind[-1][0].append(member)
+                state = self._settled(param, own, name, settings, memory)
+                member = Member(param, name, state, (rank_of(param) << 32) + number - 1)
+                # A parameter with settings of its own is a batch of its own.
+                key = (group_index, number if settings is not group else 0, *self._kind(own, settings, state))
+                alike = drafts.setdefault(key, [])
+                if not alike or (memory.window and alike[-1].size > memory.window):
+                    alike.append(_Draft([], settings, memory))
+                alike[-1].members.append(member)
+                alike[-1].size += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
         self._made_for = self._conditions()
         return [
-            Batch(members, settings, self._rule, kind[2], kind[3], kind[4], memory)
-            for kind, several in drafts.items()
-            for members, settings, memory in several
+            Batch(draft.members, draft.settings, bits, signed, compensated, draft.memory)
+            for (_, _, bits, signed, compensated, *_), alike in drafts.items()
+            for draft in alike
         ]
 
     def _settings(self, group_index: int, index: int) -> Mapping[str, Any]:
@@ -188,12 +191,18 @@ class Optimizer8bit(torch.optim.Optimizer):
         signed = bits == 8 and self.moments[0].either and is_signed(self.moments[0], state)
         return bits, signed, bool(settings["kahan"]) and own.dtype in _SIXTEEN_BITS, own.dtype, own.device
 
-    def _settled(self, param: Tensor, own: Tensor, settings: Mapping[str, Any], memory: MemoryTier) -> State:
+    def _settled(self, param: Tensor, own: Tensor, name: str, settings: Mapping[str, Any], memory: MemoryTier) -> State:
         """The parameter's state as its settings want it, made or converted if need be."""
         memory.check_open()
         known: State = self.state[param]
         bits = self._bits(param, settings)
         if known:
+            shape, expected = tuple(known["state1"].shape), self.moments[0].shape(tuple(own.shape))
+            if shape != expected:
+                raise InvalidArgument(
+                    f"{name} has shape {tuple(own.shape)} and state1 of shape {shape}, needs {expected}; make a new "
+                    "optimizer, or give the parameter its shape back"
+                )
             state = converted(self.moments, known, own, bits, memory)
         else:
             state = fresh(self.moments, own, bits, memory, settings.get("initial_accumulator_value", 0.0))
@@ -230,14 +239,20 @@ class Optimizer8bit(torch.optim.Optimizer):
         return self._tiers[key]
 
     def close(self) -> None:
-        """Give the files of paged state back now, and the state with them; a later step raises."""
-        for tier in self._tiers.values():
-            if isinstance(tier, FileMemory):
-                tier.close()
+        """Give the files of paged state back now, and the whole state with them; a later step raises.
+
+        Does nothing if no state is paged.
+        """
+        tiers = [tier for tier in self._tiers.values() if isinstance(tier, FileMemory)]
+        if not tiers:
+            return
+        for tier in tiers:
+            tier.close()
         self._batches = None
         self.state = defaultdict(dict)
 
-    def _rule(self, settings: Mapping[str, Any], step: int, batch: Batch) -> OptimizerRule:
+    def _rule(self, batch: Batch, step: int) -> OptimizerRule:
+        settings = batch.settings
         stochastic = settings["stochastic_rounding"] and batch.members[0].param.dtype == torch.bfloat16
         return optimizer_rule(
             self.algorithm,
@@ -316,8 +331,14 @@ class Optimizer8bit(torch.optim.Optimizer):
 _STRUCTURE_KEYS = sorted(STRUCTURE)
 
 
-def _bytes(members: list[Member]) -> int:
-    return sum(value.nbytes for member in members for value in member.state.values() if isinstance(value, Tensor))
+@dataclass
+class _Draft:
+    """A batch while parameters are still added to it."""
+
+    members: list[Member]
+    settings: Mapping[str, Any]
+    memory: MemoryTier
+    size: int = 0  # bytes of state
 
 
 def _name(group: Mapping[str, Any], index: int, number: int | None = None) -> str:

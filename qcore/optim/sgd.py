@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.optim.optimizer import Optimizer8bit
 from qcore.optim.settings import AllOptions
 from qcore.optim.state import SIGNED, Moment
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MomentumOptimizer(Optimizer8bit):
