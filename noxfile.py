@@ -175,8 +175,7 @@ def smoke(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time every op and layer beside torch, bitsandbytes and the machine's limits; and optimizer steps; arguments go to
-    qcore bench cpu."""
+    """Time ops, layers and optimizers beside their peers and the machine's limits; arguments go to qcore bench cpu."""
     REPORTS.mkdir(parents=True, exist_ok=True)
     outputs = ("--json", str(REPORTS / "bench-cpu.json"), "--plot", str(REPORTS / "bench-cpu.png"))
     _tool(session, "qcore", "bench", "cpu", *outputs, *session.posargs)
