@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "int8_scaled_gemm",
         "int8_dequantize_rows",
     ),
+    "optimizer": ("optimizer_step",),
 }
 # Modules that add cases for ops of any family.
 ACROSS = ("frontend", "rejection", "rounding", "counts", "memory", "stress")
