@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qcore.backend import OptimizerRule
 from qcore_conformance import generators
 from qcore_conformance.floats import Floats, f32, rounded
 from qcore_conformance.model import NotRun
+from qcore_conformance.optimizer_call import random_tensor
 
 if TYPE_CHECKING:
     from qcore_conformance.session import Session
@@ -27,7 +29,8 @@ class Argument:
 
     ``kind``: ``dtype``, ``format``, ``count``, ``blocksize``, ``threshold``, ``bias_dtype``, ``workspace``,
     ``workspace_bytes``; ``in``, ``out`` or ``optional`` for the address of the tensor ``name``; ``weight`` for a
-    pointer to a ``qc_weight_4bit`` whose fields are ``fields``.
+    pointer to a ``qc_weight_4bit`` whose fields are ``fields``; ``optimizer`` and ``tensors`` for a pointer to
+    ``qc_optimizer`` and ``qc_optimizer_tensors``, whose lists of addresses are lists of names there.
     """
 
     name: str
@@ -45,6 +48,7 @@ class CCall:
     outputs: Mapping[str, tuple[tuple[int, ...], str]]
     arguments: Sequence[Argument]
     sizes: tuple[int, int, int] = (0, 0, 0)  # of workspace()
+    initial: Mapping[str, Array] = field(default_factory=dict)  # what outputs hold before, where that matters
 
 
 class Library:
@@ -97,8 +101,8 @@ def invoke(
 ) -> int:
     """Call the function with the addresses of ``tensors``; ``change`` edits the argument values first.
 
-    Returns the status. ``weight_change`` overrides fields of the weight struct; a value of the form ``("shift", 1)``
-    moves an address.
+    Returns the status. ``weight_change`` overrides fields of the structs; a value of the form ``("shift", 1)`` moves an
+    address, and ``("entry", 0)`` replaces the first entry of a list.
     """
     dtype = next((a.value for a in call.arguments if a.kind == "dtype"), 0)
     size = library.workspace_bytes(call, dtype) if any(a.kind == "workspace" for a in call.arguments) else 0
@@ -115,6 +119,12 @@ def invoke(
             struct = library.ffi.new("qc_weight_4bit *", fields)
             keep.append(struct)
             values.append(struct)
+        elif argument.kind == "optimizer":
+            known = {k: v for k, v in (weight_change or {}).items() if k in argument.fields}
+            values.append(library.ffi.new("qc_optimizer *", {**argument.fields, **known}))
+            keep.append(values[-1])
+        elif argument.kind == "tensors":
+            values.append(_tensor_lists(library.ffi, argument.fields, tensors, weight_change or {}, keep))
         elif argument.kind == "workspace":
             values.append(scratch.address)
         elif argument.kind == "workspace_bytes":
@@ -126,6 +136,26 @@ def invoke(
     status = int(library.function(call.op)(index if device is None else device, stream, *values))
     scratch.check(call.op)
     return status
+
+
+def _tensor_lists(
+    ffi: Any, fields: Mapping[str, Any], tensors: Mapping[str, Any], change: Mapping[str, Any], keep: list[Any]
+) -> Any:
+    """A ``qc_optimizer_tensors``; what it points to goes into ``keep``."""
+    types = {"numel": "int64_t[]", "grad_scales": "float[]", "streams": "uint64_t[]"}
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        changed = change.get(name)
+        if name == "count":
+            found[name] = value if changed is None else changed
+            continue
+        entries = [tensors[entry].data_ptr() if isinstance(entry, str) else entry for entry in value]
+        if isinstance(changed, tuple):
+            entries[0] = entries[0] + changed[1] if changed[0] == "shift" else changed[1]
+        found[name] = ffi.NULL if changed == 0 or not entries else ffi.new(types.get(name, "uintptr_t[]"), entries)
+    struct = ffi.new("qc_optimizer_tensors *", found)
+    keep += [found, struct]
+    return struct
 
 
 class _Scratch:
@@ -242,7 +272,36 @@ def valid_call(
             Argument("workspace", "workspace"), Argument("workspace_bytes", "workspace_bytes"),
         )  # fmt: skip
         return CCall(op, inputs, {"out": ((m, cols), dtype)}, arguments, (m, cols, k))
+    if op == "optimizer_step":
+        return _optimizer_call(rng)
     return _int8_call(op, rng, dtype, m, cols, k)
+
+
+def _optimizer_call(rng: generators.Rng) -> CCall:
+    """8-bit Adam on two float16 parameters with compensation and a limit on the norm, which needs scratch."""
+    rule = OptimizerRule("adam", 8, -0.01, beta1=0.9, gain1=0.1, beta2=0.99, gain2=0.01, eps=1e-6, max_unorm=0.1)
+    tensors = [random_tensor(rng, rule, n, "f16", "f32", compensated=True) for n in (300, 31)]
+    initial = {f"{name}{i}": part for i, tensor in enumerate(tensors) for name, part in tensor.parts()}
+    outputs = {name: ((part.size,), part.dtype if isinstance(part, Floats) else "u8") for name, part in initial.items()}
+    scalars = {
+        name: getattr(rule, name)
+        for name in ("step_size", "decay", "eps", "beta1", "gain1", "beta2", "gain2", "max_unorm", "unorm_factor")
+    }
+    optimizer = scalars | {"algorithm": 0, "state_bits": 8, "param_dtype": 1, "grad_dtype": 0, "flags": 0}
+    names = {"params": "param", "grads": "grad"}
+    lists = {
+        name: [f"{names.get(name, name)}{i}" for i in range(2)]
+        for name in ("params", "grads", "state1", "state2", "absmax1", "absmax2", "compensation")
+    }
+    every = {"count": 2, "numel": [300, 31], **lists, "grad_scales": [1.5, 0.5], "streams": []}
+    arguments = (
+        Argument("optimizer", "optimizer", fields=optimizer),
+        Argument("tensors", "tensors", fields=every),
+        Argument("workspace", "workspace"),
+        Argument("workspace_bytes", "workspace_bytes"),
+    )
+    grads = {f"grad{i}": tensor.grad for i, tensor in enumerate(tensors)}
+    return CCall("optimizer_step", grads, outputs, arguments, (3, 2, 0), initial)
 
 
 def _int8_call(op: str, rng: generators.Rng, dtype: str, m: int, n: int, k: int) -> CCall:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qcore.backend import OptimizerRule
 from qcore_conformance import calls, generators
 from qcore_conformance.floats import rounded
+from qcore_conformance.optimizer_call import optimizer_step, random_tensor
 from qcore_conformance.weights import random_weight
 
 if TYPE_CHECKING:
@@ -138,6 +140,19 @@ def _int8_dequantize_rows(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iter
         yield lambda s, codes=codes, stats=stats: (calls.int8_dequantize_rows(s, codes, stats, dtype),)
 
 
+def _optimizer_step(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
+    stochastic = dtype == "bf16"
+    for rule in (
+        OptimizerRule("adam", 8, -0.01, 0.99, eps=1e-6, beta1=0.9, gain1=0.1, beta2=0.99, gain2=0.01, max_unorm=0.1),
+        OptimizerRule("ademamix", 8, -0.01, eps=1e-6, beta1=0.9, gain1=0.1, beta3=0.99, gain3=0.01, alpha=5.0),
+        OptimizerRule("momentum", 32, -0.01, beta1=0.9, stochastic=stochastic, seed=7),
+    ):
+        tensors = [random_tensor(rng, rule, n, dtype) for n in sizes.lengths]
+        yield lambda s, rule=rule, tensors=tensors: tuple(
+            part for tensor in optimizer_step(s, rule, tensors) for _, part in tensor.parts()
+        )
+
+
 def _int8_linear(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
     for m, n, k in sizes.products:
         a, b = generators.values("normal", rng, m * k, dtype).reshape(m, k), _factors(rng, 0, n, k)[1]
@@ -160,6 +175,7 @@ _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] 
     "int8_dequantize_gemm": _int8_dequantize_gemm,
     "int8_scaled_gemm": _int8_scaled_gemm,
     "int8_dequantize_rows": _int8_dequantize_rows,
+    "optimizer_step": _optimizer_step,
     "int8_linear": _int8_linear,
 }
 OPS = tuple(_MAKERS)

@@ -107,7 +107,7 @@ inline void multiply_few_rows(const Gemm4 &p, int64_t row0, int64_t rows, int64_
     }
     const SplitDecoder decoder(p.w.table);
     const int64_t ahead = kTile * p.k / 2;
-    _tile_loadconfig(&config);
+    load_tile_config(config);
     for (int64_t n = n0; n < n1; n += kTile) {
         const int64_t count = n1 - n < kTile ? n1 - n : kTile;
         _tile_zero(0);

@@ -39,10 +39,12 @@ StateBook book(bool squares, bool signed_state) {
     const IeeeArithmetic ieee;
     if (squares && !signed_state) {
         static const Codebook codes(QC_DYNAMIC_UNSIGNED_TABLE, Codebook::kMinIndexedValues);
-        return {QC_DYNAMIC_UNSIGNED_TABLE, &codes};
+        static const StateLines lines(codes);
+        return {QC_DYNAMIC_UNSIGNED_TABLE, &codes, &lines};
     }
     static const Codebook codes(QC_DYNAMIC_TABLE, Codebook::kMinIndexedValues);
-    return {QC_DYNAMIC_TABLE, &codes};
+    static const StateLines lines(codes);
+    return {QC_DYNAMIC_TABLE, &codes, &lines};
 }
 
 int state_count(int32_t algorithm) { return algorithm == QC_ADEMAMIX ? 3 : algorithm == QC_ADAM ? 2 : 1; }

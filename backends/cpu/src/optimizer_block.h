@@ -64,6 +64,34 @@ inline void copy_bytes(const uint8_t *from, int64_t n, int64_t size, uint8_t fil
     std::memset(to + n, fill, static_cast<size_t>(size - n));
 }
 
+// Asks for the block after next while this one is worked on: the loops are too long for the hardware to look past them.
+inline void prefetch_bytes(const void *from, int64_t bytes, bool writes) {
+    const char *line = static_cast<const char *>(from);
+    for (int64_t i = 0; i < bytes; i += 64) {
+        if (writes) {
+            __builtin_prefetch(line + i, 1, 3);
+        } else {
+            __builtin_prefetch(line + i, 0, 3);
+        }
+    }
+}
+inline int64_t size_of(int32_t dtype) { return dtype == QC_F32 ? 4 : 2; }
+inline void prefetch_block(const OptimizerJob &job, const OptimizerTensor &t, int states, int64_t index) {
+    const qc_optimizer &rule = *job.rule;
+    const int64_t start = index * kOptimizerBlock;
+    if (start + kOptimizerBlock > t.n) {
+        return;
+    }
+    const int64_t grad = size_of(rule.grad_dtype);
+    const int64_t param = size_of(rule.param_dtype);
+    const int64_t state = rule.state_bits / 8;
+    prefetch_bytes(static_cast<const char *>(t.grad) + start * grad, kOptimizerBlock * grad, false);
+    prefetch_bytes(static_cast<const char *>(t.param) + start * param, kOptimizerBlock * param, true);
+    for (int s = 0; s < states; ++s) {
+        prefetch_bytes(static_cast<const char *>(t.state[s]) + start * state, kOptimizerBlock * state, true);
+    }
+}
+
 // `in_place`: float32 states may be worked on where they lie.
 inline Block open_block(const OptimizerJob &job, const OptimizerTensor &t, int states, int64_t index, bool in_place,
                         Scratch &scratch) {

@@ -29,8 +29,8 @@ struct StateEncoder {
 // The first loop: states in place (decoded into b.state first), update to `update`. Returns the largest magnitude of
 // each state, as bits.
 template <class Rule, bool kCoded>
-void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, const Block &b,
-           float *update, int32_t (&largest)[Rule::kStates]) {
+void apply(const Rule &rule, const Decoder (&decoder)[Rule::kStates], const OptimizerJob &job, const OptimizerTensor &t,
+           int64_t index, const Block &b, float *update, int32_t (&largest)[Rule::kStates]) {
     constexpr int kStates = Rule::kStates;
     const Float scale = broadcast(t.grad_scale);
     const Float l2 = broadcast(job.rule->l2);
@@ -45,7 +45,7 @@ void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, 
         Float old[kStates][kVectors];
         if constexpr (kCoded) {
             for (int s = 0; s < kStates; ++s) {
-                Decoder(job.book[s].table)(b.codes[s] + i, old[s]);
+                decoder[s](b.codes[s] + i, old[s]);
             }
         }
         for (int v = 0; v < kVectors; ++v) {
@@ -92,19 +92,12 @@ float encode(const StateBook &book, bool squares, bool as_bnb, int32_t largest, 
             out[i] = static_cast<uint8_t>(out[i] + (out[i] == zero_code && values[i] > 0.0f ? 1 : 0));
         }
     } else {
-        const Float scale = broadcast(r);
-        const Int one = broadcast_int(1);
-        const Int first = broadcast_int(zero_code);
-        for (int64_t i = 0; i < size; i += kGroup) {
-            Int codes[kVectors];
-            for (int v = 0; v < kVectors; ++v) {
-                const Float value = load(values + i + v * kLanes);
-                codes[v] = encoder.codes(multiply(value, scale));
-                if (floored) {  // as integers: 1 if above 0, 0 if 0, no matter what if below
-                    codes[v] = maximum(codes[v], add(first, minimum(bits(value), one)));
-                }
-            }
-            encoder.pack(codes, out + i);
+        const StateCodes find(*book.codes, *book.lines);
+        for (int64_t i = 0; i < size && floored; i += kGroup) {
+            find.template encode<true>(values + i, broadcast(r), out + i);
+        }
+        for (int64_t i = 0; i < size && !floored; i += kGroup) {
+            find.template encode<false>(values + i, broadcast(r), out + i);
         }
     }
     for (int64_t i = 0; as_bnb && !squares && i < size; ++i) {
@@ -154,14 +147,15 @@ __attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &
 
 // Reads a block and takes the first loop.
 template <class Rule, bool kCoded>
-Block advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, bool in_place,
-              Scratch &scratch, int32_t (&largest)[Rule::kStates]) {
+Block advance(const Rule &rule, const Decoder (&decoder)[Rule::kStates], const OptimizerJob &job,
+              const OptimizerTensor &t, int64_t index, bool in_place, Scratch &scratch,
+              int32_t (&largest)[Rule::kStates]) {
     Block b = open_block(job, t, Rule::kStates, index, in_place, scratch);
     const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
     if (skips) {
         remember<Rule::kStates>(job, t, index, b, scratch);
     }
-    apply<Rule, kCoded>(rule, job, t, index, b, scratch.update, largest);
+    apply<Rule, kCoded>(rule, decoder, job, t, index, b, scratch.update, largest);
     bool finite = true;
     for (int s = 0; s < Rule::kStates; ++s) {
         finite &= largest[s] < static_cast<int32_t>(kInfinity);
@@ -175,11 +169,16 @@ Block advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &
 template <class Rule, bool kCoded>
 void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last) {
     const Rule rule(*job.rule);
+    Decoder decoder[Rule::kStates];
+    for (int s = 0; kCoded && s < Rule::kStates; ++s) {
+        decoder[s] = Decoder(job.book[s].table);
+    }
     const bool as_bnb = (job.rule->flags & QC_OPT_BNB_CODES) != 0;
     Scratch scratch;
     int32_t largest[Rule::kStates];
     for (int64_t index = first; index < last; ++index) {
-        const Block b = advance<Rule, kCoded>(rule, job, t, index, true, scratch, largest);
+        prefetch_block(job, t, Rule::kStates, index + 2);
+        const Block b = advance<Rule, kCoded>(rule, decoder, job, t, index, true, scratch, largest);
         move(*job.rule, t.step_size, b, scratch.update);
         close_block(job, t, b, scratch);
         for (int s = 0; s < Rule::kStates; ++s) {
@@ -221,10 +220,14 @@ double sum_of_squares(const float *x, int64_t n) {
 template <class Rule, bool kCoded>
 void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last, double *sums) {
     const Rule rule(*job.rule);
+    Decoder decoder[Rule::kStates];
+    for (int s = 0; kCoded && s < Rule::kStates; ++s) {
+        decoder[s] = Decoder(job.book[s].table);
+    }
     Scratch scratch;
     int32_t largest[Rule::kStates];
     for (int64_t index = first; index < last; ++index, sums += 2) {
-        const Block b = advance<Rule, kCoded>(rule, job, t, index, false, scratch, largest);
+        const Block b = advance<Rule, kCoded>(rule, decoder, job, t, index, false, scratch, largest);
         sums[0] = sum_of_squares(scratch.update, b.n);
         sums[1] = sum_of_squares(b.param, b.n);
     }

@@ -6,6 +6,7 @@
 
 #include "codebook.h"
 #include "qcore_backend.h"
+#include "state_codes.h"
 
 namespace qcore::cpu {
 
@@ -17,6 +18,7 @@ inline constexpr int kMaxStates = 3;             // values an element: AdEMAMix 
 struct StateBook {
     const float *table;
     const Codebook *codes;
+    const StateLines *lines;
 };
 
 // The rule of one call and the codebooks of its states; `book[s]` of value s (AdEMAMix: fast, slow, square).

@@ -5,10 +5,12 @@
 //   minimum(a, b), add(a, b)    signed integers, by lane
 //   bits(x)                     the bits of a Float
 //   Decoder(table)              object: 4 * kLanes codes -> 4 vectors table[code]
+//   StateCodes(codes, lines)    object: encode<kFloored>(kGroup values, their scale, codes) (QC-Q8-004, QC-OPT-021)
 #ifndef QCORE_CPU_OPTIMIZER_SIMD_H
 #define QCORE_CPU_OPTIMIZER_SIMD_H
 
 #include "simd.h"
+#include "state_codes.h"
 
 namespace qcore::cpu::QC_ISA {
 
@@ -61,8 +63,56 @@ inline Int broadcast_int(int32_t x) { return Int{x, x, x, x}; }
 
 #endif
 
+#if defined(__AVX512VBMI__)
+
+// 64 codes at once: each byte of the floats is a look-up in four registers, and two rounds of unpacking put them
+// together. The codes are brought into the order in which the unpacking, which works within 128 bits, needs them.
 class Decoder {
    public:
+    Decoder() = default;
+    explicit Decoder(const float *table) {
+        for (int byte = 0; byte < 4; ++byte) {
+            alignas(64) uint8_t plane[256];
+            for (int i = 0; i < 256; ++i) {
+                plane[i] = static_cast<uint8_t>(bits_of(table[i]) >> (8 * byte));
+            }
+            for (int part = 0; part < 4; ++part) {
+                plane_[byte][part] = _mm512_load_si512(plane + 64 * part);
+            }
+        }
+    }
+    void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
+        const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const Int index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+        const __mmask64 upper = _mm512_movepi8_mask(index);
+        const Int b0 = look_up(plane_[0], index, upper);
+        const Int b1 = look_up(plane_[1], index, upper);
+        const Int b2 = look_up(plane_[2], index, upper);
+        const Int b3 = look_up(plane_[3], index, upper);
+        const Int low0 = _mm512_unpacklo_epi8(b0, b1);
+        const Int low1 = _mm512_unpackhi_epi8(b0, b1);
+        const Int high0 = _mm512_unpacklo_epi8(b2, b3);
+        const Int high1 = _mm512_unpackhi_epi8(b2, b3);
+        out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, high0));
+        out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, high0));
+        out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low1, high1));
+        out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
+    }
+
+   private:
+    static Int look_up(const Int (&plane)[4], Int index, __mmask64 upper) {
+        const Int low = _mm512_permutex2var_epi8(plane[0], index, plane[1]);
+        return _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(plane[2], index, plane[3]));
+    }
+
+    Int plane_[4][4];
+};
+
+#else
+
+class Decoder {
+   public:
+    Decoder() = default;
     explicit Decoder(const float *table) : table_(table) {}
     void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
         for (int v = 0; v < kVectors; ++v) {
@@ -73,6 +123,105 @@ class Decoder {
    private:
     const float *table_;
 };
+
+#endif
+
+// kGroup codes by the codebook's own index. With kFloored a value above 0 has at least the code after that of 0
+// (QC-OPT-021).
+template <bool kFloored>
+#if defined(__AVX512F__)
+__attribute__((noinline, cold))
+#endif
+void encode_exactly(const Codebook &book, const float *values, Float scale, uint8_t *out) {
+    const CodebookCodes find(book);
+    Int codes[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        const Float value = load(values + v * kLanes);
+        codes[v] = find(multiply(value, scale));
+        if constexpr (kFloored) {  // as integers: 1 if above 0, 0 if 0, no matter what if below
+            codes[v] = maximum(codes[v], add(broadcast_int(book.zero_code), minimum(bits(value), broadcast_int(1))));
+        }
+    }
+    pack_bytes(codes, out);
+}
+
+#if defined(__AVX512F__)
+
+// state_codes.h says how.
+class StateCodes {
+   public:
+    StateCodes(const Codebook &codes, const StateLines &lines)
+        : exact_(codes),
+          zero_code_(codes.zero_code),
+          entry_{_mm512_load_si512(lines.entry), _mm512_load_si512(lines.entry + 16)},
+          slope_(_mm512_load_ps(lines.slope)),
+          offset_(_mm512_load_ps(lines.offset)),
+          cap_(_mm512_load_ps(lines.cap)) {}
+
+    template <bool kFloored>
+    void encode(const float *values, Float scale, uint8_t *out) const {
+        Int count[kVectors];
+        unsigned unsure = 0;
+        for (int v = 0; v < kVectors; ++v) {
+            const Float value = load(values + v * kLanes);
+            unsure |= estimate(multiply(value, scale), count[v]);
+            if constexpr (kFloored) {
+                count[v] = _mm512_max_epi32(count[v], _mm512_min_epi32(bits(value), _mm512_set1_epi32(1)));
+            }
+        }
+        if (__builtin_expect(unsure != 0, 0)) {
+            encode_exactly<kFloored>(exact_, values, scale, out);
+            return;
+        }
+        const Int zero = _mm512_set1_epi16(static_cast<int16_t>(zero_code_));
+        const Int low = _mm512_add_epi16(_mm512_packs_epi32(count[0], count[1]), zero);
+        const Int high = _mm512_add_epi16(_mm512_packs_epi32(count[2], count[3]), zero);
+        const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+    }
+
+   private:
+    // The code less that of 0; returns the lanes in doubt.
+    unsigned estimate(Float y, Int &count) const {
+        constexpr int kLargerMagnitude = 0x0B;  // of vrangeps: max(|a|, |b|), sign clear
+        const Float size = _mm512_range_ps(y, _mm512_set1_ps(StateLines::kSmallest), kLargerMagnitude);
+        const Int exponent = _mm512_srli_epi32(bits(size), 23);  // the permutes look at its lowest 5 bits
+        const Int entry = _mm512_permutex2var_epi32(entry_[0], exponent, entry_[1]);
+        const Int segment = _mm512_srli_epi32(_mm512_add_epi32(entry, bits(size)), 23);
+        const Float line =
+            _mm512_fmadd_ps(size, _mm512_permutexvar_ps(segment, slope_), _mm512_permutexvar_ps(segment, offset_));
+        const Float f = _mm512_min_ps(line, _mm512_permutexvar_ps(segment, cap_));
+        // With 12 bits behind the point, rounded, values no further than kGuard from an integer are one.
+        static_assert(StateLines::kGuard == 0x1p-13f);
+        const Int fixed = bits(_mm512_add_ps(f, _mm512_set1_ps(0x1p11f)));
+        constexpr int kFirstOrBoth = 0xF8;  // of vpternlogd: a | (b & c)
+        count = _mm512_cvttps_epi32(_mm512_castsi512_ps(
+            _mm512_ternarylogic_epi32(bits(f), bits(y), _mm512_set1_epi32(INT32_MIN), kFirstOrBoth)));
+        return _mm512_testn_epi32_mask(fixed, _mm512_set1_epi32(0xFFF));
+    }
+
+    const Codebook &exact_;
+    int32_t zero_code_;
+    Int entry_[2];
+    Float slope_, offset_, cap_;
+};
+
+#else
+
+class StateCodes {
+   public:
+    StateCodes(const Codebook &codes, const StateLines &) : exact_(codes) {}
+
+    template <bool kFloored>
+    void encode(const float *values, Float scale, uint8_t *out) const {
+        encode_exactly<kFloored>(exact_, values, scale, out);
+    }
+
+   private:
+    const Codebook &exact_;
+};
+
+#endif
 
 }  // namespace qcore::cpu::QC_ISA
 

@@ -36,6 +36,12 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+inline void load_tile_config(const TileConfig &config) {
+    // The intrinsic tells the compiler that the first eight bytes are read; this, that all are.
+    asm volatile("" : : "m"(config));
+    _tile_loadconfig(&config);
+}
+
 // Lane j of v[i] <-> lane i of v[j].
 inline void transpose_16x16(__m512i *v) {
     __m512i t[16];
@@ -211,8 +217,7 @@ struct Int8Tiles {
 template <class Product, class Fill, class Finish, class SliceDone>
 inline void multiply_by_tiles(int64_t rows, int64_t n0, int64_t n1, int64_t k_bytes, const uint8_t *x, void *scratch,
                               const Fill &fill, const Finish &finish, const SliceDone &slice_done) {
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    load_tile_config(TileConfig());
     auto *w = static_cast<uint8_t *>(scratch);
     uint8_t *sums = w + kTileWeightBytes;
     const int64_t groups = row_tiles(rows);

@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "int8_scaled_gemm",
         "int8_dequantize_rows",
     ),
+    "optimizer": ("optimizer_step",),
     "int8_linear": ("int8_linear",),
 }
 # Modules that add cases for ops of any family.

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from qcore_conformance import calls, generators, oracle
+from qcore_conformance.cases import optimizer
 from qcore_conformance.checks import expect_floats, expect_integers
 from qcore_conformance.model import Case
+from qcore_conformance.optimizer_call import random_tensor
 from qcore_conformance.session import Session
 from qcore_conformance.weights import random_weight
 
@@ -60,6 +62,12 @@ def _dequantize_absmax(s: Session) -> None:
     expect_floats("out", got, oracle.dequantize_absmax(codes, nested, code, offset, 256))
 
 
+def _optimizer_step(s: Session) -> None:
+    for algorithm, bits in (("adam", 8), ("ademamix", 8), ("momentum", 32)):
+        a_rule = optimizer.rule(algorithm, bits)
+        optimizer.check(s, a_rule, [random_tensor(s.rng, a_rule, _N)])
+
+
 _CHECKS: dict[str, Callable[[Session], None]] = {
     "quantize_blockwise": _quantize_blockwise,
     "dequantize_blockwise": _dequantize_blockwise,
@@ -67,6 +75,7 @@ _CHECKS: dict[str, Callable[[Session], None]] = {
     "dequantize_4bit": _dequantize_4bit,
     "quantize_absmax": _quantize_absmax,
     "dequantize_absmax": _dequantize_absmax,
+    "optimizer_step": _optimizer_step,
 }
 
 

@@ -12,7 +12,7 @@ from qcore_conformance.floats import Floats
 from qcore_conformance.generators import rng_for
 from qcore_conformance.model import Case, NotRun
 from qcore_conformance.samples import OPS
-from qcore_conformance.session import Session, empty
+from qcore_conformance.session import Session, empty, to_torch
 
 if TYPE_CHECKING:
     from qcore_conformance.capi import Argument, CCall
@@ -59,6 +59,8 @@ def _refuse(
         outputs = {name: empty(*form) for name, form in call.outputs.items()}
 
         def valid(tensors: Mapping[str, Any]) -> None:
+            for name, content in call.initial.items():
+                tensors[name].copy_(to_torch(content))
             status = capi.invoke(library, call, tensors)
             assert status == 0, f"a valid call was refused with status {status}: {library.last_error()}"
 
@@ -113,6 +115,9 @@ def _argument_cases(op: str, argument: Argument, call: CCall) -> Iterator[tuple[
     if argument.kind == "weight":
         yield "w-null", _refuse(op, name)
         yield from _weight_cases(op, call)
+    if argument.kind in ("optimizer", "tensors"):
+        yield f"{name}-null", _refuse(op, name)
+        yield from _optimizer_cases(op) if argument.kind == "optimizer" else _tensor_list_cases(op)
     if argument.kind == "workspace":
         yield "workspace-null", _refuse(op, name, value=0)
     if argument.kind == "workspace_bytes":
@@ -133,6 +138,33 @@ def _weight_cases(op: str, call: CCall) -> Iterator[tuple[str, Callable[[Session
         yield f"w.{field}={bad}", _refuse(op, field, fields={field: bad}, options=nested)
     for field in ("nested_absmax", "nested_code", "nested_offset"):
         yield f"w.{field}-misaligned", _refuse(op, field, fields={field: ("shift", 2)}, options=nested)
+
+
+def _optimizer_cases(op: str) -> Iterator[tuple[str, Callable[[Session], None]]]:
+    for field, bad in (
+        ("algorithm", -1), ("algorithm", 6), ("state_bits", 16), ("state_bits", 0), ("param_dtype", 3),
+        ("grad_dtype", -1), ("flags", 32), ("flags", -(2**31)), ("max_unorm", float("nan")),
+        ("max_unorm", float("inf")), ("max_unorm", -1.0),
+    ):  # fmt: skip
+        yield f"optimizer.{field}={bad}", _refuse(op, field, fields={field: bad})
+    yield "optimizer.nesterov-of-adam", _refuse(op, "algorithm", fields={"flags": 1})
+    yield "optimizer.signed-state-of-adam", _refuse(op, "algorithm", fields={"flags": 16})
+    yield "optimizer.stochastic-float16", _refuse(op, "param_dtype", fields={"flags": 4})
+    yield "tensors.compensation-of-float32", _refuse(op, "compensation", fields={"param_dtype": 0})
+    bfloat16 = {"param_dtype": 2, "flags": 4}
+    yield "tensors.streams=0", _refuse(op, "streams", fields=bfloat16 | {"compensation": 0})
+
+
+def _tensor_list_cases(op: str) -> Iterator[tuple[str, Callable[[Session], None]]]:
+    yield "tensors.count=-1", _refuse(op, "count", fields={"count": -1})
+    yield "tensors.numel=-1", _refuse(op, "numel", fields={"numel": ("entry", -1)})
+    lists = ("params", "grads", "state1", "state2", "absmax1", "absmax2", "compensation")
+    for name in ("numel", *lists[:-1]):
+        yield f"tensors.{name}=0", _refuse(op, name, fields={name: 0})
+    for name in lists:
+        yield f"tensors.{name}[0]=0", _refuse(op, name, fields={name: ("entry", 0)})
+        if not name.startswith("state"):
+            yield f"tensors.{name}[0]-misaligned", _refuse(op, name, fields={name: ("shift", 1)})
 
 
 def _too_many_columns(op: str) -> Callable[[Session], None]:
