@@ -4,7 +4,8 @@
     python benchmarks/results.py tables                       # demo.json, conformance.json -> README.md
     python benchmarks/results.py tables --check               # exit 1 if README.md says anything else
 
-``demo.json`` is written by ``make demo ARGS="--json docs/results/demo.json"``.
+``demo.json`` is written by ``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by
+``benchmarks/transformers_models.py``.
 """
 
 from __future__ import annotations
@@ -89,7 +90,28 @@ def demo_table(tree: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"conformance": conformance_table, "demo": demo_table}
+def models_table(tree: dict[str, Any]) -> str:
+    said = tree["machine"]
+    lines = [
+        f"{said['processor']}, {said['threads']} threads, {said['isa']}.",
+        "",
+        "| weights | layers of | MB | perplexity | prefill, tokens/s | decode, tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in tree["rows"]:
+        speeds = (row[f"{kind}_tokens_per_second"] for kind in ("prefill", "decode"))
+        cells = (f"{row['stored_bytes'] / 1e6:.1f}", f"{row['perplexity']:.2f}", *(f"{speed:.1f}" for speed in speeds))
+        lines.append(f"| {row['format']}, {row['dtype']} | {row['library']} | {' | '.join(cells)} |")
+    parts = [row for row in tree["rows"] if "shares_of_decode" in row]
+    names = list(parts[0]["shares_of_decode"])
+    lines += ["", f"| a decode step of qcore | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for row in parts:
+        shares = " | ".join(f"{row['shares_of_decode'][name]:.0%}" for name in names)
+        lines.append(f"| {row['format']} | {shares} |")
+    return "\n".join(lines)
+
+
+TABLES = {"conformance": conformance_table, "demo": demo_table, "transformers": models_table}
 
 
 def with_tables(text: str) -> str:

@@ -11,8 +11,9 @@ from torch import nn
 from qcore.errors import InvalidArgument
 from qcore.formats.architecture import Linear
 from qcore.formats.quantization_config import QuantizationSettings
-from qcore.functional import dequantize_4bit, int8_vectorwise_dequant
+from qcore.functional import int8_vectorwise_dequant
 from qcore.nn import Linear4bit, Linear8bitLt, Params4bit
+from qcore.ops.fourbit import dequantize_4bit
 
 Quantized = Linear4bit | Linear8bitLt
 
@@ -56,10 +57,9 @@ def dequantized(weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         numbers = int8_vectorwise_dequant(weight.data, weight.SCB)
         return numbers if dtype is None else numbers.to(dtype)
     state = weight.quant_state
-    if state is None or state.shape is None:
+    if state is None:
         raise InvalidArgument("dequantized: the weight is not quantized")
-    out = None if dtype is None else torch.empty(tuple(state.shape), dtype=dtype, device=weight.device)
-    return dequantize_4bit(weight.data, state, out=out)
+    return dequantize_4bit(state.weight(weight.data), dtype or state.dtype or torch.float32)
 
 
 def float_layer(layer: Quantized, dtype: torch.dtype, *, transposed: bool) -> nn.Module:

@@ -29,7 +29,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def load(path: Path, config: Any = None, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **options)
+    # Passed as None it would take the place of the checkpoint's own.
+    passed = {} if config is None else {"quantization_config": config}
+    return AutoModelForCausalLM.from_pretrained(path, **passed, **options)
 
 
 def test_4bit_layers_on_the_disk(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ FORMATS = ["nf4", "fp4", "int8"]
 
 
 def load(path: Path, config: Any = None, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, **options)
+    # Passed as None it would take the place of the checkpoint's own.
+    passed = {} if config is None else {"quantization_config": config}
+    return AutoModelForCausalLM.from_pretrained(path, **passed, **options)
 
 
 def logits(model: Any) -> torch.Tensor:
