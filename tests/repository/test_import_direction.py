@@ -17,8 +17,13 @@ RANKS = [
     {"functional"},
     {"autograd"},
     {"nn", "optim"},
+<<<<<<< HEAD
     {"algorithms", "formats"},
     {"integrations", "bench"},
+=======
+    {"algorithms", "formats", "compat"},
+    {"integrations"},
+>>>>>>> d738293 (Answer to the name bitsandbytes when a program asks for it)
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
