@@ -42,7 +42,7 @@ _ORIGIN = {
     "MatmulLtState": "qcore.autograd",
     "QcoreConfig": "qcore.integrations.transformers",
     "install_as_bitsandbytes": "qcore.compat.alias",
-    "matmul": "qcore.autograd",
+    "matmul": "qcore.kernel_choice",  # with matmul.execute and matmul.mat_mul_fused
     "matmul_4bit": "qcore.autograd",
     "use_backend": "qcore.backend.registry",
 }

@@ -172,14 +172,14 @@ def matmul(
     if threshold > 0.0:
         state.threshold = threshold
     dtype = compute_dtype_of(A)
-    weight, scales = _int8_weight(B, state)
+    weight, scales = int8_weight(B, state)
     result, outlier_cols = int8_linear(A.to(dtype), weight, scales, bias_for(bias, dtype), state.threshold)
     if not is_compiling():
         state._outlier_cols = outlier_cols if state.threshold > 0.0 else None
     return _into(out, result, "matmul")
 
 
-def _int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]:
+def int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]:
     """The weight as codes and scales, or as numbers and None, which the op quantizes itself."""
     if not state.has_fp16_weights and state.CB is not None and state.SCB is not None:
         return state.CB, state.SCB

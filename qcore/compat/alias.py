@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module, invalidate_caches
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,8 @@ def install_as_bitsandbytes() -> None:
     loaded = sys.modules.get(NAME)
     if loaded is not None:
         raise NameTaken(
-            f"install_as_bitsandbytes: bitsandbytes {getattr(loaded, '__version__', '')} from {_place(loaded)} has been "
-            "imported already; call this before anything imports it (transformers, peft and accelerate do when a "
+            f"install_as_bitsandbytes: bitsandbytes {getattr(loaded, '__version__', '')} from {_place(loaded)} has "
+            "been imported already; call this before anything imports it (transformers, peft and accelerate do when a "
             "quantized model is loaded)"
         )
     _take_name(yields=False)
@@ -127,7 +128,7 @@ class StandIn:
             yield StandInDistribution()
 
 
-class _Second:
+class _Second(Loader):
     """Loads a module of qcore under a second name: one module, so that no class exists twice."""
 
     def __init__(self, source: str) -> None:
@@ -144,7 +145,7 @@ class _Second:
         sys.modules[name] = import_module(self._source)
 
 
-class _Refusal:
+class _Refusal(Loader):
     """Fails to load: two packages want the name."""
 
     def create_module(self, spec: ModuleSpec) -> None:

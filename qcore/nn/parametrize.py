@@ -139,7 +139,7 @@ def _save_codes(
     if stored not in state_dict:
         return
     state_dict[prefix + param_name] = state_dict.pop(stored)
-    for step in module.parametrizations[param_name]:  # type: ignore[index, union-attr]
+    for step in module.parametrizations[param_name]:  # type: ignore[index]
         if isinstance(step, Bnb4bitParametrization):
             for key, value in step.quant_state.as_dict(packed=True).items():
                 state_dict[f"{prefix}{param_name}.{key}"] = value

@@ -14,16 +14,12 @@ RANKS = [
     {"errors", "codebooks"},
     {"backend"},
     {"ops"},
-    {"functional"},
+    {"functional", "autotune"},
     {"autograd"},
+    {"kernel_choice"},
     {"nn", "optim"},
-<<<<<<< HEAD
-    {"algorithms", "formats"},
-    {"integrations", "bench"},
-=======
     {"algorithms", "formats", "compat"},
-    {"integrations"},
->>>>>>> d738293 (Answer to the name bitsandbytes when a program asks for it)
+    {"integrations", "bench"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}

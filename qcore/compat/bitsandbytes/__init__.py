@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from qcore import autograd, nn
-from qcore.autograd import MatmulLtState, matmul, matmul_4bit
+from qcore.autograd import MatmulLtState, matmul_4bit
 from qcore.compat.bitsandbytes import cextension, functional
 from qcore.compat.bitsandbytes import state_packing as utils
 from qcore.compat.metadata import stand_in_version
+from qcore.kernel_choice import matmul
 
 __all__ = [
     "BitsAndBytesConfig",

@@ -159,9 +159,7 @@ def _format_of(code: Tensor) -> str:
     raise InvalidArgument("gemv_4bit: code is neither the NF4 nor the FP4 codebook; qcore decodes no other one")
 
 
-def _gemv_4bit(
-    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
-) -> Tensor:
+def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     return _gemm_4bit(A, B, shapeB, absmax, blocksize, _format_of(code))
 
 
