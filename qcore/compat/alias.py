@@ -59,7 +59,7 @@ def install_as_bitsandbytes() -> None:
     if any(isinstance(finder, StandIn) and not finder.yields for finder in sys.meta_path):
         return
     loaded = sys.modules.get(NAME)
-    if loaded is not None:
+    if loaded is not None and loaded.__name__ != _SERVED[NAME]:
         raise NameTaken(
             f"install_as_bitsandbytes: bitsandbytes {getattr(loaded, '__version__', '')} from {_place(loaded)} has "
             "been imported already; call this before anything imports it (transformers, peft and accelerate do when a "

@@ -12,7 +12,16 @@ from qcore.compat.alias import API_VERSION, DISTRIBUTION, NAME, StandIn, real_pa
 
 def stand_in_version() -> str:
     """bitsandbytes' version whose interface this is, and qcore's: ``0.50.2+qcore.0.1.0``."""
-    return f"{API_VERSION}+qcore.{version('qcore-quant')}"
+    # Whoever lists an environment's distributions comes by here: torch does, when it is imported.
+    own = _installed("qcore-quant")
+    return f"{API_VERSION}+qcore" if own is None else f"{API_VERSION}+qcore.{own}"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 class StandInDistribution(Distribution):
@@ -54,10 +63,7 @@ class ShimStatus:
 
 def shim_status() -> ShimStatus:
     """What ``import bitsandbytes`` means in this process, and how to change it."""
-    try:
-        distribution = version(DISTRIBUTION)
-    except PackageNotFoundError:
-        distribution = None
+    distribution = _installed(DISTRIBUTION)
     real = real_package()
     finders = [finder for finder in sys.meta_path if isinstance(finder, StandIn)]
     refused = bool(finders) and all(finder.yields for finder in finders) and real is not None
