@@ -21,9 +21,9 @@ class RefuseBesideBitsandbytes(BuildHookInterface):
         found = installed()
         if found is not None:
             raise RuntimeError(
-                f"qcore-bitsandbytes: bitsandbytes {found.version} is installed in {found.locate_file('')}. Two packages "
-                "cannot answer to one name: pip uninstall bitsandbytes first. A program that shall use qcore without "
-                "this distribution calls qcore.install_as_bitsandbytes()"
+                f"qcore-bitsandbytes: bitsandbytes {found.version} is installed in {found.locate_file('')}. Two "
+                "packages cannot answer to one name: pip uninstall bitsandbytes first. A program that shall use qcore "
+                "without this distribution calls qcore.install_as_bitsandbytes()"
             )
 
 

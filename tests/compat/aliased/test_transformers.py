@@ -21,8 +21,8 @@ CONFIGS = {
 
 
 def load(checkpoint, **config):
-    options = BitsAndBytesConfig(**config) if config else None
-    return AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=options, device_map="auto").eval()
+    options = {"quantization_config": BitsAndBytesConfig(**config)} if config else {}
+    return AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto", **options).eval()
 
 
 def read_back(model):
