@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from qcore import backend, errors, functional, nn, ops, optim
     from qcore.autograd import MatmulLtState, matmul, matmul_4bit
     from qcore.backend.registry import use_backend
+    from qcore.compat.alias import install_as_bitsandbytes
     from qcore.integrations.transformers import QcoreConfig
 
     __version__: str
+    CUDA_AVAILABLE: bool
 
 __all__ = [
+    "CUDA_AVAILABLE",
     "MatmulLtState",
     "QcoreConfig",
     "__version__",
     "backend",
     "errors",
     "functional",
+    "install_as_bitsandbytes",
     "matmul",
     "matmul_4bit",
     "nn",
@@ -37,7 +41,8 @@ __all__ = [
 _ORIGIN = {
     "MatmulLtState": "qcore.autograd",
     "QcoreConfig": "qcore.integrations.transformers",
-    "matmul": "qcore.autograd",
+    "install_as_bitsandbytes": "qcore.compat.alias",
+    "matmul": "qcore.kernel_choice",  # with matmul.execute and matmul.mat_mul_fused
     "matmul_4bit": "qcore.autograd",
     "use_backend": "qcore.backend.registry",
 }
@@ -49,6 +54,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"qcore.{name}")
     if name == "__version__":
         value: Any = import_module("importlib.metadata").version("qcore-quant")
+    elif name == "CUDA_AVAILABLE":  # torch's word for a CUDA or HIP device
+        value = import_module("torch").cuda.is_available()
     elif name in _ORIGIN:
         value = getattr(import_module(_ORIGIN[name]), name)
     else:

@@ -6,6 +6,7 @@ the autocast dtype, as ``torch.nn.functional.linear`` does.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch.compiler import is_compiling
 
 from qcore.errors import InvalidArgument
 from qcore.ops import validate
-from qcore.ops.fourbit import gemm_4bit
+from qcore.ops.fourbit import dequantize_4bit, gemm_4bit
 from qcore.ops.int8 import int8_quantize_rows
 from qcore.ops.int8_linear import int8_linear
 
@@ -105,11 +106,28 @@ def matmul_4bit(
     ------
     InvalidArgument, InvalidDtype
         ``quant_state`` is missing, or shapes, dtypes or devices do not fit.
+
+    Warns
+    -----
+    DeprecationWarning
+        The weight was quantized as ``(K, N)``: it is dequantized in each call. A square one is taken for ``(N, K)``.
     """
     if quant_state is None:
         raise InvalidArgument("matmul_4bit: quant_state is None; pass the state that quantize_4bit returned with B")
     dtype = compute_dtype_of(A)
-    result = gemm_4bit(A.to(dtype), quant_state.weight(B), bias_for(bias, dtype))
+    weight = quant_state.weight(B)
+    if len(weight.shape) == 2 and A.dim() > 0 and weight.shape[0] == A.shape[-1] != weight.shape[1]:
+        warnings.warn(
+            f"matmul_4bit: B was quantized from a tensor of shape {tuple(weight.shape)}, (in_features, out_features), "
+            "and is dequantized in each call. Re-quantize from the weight as (out_features, in_features)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        result = torch.nn.functional.linear(
+            A.to(dtype), dequantize_4bit(weight, dtype).t(), None if bias is None else bias.to(dtype)
+        )
+    else:
+        result = gemm_4bit(A.to(dtype), weight, bias_for(bias, dtype))
     return _into(out, result, "matmul_4bit")
 
 
@@ -154,14 +172,14 @@ def matmul(
     if threshold > 0.0:
         state.threshold = threshold
     dtype = compute_dtype_of(A)
-    weight, scales = _int8_weight(B, state)
+    weight, scales = int8_weight(B, state)
     result, outlier_cols = int8_linear(A.to(dtype), weight, scales, bias_for(bias, dtype), state.threshold)
     if not is_compiling():
         state._outlier_cols = outlier_cols if state.threshold > 0.0 else None
     return _into(out, result, "matmul")
 
 
-def _int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]:
+def int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]:
     """The weight as codes and scales, or as numbers and None, which the op quantizes itself."""
     if not state.has_fp16_weights and state.CB is not None and state.SCB is not None:
         return state.CB, state.SCB

@@ -11,7 +11,8 @@
     │   ├── DeviceError                   the device's runtime reported an error
     │   └── InternalError                 a defect of a backend
     ├── FormatError (ValueError)          a checkpoint or state dict is truncated, inconsistent or unknown
-    └── OutputError (OSError)             a result could not be written; what existed before still exists
+    ├── OutputError (OSError)             a result could not be written; what existed before still exists
+    └── NameTaken (ImportError)           another package holds the module name that qcore was asked to answer to
 
 A message names the op, the argument, what was expected, what came and what to do.
 """
@@ -65,3 +66,7 @@ class FormatError(QcoreError, ValueError):
 
 class OutputError(QcoreError, OSError):
     """A result could not be written; what existed before still exists."""
+
+
+class NameTaken(QcoreError, ImportError):
+    """Another package holds the module name that qcore was asked to answer to."""

@@ -22,6 +22,7 @@ _COMMANDS = {
     "eval": ("qcore.cli.evaluate", "Measure perplexity on a text."),
     "info": ("qcore.cli.info", "Show backends, versions and devices."),
     "bench": ("qcore.cli.bench", "Measure speed beside torch, bitsandbytes and the machine's limits."),
+    "shim": ("qcore.cli.shim", "Say what `import bitsandbytes` means here."),
 }
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130

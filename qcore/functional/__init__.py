@@ -1,5 +1,6 @@
 """Tensor-level functions under bitsandbytes' names and signatures (0.50.2): ``qcore.functional.quantize_4bit`` ..."""
 
+from qcore.functional.activations import fake_quantize_tensor, quantize_activation
 from qcore.functional.codemaps import (
     create_dynamic_map,
     create_fp8_map,
@@ -39,6 +40,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "fake_quantize_tensor",
     "gemv_4bit",
     "get_4bit_type",
     "int8_double_quant",
@@ -50,6 +52,7 @@ __all__ = [
     "int8_vectorwise_quant",
     "pack_dict_to_tensor",
     "quantize_4bit",
+    "quantize_activation",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",

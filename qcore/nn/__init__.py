@@ -2,7 +2,7 @@
 
 from qcore.nn.convert import convert_module_to_linear4bit, convert_module_to_linear8bit
 from qcore.nn.embedding import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding
-from qcore.nn.int8_params import Int8Params
+from qcore.nn.int8_params import Int8Params, Params8bit
 from qcore.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from qcore.nn.linear8bit import Linear8bitLt
 from qcore.nn.params import Params4bit
@@ -19,6 +19,7 @@ __all__ = [
     "LinearFP4",
     "LinearNF4",
     "Params4bit",
+    "Params8bit",
     "StableEmbedding",
     "convert_module_to_linear4bit",
     "convert_module_to_linear8bit",

@@ -22,7 +22,11 @@ class CodedParameter(torch.nn.Parameter):
     _owners: tuple[str, ...] = ()
 
     def _with_data(self: Self, data: Tensor) -> Self:
-        return type(self)(data, requires_grad=self.requires_grad, **self.__dict__)
+        return type(self)(data, requires_grad=self.requires_grad, **self._attributes())
+
+    def _attributes(self) -> dict[str, Any]:
+        # accelerate writes requires_grad into __dict__, for its own call of the constructor.
+        return {name: value for name, value in self.__dict__.items() if name != "requires_grad"}
 
     def __copy__(self: Self) -> Self:
         return self._with_data(self.data)
@@ -33,7 +37,7 @@ class CodedParameter(torch.nn.Parameter):
             return known
         attributes = {
             name: memo.get(id(value), value) if name in self._owners else copy.deepcopy(value, memo)
-            for name, value in self.__dict__.items()
+            for name, value in self._attributes().items()
         }
         result = type(self)(self.data.clone(), requires_grad=self.requires_grad, **attributes)
         memo[id(self)] = result

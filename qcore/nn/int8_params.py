@@ -108,3 +108,7 @@ class Int8Params(CodedParameter):
         self.data = moved.data
         self.__dict__.update(moved.__dict__)
         return self
+
+
+# A name that guides and old code use for the same thing.
+Params8bit = Int8Params

@@ -14,10 +14,11 @@ RANKS = [
     {"errors", "codebooks"},
     {"backend"},
     {"ops"},
-    {"functional"},
+    {"functional", "autotune"},
     {"autograd"},
+    {"kernel_choice"},
     {"nn", "optim"},
-    {"algorithms", "formats"},
+    {"algorithms", "formats", "compat"},
     {"integrations", "bench"},
     {"cli"},
 ]
