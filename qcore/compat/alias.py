@@ -30,14 +30,20 @@ DISTRIBUTION = "qcore-bitsandbytes"
 _SERVED = {
     "bitsandbytes": "qcore.compat.bitsandbytes",
     "bitsandbytes._ops": "qcore.compat.bitsandbytes.ops",
-    "bitsandbytes.autograd": "qcore.autograd",
+    "bitsandbytes.autograd": "qcore.compat.bitsandbytes.autograd",
     "bitsandbytes.autograd._functions": "qcore.autograd",
     "bitsandbytes.cextension": "qcore.compat.bitsandbytes.cextension",
     "bitsandbytes.functional": "qcore.compat.bitsandbytes.functional",
     "bitsandbytes.nn": "qcore.nn",
     "bitsandbytes.nn.modules": "qcore.nn",
     "bitsandbytes.nn.parametrize": "qcore.nn.parametrize",
+    "bitsandbytes.optim": "qcore.compat.bitsandbytes.optim",
     "bitsandbytes.utils": "qcore.compat.bitsandbytes.state_packing",
+}
+# All of bitsandbytes.optim is one module here.
+_SERVED |= {
+    f"bitsandbytes.optim.{name}": "qcore.compat.bitsandbytes.optim"
+    for name in ("adagrad", "adam", "adamw", "ademamix", "lamb", "lars", "lion", "optimizer", "rmsprop", "sgd")
 }
 # Questions whose answers other libraries cache: "is bitsandbytes there?"
 _CACHED = {
@@ -116,7 +122,7 @@ class StandIn:
                 f"No module named {fullname!r}: qcore stands in for bitsandbytes and has {', '.join(sorted(_SERVED))}",
                 name=fullname,
             )
-        package = fullname in (NAME, "bitsandbytes.nn", "bitsandbytes.autograd")
+        package = any(name.startswith(f"{fullname}.") for name in _SERVED)
         loader = _Refusal() if self.yields and real_package() is not None else _Second(_SERVED[fullname])
         return ModuleSpec(fullname, loader, origin=_SERVED[fullname], is_package=package)
 
@@ -140,7 +146,7 @@ class _Second(Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if name == NAME:
-            import_module("qcore.compat.bitsandbytes.ops")
+            import_module("qcore.compat.bitsandbytes.optimizer_ops")  # and all other ops with it
         # The import system takes what it finds here afterwards.
         sys.modules[name] = import_module(self._source)
 

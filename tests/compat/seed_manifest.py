@@ -165,7 +165,7 @@ _SKILL = (
     Snippet(10, check=_NAMES_4BIT.format("model"), lines="0 66 79 229"),
     Snippet(
         11,
-        check="sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * 16 * 4 * 108",
+        check="sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * 16 * 2 * (144 + 96)",
         lines="0 77 106 153 170 214 242 355 375 418 453",
     ),
     Snippet(

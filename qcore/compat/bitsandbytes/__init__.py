@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcore import autograd, nn
+from qcore import nn
 from qcore.autograd import MatmulLtState, matmul_4bit
-from qcore.compat.bitsandbytes import cextension, functional
+from qcore.compat.bitsandbytes import autograd, cextension, functional, optim
 from qcore.compat.bitsandbytes import state_packing as utils
 from qcore.compat.metadata import stand_in_version
 from qcore.kernel_choice import matmul
@@ -25,6 +25,7 @@ __all__ = [
     "matmul",
     "matmul_4bit",
     "nn",
+    "optim",
     "supported_torch_devices",
     "utils",
 ]

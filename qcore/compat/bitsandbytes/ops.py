@@ -28,7 +28,7 @@ _TABLES = {"nf4": codebooks.NF4, "fp4": codebooks.FP4}
 Kernel = Callable[..., Any]
 
 
-def _define(name: str, schema: str, kernel: Kernel, fake: Kernel | None = None) -> None:
+def define(name: str, schema: str, kernel: Kernel, fake: Kernel | None = None) -> None:
     """``torch.ops.bitsandbytes.<name>`` on every device; shapes come from ``fake``, or from ``kernel`` on fakes."""
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -48,7 +48,7 @@ def _define_out(name: str, schema: str, kernel: Kernel, fake: Kernel | None = No
 
         return into
 
-    _define(f"{name}.out", schema, writes(kernel), writes(fake or kernel))
+    define(f"{name}.out", schema, writes(kernel), writes(fake or kernel))
 
 
 # LLM.int8()
@@ -183,34 +183,34 @@ _BLOCKWISE = "(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType d
 _FOURBIT = "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype"
 _GEMV = "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize"
 
-_define("int8_linear_matmul", "(Tensor A, Tensor B) -> Tensor", _int8_linear_matmul)
+define("int8_linear_matmul", "(Tensor A, Tensor B) -> Tensor", _int8_linear_matmul)
 _define_out("int8_linear_matmul", "(Tensor A, Tensor B, Tensor! out) -> ()", _int8_linear_matmul)
-_define("int8_mixed_scaled_mm", _MIXED, F.int8_mixed_scaled_mm, _mixed_scaled_mm_fake)
-_define("int8_scaled_mm", f"{_SCALED} -> Tensor", F.int8_scaled_mm)
-_define("int8_mm_dequant", _DEQUANT, _int8_mm_dequant)
-_define("int8_vectorwise_dequant", "(Tensor A, Tensor stats) -> Tensor", F.int8_vectorwise_dequant)
-_define(
+define("int8_mixed_scaled_mm", _MIXED, F.int8_mixed_scaled_mm, _mixed_scaled_mm_fake)
+define("int8_scaled_mm", f"{_SCALED} -> Tensor", F.int8_scaled_mm)
+define("int8_mm_dequant", _DEQUANT, _int8_mm_dequant)
+define("int8_vectorwise_dequant", "(Tensor A, Tensor stats) -> Tensor", F.int8_vectorwise_dequant)
+define(
     "int8_vectorwise_quant",
     "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     F.int8_vectorwise_quant,
     _vectorwise_quant_fake,
 )
-_define(
+define(
     "int8_double_quant",
     "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)",
     _double_quant,
     _double_quant_fake,
 )
-_define("quantize_blockwise", "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)", _quantize_blockwise)
-_define("dequantize_blockwise", f"{_BLOCKWISE}) -> Tensor", _dequantize_blockwise)
+define("quantize_blockwise", "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)", _quantize_blockwise)
+define("dequantize_blockwise", f"{_BLOCKWISE}) -> Tensor", _dequantize_blockwise)
 _define_out("dequantize_blockwise", f"{_BLOCKWISE}, Tensor! out) -> ()", _dequantize_blockwise)
-_define(
+define(
     "quantize_4bit",
     "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
     _quantize_4bit,
 )
-_define("dequantize_4bit", f"{_FOURBIT}) -> Tensor", _dequantize_4bit)
+define("dequantize_4bit", f"{_FOURBIT}) -> Tensor", _dequantize_4bit)
 _define_out("dequantize_4bit", f"{_FOURBIT}, Tensor! out) -> ()", _dequantize_4bit)
-_define("gemm_4bit", _GEMM_4BIT, _gemm_4bit)
-_define("gemv_4bit", f"{_GEMV}) -> Tensor", _gemv_4bit, _gemv_4bit_fake)
+define("gemm_4bit", _GEMM_4BIT, _gemm_4bit)
+define("gemv_4bit", f"{_GEMV}) -> Tensor", _gemv_4bit, _gemv_4bit_fake)
 _define_out("gemv_4bit", f"{_GEMV}, Tensor! out) -> ()", _gemv_4bit, _gemv_4bit_fake)
