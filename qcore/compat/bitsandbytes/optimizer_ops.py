@@ -1,6 +1,6 @@
-"""``torch.ops.bitsandbytes.optimizer_update_*``: a step on one parameter by :func:`~qcore.ops.optimizer.optimizer_step`.
+"""``torch.ops.bitsandbytes.optimizer_update_*``: one step on one parameter, by ``optimizer_step``.
 
-The schemas are bitsandbytes' (0.50.2). qcore works out the norms of the parameter and of its update itself (QC-OPT-008):
+The schemas are bitsandbytes' (0.50.2). qcore works out both norms itself (QC-OPT-008):
 ``param_norm`` is not needed, and ``unorm_vec``, bitsandbytes' scratch for the other, stays as it is.
 """
 

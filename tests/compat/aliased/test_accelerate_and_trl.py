@@ -10,16 +10,21 @@ import qcore
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_accelerate_loads_and_quantizes(checkpoint, bits):
+def test_accelerate_loads_and_quantizes(checkpoint, tmp_path, bits):
     from accelerate import init_empty_weights
     from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
 
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
+    # accelerate refuses "cpu" as a target of quantized layers; a torch.device it takes, from a torch file.
+    torch.save(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict(), tmp_path / "pytorch_model.bin")
     device_map = {"": 0 if torch.cuda.is_available() else torch.device("cpu")}
     model = load_and_quantize_model(
-        empty, BnbQuantizationConfig(**options), weights_location=checkpoint, device_map=device_map
+        empty,
+        BnbQuantizationConfig(**options),
+        weights_location=tmp_path / "pytorch_model.bin",
+        device_map=device_map,
     )
     kind = qcore.nn.Linear4bit if bits == 4 else qcore.nn.Linear8bitLt
     assert type(model.model.layers[0].mlp.up_proj) is kind

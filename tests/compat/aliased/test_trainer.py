@@ -1,0 +1,48 @@
+"""transformers' Trainer with bitsandbytes' optimizers by name."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import qcore
+
+ROW = {"input_ids": list(range(3, 11)), "attention_mask": [1] * 8, "labels": list(range(3, 11))}
+NAMES = {
+    "adamw_bnb_8bit": bnb.optim.AdamW,
+    "paged_adamw_8bit": bnb.optim.AdamW,
+    "lion_8bit": bnb.optim.Lion,
+    "rmsprop_bnb_8bit": bnb.optim.RMSprop,
+    "ademamix_8bit": bnb.optim.AdEMAMix,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_optimizer_by_name_trains_with_8bit_state(checkpoint, tmp_path, name):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, optim=name, learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no"
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=[ROW] * 8)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is NAMES[name]
+    assert isinstance(optimizer, getattr(qcore.optim, type(optimizer).__name__))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    state = optimizer.state[model.model.layers[0].mlp.up_proj.weight]
+    assert state["state1"].dtype == torch.uint8
+    # The Trainer keeps embeddings in 32 bits, which it asks for by the optimizer's name.
+    assert optimizer.state[model.model.embed_tokens.weight]["state1"].dtype == torch.float32
+
+
+def test_the_names_are_bitsandbytes():
+    from bitsandbytes.optim.adamw import AdamW8bit
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    assert "bitsandbytes" in str(AdamW8bit)
+    assert issubclass(AdamW8bit, qcore.optim.AdamW8bit)
+    assert issubclass(Optimizer8bit, torch.optim.Optimizer)
+    assert bnb.optim.GlobalOptimManager is qcore.optim.GlobalOptimManager
