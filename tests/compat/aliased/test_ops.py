@@ -1,4 +1,4 @@
-"""``torch.ops.bitsandbytes``: each op's kernel, fake and schema agree, and the numbers are those of qcore's functions."""
+"""``torch.ops.bitsandbytes``: kernel, fake and schema of each op agree; the numbers are those of qcore's functions."""
 
 from __future__ import annotations
 
