@@ -168,7 +168,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         missing = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, _QUANTIZED) and not module.weight.is_coded
+            if isinstance(module, _QUANTIZED) and not getattr(module.weight, "is_coded", False)
         ]
         if missing:
             raise FormatError(f"{len(missing)} layers have no quantized weight in the checkpoint: {missing[:4]}")
