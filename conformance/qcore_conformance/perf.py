@@ -19,7 +19,7 @@ import click
 import torch
 
 from qcore import codebooks
-from qcore.backend import OPS, Backend, Weight4bit, get_backend
+from qcore.backend import OPS, Backend, Weight4bit, Weight8bit, get_backend
 from qcore.errors import QcoreError, Unsupported
 from qcore_conformance.report.json_file import write_text
 
@@ -208,6 +208,15 @@ def workloads(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
             f"M={m}",
             lambda x=x8, r=row_stats, y=y: b.int8_scaled_gemm(x, w8, r, ones, None, out=y),
             [x8, w8],
+            [y],
+            2 * m * n,
+        )
+        x = a[:m]
+        add(
+            "int8_linear",
+            f"M={m}, threshold 6",
+            lambda x=x, y=y: b.int8_linear(x, Weight8bit(w8, ones), 6.0, None, out=y, outliers=columns),
+            [x, w8],
             [y],
             2 * m * n,
         )

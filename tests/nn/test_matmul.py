@@ -243,7 +243,7 @@ def test_4bit_bad_arguments_are_named():
     with pytest.raises(InvalidArgument, match="quant_state is None"):
         matmul_4bit(torch.randn(3, 72), packed, None)
     with pytest.raises(InvalidArgument, match=r"weight of shape \(24, 72\)"):
-        matmul_4bit(torch.randn(3, 24), packed, state)
+        matmul_4bit(torch.randn(3, 25), packed, state)
     with pytest.raises(InvalidArgument, match="out"):
         matmul_4bit(torch.randn(3, 72), packed, state, out=torch.empty(3, 72))
     out = torch.empty(3, 24)
