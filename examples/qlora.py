@@ -70,7 +70,9 @@ def train(model: Any, windows: torch.Tensor, options: argparse.Namespace, name: 
     """Train the adapters; returns losses and times."""
     trainable = [each for each in model.parameters() if each.requires_grad]
     optimizer = qcore.optim.PagedAdamW8bit(trainable, lr=options.rate, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, total_steps=options.steps, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.rate, total_steps=options.steps, pct_start=0.1, cycle_momentum=False
+    )
     before = held_out_loss(model, windows[:HELD_OUT])
     losses, seconds = [], []
     for step, ids in enumerate(batches(windows[HELD_OUT:], options.batch, options.steps)):
