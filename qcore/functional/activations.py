@@ -41,7 +41,9 @@ def quantize_activation(t: Tensor, quant_type: str = "int8") -> tuple[Tensor, Te
     """
     _check_type("quantize_activation", quant_type)
     _, absmax, _ = int8.int8_quantize_rows(t.detach(), 0.0)
-    return absmax, torch.where(absmax > 0.0, 127.0 / absmax, 0.0)
+    # One division: torch turns `127.0 / absmax` into a reciprocal and a product.
+    scale = torch.div(torch.full_like(absmax, 127.0), absmax)
+    return absmax, torch.where(absmax > 0.0, scale, 0.0)
 
 
 def fake_quantize_tensor(t: Tensor, absmax: Tensor, scale: Tensor, quant_type: str = "int8") -> Tensor:
