@@ -79,8 +79,13 @@ def install_for_environment() -> None:
 
     Where bitsandbytes itself is installed as well, importing either fails with a text that says which to remove.
     """
-    if not any(isinstance(finder, StandIn) for finder in sys.meta_path):
+    if not stands_in():
         _take_name(yields=True)
+
+
+def stands_in() -> bool:
+    """Whether ``import bitsandbytes`` means qcore in this process."""
+    return any(isinstance(finder, StandIn) for finder in sys.meta_path)
 
 
 def _take_name(*, yields: bool) -> None:

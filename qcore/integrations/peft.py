@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import integrations
 from torch import Tensor
 
+from qcore.compat.alias import stands_in
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.integrations.layers import dequantized
 from qcore.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
@@ -123,7 +124,9 @@ def register() -> None:
         return
 
     def create(lora_config: Any, adapter_name: str, target: Any, **options: Any) -> Any:
-        chosen = _dispatch(target, adapter_name, lora_config, **options) if not lora_config._custom_modules else None
+        # Programs for bitsandbytes look for PEFT's own classes.
+        theirs_alone = lora_config._custom_modules or stands_in()
+        chosen = None if theirs_alone else _dispatch(target, adapter_name, lora_config, **options)
         return theirs(lora_config, adapter_name, target, **options) if chosen is None else chosen
 
     def dequantize_weight(weight: Any, state: Any = None) -> Tensor:

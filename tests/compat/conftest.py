@@ -7,4 +7,4 @@ from __future__ import annotations
 
 import os
 
-collect_ignore_glob = [] if os.environ.get("QCORE_ALIASED") == "1" else ["aliased/*"]
+collect_ignore_glob = [] if os.environ.get("QCORE_ALIASED") == "1" else ["aliased", "aliased/*"]

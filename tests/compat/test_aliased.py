@@ -22,4 +22,4 @@ def test_programs_for_bitsandbytes_run_on_qcore(tmp_path: Path) -> None:
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     ran = int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
-    assert ran >= 30, f"only {ran} programs ran:\n{run.stdout}"
+    assert ran >= 25, f"only {ran} programs ran:\n{run.stdout}"

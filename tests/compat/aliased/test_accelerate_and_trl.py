@@ -23,7 +23,7 @@ def test_accelerate_loads_and_quantizes(checkpoint, tmp_path, bits):
     model = load_and_quantize_model(
         empty,
         BnbQuantizationConfig(**options),
-        weights_location=tmp_path / "pytorch_model.bin",
+        weights_location=str(tmp_path / "pytorch_model.bin"),
         device_map=device_map,
     )
     kind = qcore.nn.Linear4bit if bits == 4 else qcore.nn.Linear8bitLt
