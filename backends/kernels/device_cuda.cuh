@@ -41,7 +41,7 @@ QC_DEVICE void atomic_max(int32_t *address, int32_t value) { atomicMax(address, 
 
 QC_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 QC_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
-QC_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+QC_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 QC_DEVICE float round_to_even(float x) { return rintf(x); }
 QC_DEVICE float magnitude(float x) { return fabsf(x); }
 

@@ -104,6 +104,30 @@ QC_DEVICE Eight decode_eight(const Weight4 &w, int64_t first, int64_t count, boo
     return out;
 }
 
+// Adds up sum[i] over the lanes of a wave, for every i; sum[0] becomes the total of the i that it returns. In each of the
+// first rounds a lane keeps half of its sums and gives its neighbour the other half: M - 1 exchanges and log2(W / M), not
+// M log2(W).
+template <int W, int M>
+QC_DEVICE int add_lanes(float (&sum)[M]) {
+    const int lane = thread_index() % W;
+    int mine = 0;
+#pragma unroll
+    for (int half = M / 2, mask = 1; half > 0; half /= 2, mask *= 2) {
+        const bool upper = (lane & mask) != 0;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const float given = upper ? sum[i] : sum[i + half], kept = upper ? sum[i + half] : sum[i];
+            sum[i] = kept + wave_xor<W>(given, mask);
+        }
+        mine += upper ? half : 0;
+    }
+#pragma unroll
+    for (int mask = M; mask < W; mask *= 2) {
+        sum[0] += wave_xor<W>(sum[0], mask);
+    }
+    return mine;
+}
+
 template <class T, int W, int M>
 QC_KERNEL(kPlainThreads)
 plain_kernel(Weight4 w, Activations<T> x, Output<T> output, bool words) {
@@ -129,18 +153,13 @@ plain_kernel(Weight4 w, Activations<T> x, Output<T> output, bool words) {
                 const Eight values = load_eight<T>(x.x + (first + j) * x.k + at, here, x.aligned);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    sum[j] = fused_multiply_add(weights.value[i], values.value[i], sum[j]);
+                    sum[j] = multiply_add(weights.value[i], values.value[i], sum[j]);
                 }
             }
         }
-#pragma unroll
-        for (int j = 0; j < M; ++j) {
-            for (int mask = W / 2; mask > 0; mask /= 2) {
-                sum[j] += wave_xor<W>(sum[j], mask);
-            }
-            if (lane == 0 && first + j < x.m) {
-                output(first + j, row, sum[j]);
-            }
+        const int mine = add_lanes<W>(sum);
+        if (lane < M && first + mine < x.m) {
+            output(first + mine, row, sum[0]);
         }
     }
 }

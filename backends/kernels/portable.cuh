@@ -11,9 +11,10 @@
 //   atomic_max(address, value)
 //   load16, load16_once, load8_once, load4_once, store16, store8, store4
 //                                 one memory operation at an aligned address; "once" is not worth a place in a cache
-//   magnitude, round_to_even, fused_multiply_add, bits_to_float, float_to_bits
+//   magnitude, round_to_even, multiply_add, bits_to_float, float_to_bits
 //
-// Everything else is C++. Contraction is off: a product and a sum are fused only by fused_multiply_add (QC-NUM-001). A
+// Everything else is C++. Contraction is off: a product and a sum are fused only by multiply_add, where
+// a clause leaves that open (QC-NUM-001). A
 // division is IEEE's. `kWave` is the wave size that the host launches for. No lane mask: an operation of a wave is one of
 // all its lanes, which holds on every vendor's hardware and lets the emulation find a lane that is missing.
 //

@@ -82,7 +82,7 @@ QC_DEVICE uint32_t float_to_bits(float value) {
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
 }
-QC_DEVICE float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+QC_DEVICE float multiply_add(float a, float b, float c) { return a * b + c; }
 QC_DEVICE float round_to_even(float x) { return std::nearbyint(x); }
 QC_DEVICE float magnitude(float x) { return std::fabs(x); }
 

@@ -165,6 +165,28 @@ class Worker {
 
 thread_local Worker *worker = nullptr;
 
+// Workers between launches: their stacks are worth keeping.
+class Pool {
+   public:
+    std::unique_ptr<Worker> take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (idle_.empty()) {
+            return std::make_unique<Worker>();
+        }
+        std::unique_ptr<Worker> last = std::move(idle_.back());
+        idle_.pop_back();
+        return last;
+    }
+    void put(std::unique_ptr<Worker> idle) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        idle_.push_back(std::move(idle));
+    }
+
+   private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Worker>> idle_;
+};
+
 void thread_main() {
     for (;;) {
         worker->body(worker->context);
@@ -322,11 +344,9 @@ std::string run(const Shape &shape, void (*body)(const void *), const void *cont
     const int64_t blocks = shape.blocks_x * shape.blocks_y;
     std::atomic<int64_t> next{0};
     std::mutex mutex;
+    static Pool pool;
     const auto work = [&] {
-        thread_local std::unique_ptr<Worker> own;
-        if (own == nullptr) {
-            own = std::make_unique<Worker>();
-        }
+        std::unique_ptr<Worker> own = pool.take();
         worker = own.get();
         for (int64_t i; (i = next.fetch_add(1)) < blocks;) {
             if (!own->run_block(shape, body, context, nth_block(schedule, i, blocks), schedule)) {
@@ -335,6 +355,8 @@ std::string run(const Shape &shape, void (*body)(const void *), const void *cont
                 next = blocks;
             }
         }
+        worker = nullptr;
+        pool.put(std::move(own));
     };
     // Starting a thread costs what some ten thousand GPU threads cost.
     constexpr int64_t kThreadsWorthAWorker = 1 << 15;
