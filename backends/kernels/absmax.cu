@@ -2,8 +2,8 @@
 //
 // Memory picture. 4 bytes in and 1 out for each block of the weight, 1/64 of the weight's own traffic at blocksize 64.
 // The mean needs a pass of its own, in the one order that the clause allows: 256 threads of one block, each the lane of
-// that number, read whole cache lines and keep eight loads in flight. That pass runs at the speed of one multiprocessor:
-// it happens once in the life of a weight, and the weight itself is read 16 times as long.
+// that number, read whole cache lines and keep eight loads in flight. That pass runs at the speed of one
+// multiprocessor: it happens once in the life of a weight, and the weight itself is read 16 times as long.
 #include "blockwise.cuh"
 #include "host/arguments.h"
 #include "host/ops.h"
@@ -71,14 +71,14 @@ qc_status quantize_absmax(int32_t device, uintptr_t stream, uintptr_t absmax, ui
             return arguments.status();
         }
         Queue queue(kOp, device, stream);
-        const qc_status status = queue.launch(mean_kernel, {1}, kLanes, pointer<const float>(absmax), n,
-                                              pointer<float>(offset));
+        const qc_status status =
+            queue.launch(mean_kernel, {1}, kLanes, pointer<const float>(absmax), n, pointer<float>(offset));
         if (status != QC_OK || n == 0) {
             return status;
         }
         const Centered source = {pointer<const float>(absmax), pointer<const float>(offset), aligned(absmax, 16)};
-        return queue.launch(quantize_blockwise_kernel<Centered, kWave>, {queue.resident_blocks(n, kTile)},
-                            kTileThreads, source, pointer<const float>(code), n, static_cast<int>(blocksize),
+        return queue.launch(quantize_blockwise_kernel<Centered, kWave>, {queue.resident_blocks(n, kTile)}, kTileThreads,
+                            source, pointer<const float>(code), n, static_cast<int>(blocksize),
                             pointer<float>(nested_absmax), pointer<uint8_t>(out), aligned(out, 8));
     });
 }

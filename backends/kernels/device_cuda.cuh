@@ -12,8 +12,9 @@
 #define QC_DEVICE __device__ __forceinline__
 #define QC_CONSTANT static __device__ constexpr
 #define QC_KERNEL(threads) __global__ void __launch_bounds__(threads)
-#define QC_SHARED(Type, name)                                                                                    \
-    static_assert(std::is_trivial<Type>::value && sizeof(Type) <= 48 << 10, "shared memory: a plain struct of 48 KiB"); \
+#define QC_SHARED(Type, name)                                               \
+    static_assert(std::is_trivial<Type>::value && sizeof(Type) <= 48 << 10, \
+                  "shared memory: a plain struct of at most 48 KiB");       \
     __shared__ Type name
 
 namespace qcore::gpu {

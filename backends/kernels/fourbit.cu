@@ -1,9 +1,9 @@
 // NF4 and FP4 (docs/spec/20-4bit.md).
 //
 // Memory picture. quantize: each element read once (2 or 4 bytes), half a byte written, one float a block; the floor is
-// (size + 0.5 + 4 / blocksize) bytes an element at copy bandwidth. Tiles and teams as in blockwise.cuh; a thread's eight
-// codes are one word. dequantize: the same bytes the other way; absmax, nested or not, is decoded on the way: one value
-// for eight elements, found in L1 by the neighbours of its block.
+// (size + 0.5 + 4 / blocksize) bytes an element at copy bandwidth. Tiles and teams as in blockwise.cuh; a thread's
+// eight codes are one word. dequantize: the same bytes the other way; absmax, nested or not, is decoded on the way: one
+// value for eight elements, found in L1 by the neighbours of its block.
 #include "blockwise.cuh"
 #include "host/arguments.h"
 #include "host/ops.h"
@@ -78,7 +78,8 @@ quantize_4bit_kernel(Plain<T> source, int64_t n, int blocksize, float *absmax, u
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const float y = scaled(x.value[i], r, largest);
-            word |= static_cast<uint32_t>(nearest_code<Format>(y, shared.thresholds)) << (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
+            word |= static_cast<uint32_t>(nearest_code<Format>(y, shared.thresholds))
+                    << (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
         }
         uint8_t *bytes = out + first / 2;
         if (out_aligned && count >= 8) {
@@ -121,7 +122,8 @@ dequantize_4bit_kernel(Weight4 w, T *out, bool w_aligned, bool out_aligned) {
         Eight values;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            values.value[i] = shared.table.at(static_cast<int>(word >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0)) & 15)) * scale;
+            values.value[i] =
+                shared.table.at(static_cast<int>(word >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0)) & 15)) * scale;
         }
         store_eight<T>(out + first, values, count, out_aligned);
     }
@@ -142,8 +144,8 @@ qc_status quantize_4bit(int32_t device, uintptr_t stream, int32_t dtype, int32_t
         Queue queue(kOp, device, stream);
         return with_dtype(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            const auto kernel = format == QC_NF4 ? quantize_4bit_kernel<T, QC_NF4, kWave>
-                                                 : quantize_4bit_kernel<T, QC_FP4, kWave>;
+            const auto kernel =
+                format == QC_NF4 ? quantize_4bit_kernel<T, QC_NF4, kWave> : quantize_4bit_kernel<T, QC_FP4, kWave>;
             const Plain<T> source = {pointer<const T>(a), aligned(a, 16)};
             return queue.launch(kernel, {queue.resident_blocks(n, kTile)}, kTileThreads, source, n,
                                 static_cast<int>(blocksize), pointer<float>(absmax), pointer<uint8_t>(out),
@@ -166,9 +168,8 @@ qc_status dequantize_4bit(int32_t device, uintptr_t stream, int32_t dtype, const
         Queue queue(kOp, device, stream);
         return with_dtype(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            return queue.launch(dequantize_4bit_kernel<T>, {queue.resident_blocks(w->numel, kTile)},
-                                kTileThreads, weight_view(*w), pointer<T>(out), aligned(w->packed, 4),
-                                aligned(out, 16));
+            return queue.launch(dequantize_4bit_kernel<T>, {queue.resident_blocks(w->numel, kTile)}, kTileThreads,
+                                weight_view(*w), pointer<T>(out), aligned(w->packed, 4), aligned(out, 16));
         });
     });
 }

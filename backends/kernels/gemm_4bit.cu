@@ -1,8 +1,10 @@
 // W4A16 product (docs/spec/40-gemm-4bit.md). Two kernels, chosen by dtype and shape alone, never by alignment:
 //
 //   matrix units   16-bit dtypes, K a multiple of 32: product.cuh has the memory picture. A weight is decoded in
-//                  registers: one lookup, one product, half a conversion, then it is an operand of up to eight products.
-//   plain          float32, any other K, units without the dtype: a wave a row of W, eight codes a lane at a time, up to
+//                  registers: one lookup, one product, half a conversion, then it is an operand of up to eight
+//                  products.
+//   plain          float32, any other K, units without the dtype: a wave a row of W, eight codes a lane at a time, up
+//   to
 //                  eight rows of X at once. Reads the same bytes of W; X comes from L1.
 //
 // Floor for both: N * K / 2 bytes of codes and 4 (1 with nested absmax) a block, at read bandwidth.
@@ -104,9 +106,9 @@ QC_DEVICE Eight decode_eight(const Weight4 &w, int64_t first, int64_t count, boo
     return out;
 }
 
-// Adds up sum[i] over the lanes of a wave, for every i; sum[0] becomes the total of the i that it returns. In each of the
-// first rounds a lane keeps half of its sums and gives its neighbour the other half: M - 1 exchanges and log2(W / M), not
-// M log2(W).
+// Adds up sum[i] over the lanes of a wave, for every i; sum[0] becomes the total of the i that it returns. In each of
+// the first rounds a lane keeps half of its sums and gives its neighbour the other half: M - 1 exchanges and log2(W /
+// M), not M log2(W).
 template <int W, int M>
 QC_DEVICE int add_lanes(float (&sum)[M]) {
     const int lane = thread_index() % W;
@@ -175,12 +177,12 @@ struct Problem {
     template <int C, int KW>
     qc_status matrix() {
         constexpr int kColumns = C * MatrixLayout<kWave>::kColumns, kRows = kProductWaves / KW * kRowsOfTile;
-        const Grid grid = {ceil_div(output.n, kRows), std::min<int64_t>(ceil_div(x.m, kColumns), 65535)};
+        const Grid grid = {ceil_div(output.n, kRows), Queue::tile_blocks(ceil_div(x.m, kColumns))};
         return queue.launch(matrix_kernel<T, kWave, C, KW>, grid, kProductWaves * kWave, w, x, output, w_aligned);
     }
     template <int M>
     qc_status plain() {
-        const Grid grid = {ceil_div(output.n, kPlainThreads / kWave), std::min<int64_t>(ceil_div(x.m, M), 65535)};
+        const Grid grid = {ceil_div(output.n, kPlainThreads / kWave), Queue::tile_blocks(ceil_div(x.m, M))};
         return queue.launch(plain_kernel<T, kWave, M>, grid, kPlainThreads, w, x, output, w_aligned && x.k % 8 == 0);
     }
 };

@@ -64,7 +64,7 @@ int8_kernel(Int8Rows rows, Activations<int8_t> a, Finish finish) {
 template <class Finish, int C, int KW>
 qc_status launch(Queue &queue, const Int8Rows &rows, const Activations<int8_t> &a, const Finish &finish) {
     constexpr int kColumns = C * MatrixLayout<kWave>::kColumns, kRows = kProductWaves / KW * kRowsOfTile;
-    const Grid grid = {ceil_div(rows.n, kRows), std::min<int64_t>(ceil_div(a.m, kColumns), 65535)};
+    const Grid grid = {ceil_div(rows.n, kRows), Queue::tile_blocks(ceil_div(a.m, kColumns))};
     return queue.launch(int8_kernel<Finish, kWave, C, KW>, grid, kProductWaves * kWave, rows, a, finish);
 }
 

@@ -5,8 +5,8 @@
 // threads, a wave or the whole block of 256, takes a row. With a threshold the outlier columns are only known after the
 // last row: a last kernel reads K flags and writes zeros down the few columns that have one. Columns: the statistics
 // need all rows before the first code, so the input is read twice from memory: (2 * size + 1) bytes an element. A block
-// reads 256 columns at a time, whole cache lines of a row, and adds its maxima to the others' by an atomic maximum, whose
-// result does not depend on the order.
+// reads 256 columns at a time, whole cache lines of a row, and adds its maxima to the others' by an atomic maximum,
+// whose result does not depend on the order.
 #include "host/arguments.h"
 #include "host/ops.h"
 #include "host/queue.h"
@@ -16,8 +16,9 @@ namespace qcore::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowOfWave = 2048;                              // elements of a row that a wave takes, not a block
-constexpr int kColumnsOfBlock = 256;                          // 32 threads across, eight columns each
+constexpr int kClearedAtOnce = 64;                              // rows of an outlier column
+constexpr int kRowOfWave = 2048;                                // elements of a row that a wave takes, not a block
+constexpr int kColumnsOfBlock = 256;                            // 32 threads across, eight columns each
 constexpr int kRowsOfBlock = kThreads / (kColumnsOfBlock / 8);  // the other threads share out the rows
 
 // QC-INT8-001.
@@ -157,8 +158,8 @@ column_codes_kernel(const T *a, int64_t m, int64_t k, float threshold, const flo
         int codes[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            codes[i] = is_outlier(values.value[i], threshold) ? 0
-                                                              : code_of(values.value[i], s.value[i], statistic.value[i]);
+            codes[i] =
+                is_outlier(values.value[i], threshold) ? 0 : code_of(values.value[i], s.value[i], statistic.value[i]);
         }
         store_eight_bytes(reinterpret_cast<uint8_t *>(out) + row * k + column, pack_bytes(codes), k - column,
                           out_aligned);
@@ -201,8 +202,8 @@ qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, ui
         if (status != QC_OK || threshold == 0.0f || k == 0) {
             return status;
         }
-        return queue.launch(clear_columns_kernel, {ceil_div(k, kThreads), std::min<int64_t>(m, 64)}, kThreads,
-                            pointer<const uint8_t>(outlier_cols), m, k, pointer<int8_t>(out));
+        return queue.launch(clear_columns_kernel, {ceil_div(k, kThreads), std::min<int64_t>(m, kClearedAtOnce)},
+                            kThreads, pointer<const uint8_t>(outlier_cols), m, k, pointer<int8_t>(out));
     });
 }
 

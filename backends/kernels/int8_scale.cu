@@ -28,9 +28,9 @@ dequantize_gemm_kernel(const int32_t *c, int64_t m, int64_t n, const float *row_
         Eight values;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            values.value[j] = j < count ? scaled_sum<T>(c[row * n + column + j], row_stat, col_stats[column + j], bias,
-                                                        column + j)
-                                        : 0.0f;
+            values.value[j] =
+                j < count ? scaled_sum<T>(c[row * n + column + j], row_stat, col_stats[column + j], bias, column + j)
+                          : 0.0f;
         }
         store_eight<T>(out + row * n + column, values, count, out_aligned);
     }

@@ -3,10 +3,10 @@
 //   MatrixUnit<T, W>::multiply_add(c, a, b)      c += A B^T over 32 bytes of depth: 16 of a 16-bit type, 32 of int8
 //
 // What a lane holds is the same for every unit: `Slice` is 8 neighbouring bytes along the depth of one row of A or one
-// column of B; the four lanes of a row hold its four slices, and which slice is whose is `group(lane)`. Since a sum does
-// not care in which order its terms stand, a kernel may give each lane slices of its own stretch of memory, as long as A
-// and B agree: so operands come from memory by 16-byte loads, straight into registers, without a way through shared
-// memory.
+// column of B; the four lanes of a row hold its four slices, and which slice is whose is `group(lane)`. Since a sum
+// does not care in which order its terms stand, a kernel may give each lane slices of its own stretch of memory, as
+// long as A and B agree: so operands come from memory by 16-byte loads, straight into registers, without a way through
+// shared memory.
 //
 //   wave  columns  rows a lane  row(lane, r)      column(lane)  group(lane)  unit
 //   32    8        2            lane/4 + 8 r      lane/4        lane%4       mma.sync m16n8k16, m16n8k32 (m16n8k8 and

@@ -1,7 +1,8 @@
 // The matrix units of matrix.cuh on NVIDIA: mma.sync, by the capability that a kernel is compiled for.
 //
 //   sm_80 and newer   m16n8k16 for float16 and bfloat16, m16n8k32 for int8
-//   sm_75             float16 as two m16n8k8, int8 as four m8n8k16; bfloat16 has no unit, and has_matrix_unit() says so:
+//   sm_75             float16 as two m16n8k8, int8 as four m8n8k16; bfloat16 has no unit, and has_matrix_unit() says
+//   so:
 //                     the host never launches it there
 #ifndef QCORE_KERNELS_MATRIX_CUDA_CUH
 #define QCORE_KERNELS_MATRIX_CUDA_CUH

@@ -15,8 +15,8 @@
 //
 // Everything else is C++. Contraction is off: a product and a sum are fused only by multiply_add, where
 // a clause leaves that open (QC-NUM-001). A
-// division is IEEE's. `kWave` is the wave size that the host launches for. No lane mask: an operation of a wave is one of
-// all its lanes, which holds on every vendor's hardware and lets the emulation find a lane that is missing.
+// division is IEEE's. `kWave` is the wave size that the host launches for. No lane mask: an operation of a wave is one
+// of all its lanes, which holds on every vendor's hardware and lets the emulation find a lane that is missing.
 //
 // Launch with Queue::launch (host/queue.h). A kernel never assumes how many blocks run at once.
 #ifndef QCORE_KERNELS_PORTABLE_CUH

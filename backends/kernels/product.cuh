@@ -3,8 +3,8 @@
 // Memory picture. W is the A operand: 16 of its rows a wave, from memory by 16-byte loads, once for up to 64 rows of X.
 // Four lanes share a row; each takes a stretch of its own, next to the others', so that a wave reads 64 neighbouring
 // bytes of each row and all of them end in registers (matrix.cuh says why a permuted depth is allowed). X is the B
-// operand and small: its 16-byte loads come from L1 and L2. Nothing passes through shared memory but the sums at the end.
-// Up to 8 rows of X cost what one costs.
+// operand and small: its 16-byte loads come from L1 and L2. Nothing passes through shared memory but the sums at the
+// end. Up to 8 rows of X cost what one costs.
 //
 // A block has eight waves. With few rows of X they share out the depth of the same 16 rows of W (KW of them), so that
 // enough loads are in flight when N is small; with many, they take different rows of W and share X in L1. Sums of the

@@ -36,9 +36,7 @@ struct Weight4 {
     QC_DEVICE int code(int64_t i) const { return packed[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15; }
 };
 
-QC_DEVICE float table_value(int format, int code) {
-    return format == QC_NF4 ? QC_NF4_TABLE[code] : QC_FP4_TABLE[code];
-}
+QC_DEVICE float table_value(int format, int code) { return format == QC_NF4 ? QC_NF4_TABLE[code] : QC_FP4_TABLE[code]; }
 
 // The sixteen values in shared memory: each in a bank of its own, so any lookup of a wave takes one cycle.
 struct Table16 {

@@ -25,7 +25,9 @@ struct Device {
     std::string refusal;  // why this build does not run there, or ""
 };
 
-std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+std::string version_text(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
 
 struct Machine {
     qc_status status = QC_OK;
@@ -34,7 +36,7 @@ struct Machine {
     std::vector<Device> devices;
 };
 
-// A kernel of the build; what the runtime says of it on a device is whether the build holds code for that device.
+// Whether the build holds code for a device.
 bool runs_here(int device);
 
 std::string refusal_of(const cudaDeviceProp &properties) {
@@ -147,6 +149,14 @@ qc_status check_device(const char *op, int32_t device) {
     if (!described.refusal.empty()) {
         return fail(QC_NO_DEVICE, "%s: device: %s", op, described.refusal.c_str());
     }
+    return QC_OK;
+}
+
+qc_status check_current_device(const char *op, int32_t device) {
+    const qc_status status = check_device(op, device);
+    if (status != QC_OK) {
+        return status;
+    }
     int current = -1;
     const cudaError_t error = cudaGetDevice(&current);
     if (error != cudaSuccess) {
@@ -167,7 +177,10 @@ std::string device_fields(int32_t device) {
            version_text(found.runtime) + ", built for " QC_CUDA_ARCHITECTURES "\", \"torch_device\": \"cuda\"";
 }
 
-int processors(int32_t device) { return machine().devices[static_cast<size_t>(device)].processors; }
+int blocks_at_once(int32_t device) {
+    constexpr int kBlocksOfProcessor = 8;  // of 256 threads: 2048 are what one holds
+    return kBlocksOfProcessor * machine().devices[static_cast<size_t>(device)].processors;
+}
 
 bool has_matrix_unit(int32_t device, int32_t dtype) {
     const int capability = machine().devices[static_cast<size_t>(device)].capability;

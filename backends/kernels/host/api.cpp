@@ -31,7 +31,8 @@ qc_status describe(int32_t device, const char **json) {
         const std::lock_guard<std::mutex> lock(mutex);
         std::string &text = texts[device];
         if (text.empty()) {
-            text = "{" + device_fields(device) + ", \"declarations\": {\"gemm_4bit\": " + gemm_4bit_declaration() + "}}";
+            text =
+                "{" + device_fields(device) + ", \"declarations\": {\"gemm_4bit\": " + gemm_4bit_declaration() + "}}";
         }
         *json = text.c_str();
         return QC_OK;
@@ -40,7 +41,7 @@ qc_status describe(int32_t device, const char **json) {
 
 // No op needs scratch.
 qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
-    Arguments arguments("workspace", device);
+    Arguments arguments("workspace", device, Arguments::Starts::nothing);
     arguments.count("m", m).count("n", n).count("k", k);
     if (!arguments.ok()) {
         return arguments.status();
@@ -56,26 +57,10 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, i
 }
 
 const qc_api kApi = {
-    sizeof(qc_api),
-    QC_ABI_MAJOR,
-    QC_ABI_MINOR,
-    kBackendName,
-    last_error,
-    device_count,
-    describe,
-    workspace,
-    quantize_blockwise,
-    dequantize_blockwise,
-    quantize_4bit,
-    dequantize_4bit,
-    quantize_absmax,
-    dequantize_absmax,
-    gemm_4bit,
-    int8_quantize_rows,
-    int8_quantize_cols,
-    int8_gemm,
-    int8_dequantize_gemm,
-    int8_scaled_gemm,
+    sizeof(qc_api),       QC_ABI_MAJOR,       QC_ABI_MINOR,    kBackendName,         last_error,
+    device_count,         describe,           workspace,       quantize_blockwise,   dequantize_blockwise,
+    quantize_4bit,        dequantize_4bit,    quantize_absmax, dequantize_absmax,    gemm_4bit,
+    int8_quantize_rows,   int8_quantize_cols, int8_gemm,       int8_dequantize_gemm, int8_scaled_gemm,
     int8_dequantize_rows,
 };
 

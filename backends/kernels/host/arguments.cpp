@@ -41,7 +41,8 @@ int64_t dtype_size(int32_t dtype) {
     }
 }
 
-Arguments::Arguments(const char *op, int32_t device) : op_(op), status_(check_device(op, device)) {}
+Arguments::Arguments(const char *op, int32_t device, Starts starts)
+    : op_(op), status_(starts == Starts::kernels ? check_current_device(op, device) : check_device(op, device)) {}
 
 Arguments &Arguments::dtype(const char *name, int32_t value) {
     if (ok() && dtype_size(value) == 0) {
@@ -68,8 +69,8 @@ Arguments &Arguments::count(const char *name, int64_t value) {
 
 Arguments &Arguments::at_most(const char *name, int64_t value, int64_t limit) {
     if (ok() && value > limit) {
-        status_ = fail(QC_INVALID_ARGUMENT, "%s: %s: expected at most %lld, got %lld", op_, name, wide(limit),
-                       wide(value));
+        status_ =
+            fail(QC_INVALID_ARGUMENT, "%s: %s: expected at most %lld, got %lld", op_, name, wide(limit), wide(value));
     }
     return *this;
 }
@@ -92,8 +93,8 @@ Arguments &Arguments::blocksize(const char *name, int64_t value) {
 
 Arguments &Arguments::array(const char *name, uintptr_t address, int64_t count, int64_t size) {
     if (ok() && count > 0 && address == 0) {
-        status_ = fail(QC_INVALID_ARGUMENT, "%s: %s: expected the address of %lld elements, got 0", op_, name,
-                       wide(count));
+        status_ =
+            fail(QC_INVALID_ARGUMENT, "%s: %s: expected the address of %lld elements, got 0", op_, name, wide(count));
     }
     return optional_array(name, address, count, size);
 }

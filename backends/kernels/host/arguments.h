@@ -24,8 +24,9 @@ int64_t dtype_size(int32_t dtype);
 // rely on the ones before it. Messages read "<op>: <argument>: expected ..., got ...".
 class Arguments {
    public:
-    // Also refuses a device that is not there or is not the calling thread's current one.
-    Arguments(const char *op, int32_t device);
+    // Also refuses a device that is not there or, for an op that starts kernels, not the calling thread's current one.
+    enum class Starts { kernels, nothing };
+    Arguments(const char *op, int32_t device, Starts starts = Starts::kernels);
 
     Arguments &dtype(const char *name, int32_t value);
     Arguments &format(int32_t value);

@@ -21,15 +21,18 @@ extern const char *const kBackendName;
 // The table's device_count.
 qc_status device_count(int32_t *count);
 
-// QC_OK if `device` can be used by the calling thread now: it is there, the library was built for it, it is current.
+// QC_OK if the device is there and the library was built for it.
 qc_status check_device(const char *op, int32_t device);
+
+// QC_OK if it is also the calling thread's current one: kernels can be started there.
+qc_status check_current_device(const char *op, int32_t device);
 
 // The parts of describe() that differ: {"name": ..., "arch": ..., "driver": ..., "runtime": ..., "torch_device": ...},
 // without the braces. Called with a device that is there.
 std::string device_fields(int32_t device);
 
-// Multiprocessors (compute units) of a device that is there: for as many blocks as run at once.
-int processors(int32_t device);
+// How many blocks keep a device busy, for kernels that take tile after tile.
+int blocks_at_once(int32_t device);
 
 // Whether the matrix units of a device take this dtype: which of two kernels a product runs (gemm_4bit.cu).
 bool has_matrix_unit(int32_t device, int32_t dtype);

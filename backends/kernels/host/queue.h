@@ -23,7 +23,8 @@ class Queue {
    public:
     Queue(const char *op, int32_t device, uintptr_t stream) : op_(op), device_(device), stream_(stream) {}
 
-    // Starts kernel<<<grid, threads>>>(arguments...). The arguments have been checked; a refusal comes from the runtime.
+    // Starts kernel<<<grid, threads>>>(arguments...). The arguments have been checked; a refusal comes from the
+    // runtime.
     template <class... Parameters, class... Arguments>
     qc_status launch(void (*kernel)(Parameters...), Grid grid, int threads, const Arguments &...arguments) {
         if (grid.x > kMaxBlocks) {
@@ -31,13 +32,11 @@ class Queue {
                         static_cast<long long>(grid.x));
         }
 #if defined(QC_TARGET_SIMT)
-        const std::string error =
-            launch_simt(kernel, grid.x, grid.y, threads, static_cast<int>(stream_), arguments...);
+        const std::string error = launch_simt(kernel, grid.x, grid.y, threads, static_cast<int>(stream_), arguments...);
         return error.empty() ? QC_OK : fail(QC_DEVICE_ERROR, "%s: %s", op_, error.c_str());
 #else
         const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-        kernel<<<blocks, static_cast<unsigned>(threads), 0, runtime_stream()>>>(
-            static_cast<Parameters>(arguments)...);
+        kernel<<<blocks, static_cast<unsigned>(threads), 0, runtime_stream()>>>(static_cast<Parameters>(arguments)...);
         return checked(cudaGetLastError());
 #endif
     }
@@ -54,8 +53,17 @@ class Queue {
 
     // Blocks for `n` elements in tiles of `tile`, but no more than keep the device busy: kernels take tile after tile.
     int64_t resident_blocks(int64_t n, int64_t tile) const {
-        constexpr int64_t kWavesOfBlocks = 8;
-        return std::min(ceil_div(n, tile), kWavesOfBlocks * processors(device_));
+        return std::min<int64_t>(ceil_div(n, tile), blocks_at_once(device_));
+    }
+
+    // Blocks of a grid's y for `tiles` tiles, of which a kernel takes one after another: no more than a launch takes,
+    // and under emulation few, so that kernels go round that loop too.
+    static int64_t tile_blocks(int64_t tiles) {
+#if defined(QC_TARGET_SIMT)
+        return std::min<int64_t>(tiles, 2);
+#else
+        return std::min<int64_t>(tiles, 65535);
+#endif
     }
 
    private:
@@ -64,9 +72,9 @@ class Queue {
 #if !defined(QC_TARGET_SIMT)
     cudaStream_t runtime_stream() const { return reinterpret_cast<cudaStream_t>(stream_); }
     qc_status checked(cudaError_t error) const {
-        return error == cudaSuccess ? QC_OK
-                                    : fail(QC_DEVICE_ERROR, "%s: %s: %s", op_, cudaGetErrorName(error),
-                                           cudaGetErrorString(error));
+        return error == cudaSuccess
+                   ? QC_OK
+                   : fail(QC_DEVICE_ERROR, "%s: %s: %s", op_, cudaGetErrorName(error), cudaGetErrorString(error));
     }
 #endif
 

@@ -25,15 +25,17 @@ qc_status check_device(const char *op, int32_t device) {
     return QC_OK;
 }
 
+qc_status check_current_device(const char *op, int32_t device) { return check_device(op, device); }
+
 std::string device_fields(int32_t) {
     const char *schedule = std::getenv("QCORE_SIMT_SCHEDULE");
-    return std::string("\"name\": \"SIMT emulation, waves of ") + std::to_string(kWave) +
-           "\", \"arch\": \"simt" + std::to_string(kWave) + "\", \"driver\": \"\", \"runtime\": \"schedule " +
+    return std::string("\"name\": \"SIMT emulation, waves of ") + std::to_string(kWave) + "\", \"arch\": \"simt" +
+           std::to_string(kWave) + "\", \"driver\": \"\", \"runtime\": \"schedule " +
            (schedule != nullptr ? schedule : "forward") + "\", \"torch_device\": \"cpu\"";
 }
 
 // Few, so that kernels go round their loops over tiles even for small inputs.
-int processors(int32_t) { return 1; }
+int blocks_at_once(int32_t) { return 2; }
 
 bool has_matrix_unit(int32_t, int32_t) { return true; }
 

@@ -13,9 +13,9 @@
 #define QC_DEVICE inline
 #define QC_CONSTANT static constexpr
 #define QC_KERNEL(threads) void
-#define QC_SHARED(Type, name)                                                                                        \
-    static_assert(std::is_trivial<Type>::value && sizeof(Type) <= ::qcore::simt::kSharedBytes, "shared memory: a plain " \
-                                                                                               "struct of 48 KiB");  \
+#define QC_SHARED(Type, name)                                                                  \
+    static_assert(std::is_trivial<Type>::value && sizeof(Type) <= ::qcore::simt::kSharedBytes, \
+                  "shared memory: a plain struct of at most 48 KiB");                          \
     Type &name = *static_cast<Type *>(::qcore::simt::shared_memory(sizeof(Type)))
 
 namespace qcore::gpu {
@@ -67,8 +67,8 @@ QC_DEVICE T wave_xor(T value, int mask, int site = __builtin_LINE()) {
 
 QC_DEVICE void atomic_max(int32_t *address, int32_t value) {
     int32_t seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, true, __ATOMIC_RELAXED,
-                                                        __ATOMIC_RELAXED)) {
+    while (seen < value &&
+           !__atomic_compare_exchange_n(address, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
 }
 

@@ -82,7 +82,8 @@ struct Thread {
 class Stacks {
    public:
     Stacks() {
-        void *memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *memory =
+            mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) {
             throw std::bad_alloc();
         }
@@ -91,10 +92,11 @@ class Stacks {
     ~Stacks() { munmap(base_, kBytes); }
     Stacks(const Stacks &) = delete;
     Stacks &operator=(const Stacks &) = delete;
-    char *of(int thread) const { return base_ + static_cast<size_t>(thread) * kStackStride; }
+    char *of(int thread) const { return base_ + kRoom + static_cast<size_t>(thread) * kStackStride; }
 
    private:
-    static constexpr size_t kBytes = kStackStride * kMaxThreads;
+    static constexpr size_t kRoom = 64 << 10;  // below the first: a thread past its end is found, not a fault
+    static constexpr size_t kBytes = kRoom + kStackStride * kMaxThreads;
     char *base_;
 };
 
@@ -297,8 +299,8 @@ bool Worker::run_block(const Shape &launch, void (*kernel)(const void *), const 
                 return fail(i, "has left the kernel while others of its block wait at a barrier");
             }
             if (thread.site != threads_[0].site) {
-                return fail(i, "waits at the barrier of line " + std::to_string(thread.site) + ", thread 0 at that of " +
-                                   std::to_string(threads_[0].site));
+                return fail(i, "waits at the barrier of line " + std::to_string(thread.site) +
+                                   ", thread 0 at that of " + std::to_string(threads_[0].site));
             }
             thread.state = State::ready;
         }
@@ -348,15 +350,19 @@ std::string run(const Shape &shape, void (*body)(const void *), const void *cont
     const auto work = [&] {
         std::unique_ptr<Worker> own = pool.take();
         worker = own.get();
-        for (int64_t i; (i = next.fetch_add(1)) < blocks;) {
-            if (!own->run_block(shape, body, context, nth_block(schedule, i, blocks), schedule)) {
+        bool sound = true;
+        for (int64_t i; sound && (i = next.fetch_add(1)) < blocks;) {
+            sound = own->run_block(shape, body, context, nth_block(schedule, i, blocks), schedule);
+            if (!sound) {
                 const std::lock_guard<std::mutex> lock(mutex);
                 error = own->error();
                 next = blocks;
             }
         }
         worker = nullptr;
-        pool.put(std::move(own));
+        if (sound) {  // else its threads may have written anywhere on their stacks
+            pool.put(std::move(own));
+        }
     };
     // Starting a thread costs what some ten thousand GPU threads cost.
     constexpr int64_t kThreadsWorthAWorker = 1 << 15;

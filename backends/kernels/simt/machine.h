@@ -30,9 +30,9 @@ struct Shape {
     int wave;     // lanes of a wave: 32 or 64
 };
 
-inline constexpr size_t kSlotBytes = 64;             // what a lane can show its wave at once
-inline constexpr size_t kSharedBytes = 48 << 10;     // of a block, without asking for more, on every target
-inline constexpr int kMaxThreads = 1024;             // of a block
+inline constexpr size_t kSlotBytes = 64;          // what a lane can show its wave at once
+inline constexpr size_t kSharedBytes = 48 << 10;  // of a block, without asking for more, on every target
+inline constexpr int kMaxThreads = 1024;          // of a block
 inline constexpr int64_t kMaxBlocksX = (1LL << 31) - 1;
 inline constexpr int64_t kMaxBlocksY = 65535;
 
@@ -49,8 +49,8 @@ int64_t block_count_y();
 void *shared_memory(size_t bytes);
 void wait_for_block(int site);
 
-// Shows `bytes` (at most kSlotBytes) to the wave and waits for all of its lanes. Returns what lane 0 showed; lane i's is
-// i * kSlotBytes further. Valid until the second exchange after this one.
+// Shows `bytes` (at most kSlotBytes) to the wave and waits for all of its lanes. Returns what lane 0 showed; lane i's
+// is i * kSlotBytes further. Valid until the second exchange after this one.
 const char *exchange(const void *value, size_t bytes, int site);
 
 }  // namespace qcore::simt

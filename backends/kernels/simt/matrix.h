@@ -1,4 +1,5 @@
-// The matrix units of ../matrix.cuh in plain C++: each lane shows its slices to the wave, then adds up its own four sums.
+// The matrix units of ../matrix.cuh in plain C++: each lane shows its slices to the wave, then adds up its own four
+// sums.
 #ifndef QCORE_SIMT_MATRIX_H
 #define QCORE_SIMT_MATRIX_H
 
