@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "architectures.h"
 #include "host/arguments.h"
 
 #ifndef QC_CUDA_ARCHITECTURES
@@ -35,9 +36,6 @@ struct Machine {
     int driver = 0, runtime = 0;
     std::vector<Device> devices;
 };
-
-// Whether the build holds code for a device.
-bool runs_here(int device);
 
 std::string refusal_of(const cudaDeviceProp &properties) {
     return "built for compute capability " QC_CUDA_ARCHITECTURES "; this " + std::string(properties.name) + " is " +
@@ -82,7 +80,7 @@ Machine look() {
             device.name = properties.name;
             device.capability = 10 * properties.major + properties.minor;
             device.processors = properties.multiProcessorCount;
-            if (!runs_here(i)) {
+            if (!runs_on(QC_CUDA_ARCHITECTURES, device.capability)) {
                 device.refusal = refusal_of(properties);
             }
         }
@@ -95,23 +93,6 @@ Machine look() {
 const Machine &machine() {
     static const Machine found = look();
     return found;
-}
-
-}  // namespace
-
-bool has_code_for_current_device();  // probe.cu
-
-namespace {
-
-bool runs_here(int device) {
-    int current = 0;
-    if (cudaGetDevice(&current) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) {
-        cudaGetLastError();
-        return false;
-    }
-    const bool runs = has_code_for_current_device();
-    cudaSetDevice(current);
-    return runs;
 }
 
 }  // namespace
