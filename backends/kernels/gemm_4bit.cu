@@ -22,7 +22,7 @@
 namespace qcore::gpu {
 namespace {
 
-template <class T>
+template <class T, bool Aligned>
 struct PackedRows {
     static constexpr int kStretch = 32;  // one 16-byte load; inside one block, for K is a multiple of 32
     struct Stretch {
@@ -31,7 +31,6 @@ struct PackedRows {
     };
     Weight4 w;
     int64_t n, k;
-    bool aligned;
     const Table16 *table;
 
     QC_DEVICE Stretch load(int64_t row, int64_t at) const {
@@ -40,7 +39,7 @@ struct PackedRows {
         }
         const int64_t first = row * k + at;
         const uint8_t *bytes = w.packed + first / 2;
-        return {aligned ? load16_once(bytes) : load_sixteen_bytes(bytes, 16, false), w.absmax.at(first >> w.shift)};
+        return {Aligned ? load16_once(bytes) : gather_sixteen_bytes(bytes, 16), w.absmax.at(first >> w.shift)};
     }
 
     // Four weights, each rounded once to T (QC-4BIT-003).
@@ -65,9 +64,9 @@ struct Output {
     }
 };
 
-template <class T, int W, int C, int KW>
+template <class T, int W, int C, int KW, bool Aligned>
 QC_KERNEL(kProductWaves *W)
-matrix_kernel(Weight4 w, Activations<T> x, Output<T> output, bool w_aligned) {
+matrix_kernel(Weight4 w, Activations<T> x, Output<T> output) {
     struct Shared {
         Table16 table;
         ProductSums<T, W, C> sums;
@@ -75,8 +74,8 @@ matrix_kernel(Weight4 w, Activations<T> x, Output<T> output, bool w_aligned) {
     QC_SHARED(Shared, shared);
     shared.table.fill(w.format);
     block_barrier();
-    const PackedRows<T> rows = {w, output.n, x.k, w_aligned, &shared.table};
-    multiply<T, W, C, KW>(rows, x, output.n, output, shared.sums);
+    const PackedRows<T, Aligned> rows = {w, output.n, x.k, &shared.table};
+    multiply<T, W, C, KW, Aligned>(rows, x, output.n, output, shared.sums);
 }
 
 constexpr int kPlainThreads = 256;
@@ -178,7 +177,9 @@ struct Problem {
     qc_status matrix() {
         constexpr int kColumns = C * MatrixLayout<kWave>::kColumns, kRows = kProductWaves / KW * kRowsOfTile;
         const Grid grid = {ceil_div(output.n, kRows), Queue::tile_blocks(ceil_div(x.m, kColumns))};
-        return queue.launch(matrix_kernel<T, kWave, C, KW>, grid, kProductWaves * kWave, w, x, output, w_aligned);
+        const auto kernel =
+            w_aligned && x.aligned ? matrix_kernel<T, kWave, C, KW, true> : matrix_kernel<T, kWave, C, KW, false>;
+        return queue.launch(kernel, grid, kProductWaves * kWave, w, x, output);
     }
     template <int M>
     qc_status plain() {

@@ -14,18 +14,19 @@ namespace {
 
 constexpr int64_t kMaxK = 131071;  // QC-INT8-005
 
+template <bool Aligned>
 struct Int8Rows {
     static constexpr int kStretch = 16;
     using Stretch = Vector16;
     const int8_t *b;
     int64_t n, k;
-    bool aligned;
 
     QC_DEVICE Vector16 load(int64_t row, int64_t at) const {
         if (row >= n || at >= k) {
             return Vector16{0, 0, 0, 0};
         }
-        return load_sixteen_bytes(b + row * k + at, k - at, aligned);
+        const int8_t *address = b + row * k + at;
+        return Aligned ? load16(address) : gather_sixteen_bytes(address, k - at);
     }
     QC_DEVICE Slice slice(const Vector16 &stretch, int step) const {
         return step == 0 ? Slice{stretch.x, stretch.y} : Slice{stretch.z, stretch.w};
@@ -51,33 +52,45 @@ struct Scaled {
     }
 };
 
-template <class Finish, int W, int C, int KW>
+template <class Finish, int W, int C, int KW, bool Aligned>
 QC_KERNEL(kProductWaves *W)
-int8_kernel(Int8Rows rows, Activations<int8_t> a, Finish finish) {
+int8_kernel(Int8Rows<Aligned> rows, Activations<int8_t> a, Finish finish) {
     struct Shared {
         ProductSums<int8_t, W, C> sums;
     };
     QC_SHARED(Shared, shared);
-    multiply<int8_t, W, C, KW>(rows, a, rows.n, finish, shared.sums);
+    multiply<int8_t, W, C, KW, Aligned>(rows, a, rows.n, finish, shared.sums);
 }
 
+// B[N,K], and whether it is aligned as Activations are.
+struct Factor {
+    const int8_t *b;
+    int64_t n, k;
+    bool aligned;
+};
+
 template <class Finish, int C, int KW>
-qc_status launch(Queue &queue, const Int8Rows &rows, const Activations<int8_t> &a, const Finish &finish) {
+qc_status launch(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
     constexpr int kColumns = C * MatrixLayout<kWave>::kColumns, kRows = kProductWaves / KW * kRowsOfTile;
-    const Grid grid = {ceil_div(rows.n, kRows), Queue::tile_blocks(ceil_div(a.m, kColumns))};
-    return queue.launch(int8_kernel<Finish, kWave, C, KW>, grid, kProductWaves * kWave, rows, a, finish);
+    const Grid grid = {ceil_div(b.n, kRows), Queue::tile_blocks(ceil_div(a.m, kColumns))};
+    if (a.aligned && b.aligned) {
+        const Int8Rows<true> rows = {b.b, b.n, b.k};
+        return queue.launch(int8_kernel<Finish, kWave, C, KW, true>, grid, kProductWaves * kWave, rows, a, finish);
+    }
+    const Int8Rows<false> rows = {b.b, b.n, b.k};
+    return queue.launch(int8_kernel<Finish, kWave, C, KW, false>, grid, kProductWaves * kWave, rows, a, finish);
 }
 
 template <class Finish>
-qc_status run(Queue &queue, const Int8Rows &rows, const Activations<int8_t> &a, const Finish &finish) {
+qc_status run(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
     constexpr int kUnit = MatrixLayout<kWave>::kColumns;
     if (a.m <= kUnit) {
-        return launch<Finish, 1, 8>(queue, rows, a, finish);
+        return launch<Finish, 1, 8>(queue, b, a, finish);
     }
     if (a.m <= 16) {
-        return launch<Finish, 16 / kUnit, 8>(queue, rows, a, finish);
+        return launch<Finish, 16 / kUnit, 8>(queue, b, a, finish);
     }
-    return launch<Finish, 64 / kUnit, 2>(queue, rows, a, finish);
+    return launch<Finish, 64 / kUnit, 2>(queue, b, a, finish);
 }
 
 Arguments check_sizes(const char *op, int32_t device, int64_t m, int64_t n, int64_t k) {
@@ -87,7 +100,7 @@ Arguments check_sizes(const char *op, int32_t device, int64_t m, int64_t n, int6
     return arguments;
 }
 
-Int8Rows rows_of(uintptr_t b, int64_t n, int64_t k) {
+Factor factor_of(uintptr_t b, int64_t n, int64_t k) {
     return {pointer<const int8_t>(b), n, k, k % 16 == 0 && aligned(b, 16)};
 }
 
@@ -107,7 +120,7 @@ qc_status int8_gemm(int32_t device, uintptr_t stream, int64_t m, int64_t n, int6
             return arguments.status();
         }
         Queue queue(kOp, device, stream);
-        return run(queue, rows_of(b, n, k), activations_of(a, m, k), Sums{pointer<int32_t>(out), n});
+        return run(queue, factor_of(b, n, k), activations_of(a, m, k), Sums{pointer<int32_t>(out), n});
     });
 }
 
@@ -128,7 +141,7 @@ qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int6
             using T = typename decltype(type)::type;
             const Scaled<T> finish = {pointer<T>(out), n, pointer<const float>(row_stats),
                                       pointer<const float>(col_stats), bias_view<T>(bias_dtype, bias)};
-            return run(queue, rows_of(b, n, k), activations_of(a, m, k), finish);
+            return run(queue, factor_of(b, n, k), activations_of(a, m, k), finish);
         });
     });
 }

@@ -23,7 +23,8 @@ struct MatrixUnit<Half, 32> : MatrixLayout<32> {
 
    private:
     QC_DEVICE static void step(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a0), "r"(a1), "r"(b));
     }
@@ -46,8 +47,8 @@ struct MatrixUnit<int8_t, 32> : MatrixLayout<32> {
    private:
     QC_DEVICE static void step(int32_t &c0, int32_t &c1, uint32_t a, uint32_t b) {
         asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-            : "+r"(c0), "+r"(c1)
-            : "r"(a), "r"(b));
+                     : "+r"(c0), "+r"(c1)
+                     : "r"(a), "r"(b));
     }
 };
 
@@ -56,7 +57,8 @@ struct MatrixUnit<int8_t, 32> : MatrixLayout<32> {
 template <>
 struct MatrixUnit<Half, 32> : MatrixLayout<32> {
     QC_DEVICE static void multiply_add(float (&c)[4], const Slice (&a)[2], Slice b) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0].low), "r"(a[1].low), "r"(a[0].high), "r"(a[1].high), "r"(b.low), "r"(b.high));
@@ -66,7 +68,8 @@ struct MatrixUnit<Half, 32> : MatrixLayout<32> {
 template <>
 struct MatrixUnit<BFloat16, 32> : MatrixLayout<32> {
     QC_DEVICE static void multiply_add(float (&c)[4], const Slice (&a)[2], Slice b) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0].low), "r"(a[1].low), "r"(a[0].high), "r"(a[1].high), "r"(b.low), "r"(b.high));
@@ -76,7 +79,8 @@ struct MatrixUnit<BFloat16, 32> : MatrixLayout<32> {
 template <>
 struct MatrixUnit<int8_t, 32> : MatrixLayout<32> {
     QC_DEVICE static void multiply_add(int32_t (&c)[4], const Slice (&a)[2], Slice b) {
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
             : "r"(a[0].low), "r"(a[1].low), "r"(a[0].high), "r"(a[1].high), "r"(b.low), "r"(b.high));

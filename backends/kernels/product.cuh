@@ -27,13 +27,10 @@ QC_DEVICE uint32_t element_bits(BFloat16 x) { return x.bits; }
 QC_DEVICE uint32_t element_bits(int8_t x) { return static_cast<uint8_t>(x); }
 QC_DEVICE uint32_t element_bits(uint8_t x) { return x; }
 
-// `count` elements from `address` as 16 bytes, zeros past them.
+// `count` elements from `address` as 16 bytes, zeros past them, one by one.
 template <class T>
-QC_DEVICE Vector16 load_sixteen_bytes(const T *address, int64_t count, bool aligned) {
-    constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kPerWord = 4 / static_cast<int>(sizeof(T));
-    if (aligned && count >= kElements) {
-        return load16(address);
-    }
+QC_DEVICE Vector16 gather_sixteen_bytes(const T *address, int64_t count) {
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
     uint32_t word[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -48,18 +45,21 @@ QC_DEVICE Vector16 load_sixteen_bytes(const T *address, int64_t count, bool alig
     return Vector16{word[0], word[1], word[2], word[3]};
 }
 
-// X. Aligned: every row starts at a multiple of 16 bytes.
+// X. Aligned: every row starts at a multiple of 16 bytes and is a multiple of 16 long. That is a parameter of kernels,
+// not a branch in them: between the branches of a loop the compiler moves no load.
 template <class T>
 struct Activations {
     const T *x;
     int64_t m, k;
     bool aligned;
 
+    template <bool Aligned>
     QC_DEVICE Vector16 load(int64_t row, int64_t at) const {
         if (row >= m || at >= k) {
             return Vector16{0, 0, 0, 0};
         }
-        return load_sixteen_bytes(x + row * k + at, k - at, aligned);
+        const T *address = x + row * k + at;
+        return Aligned ? load16(address) : gather_sixteen_bytes(address, k - at);
     }
 };
 
@@ -70,8 +70,8 @@ struct ProductSums {
 
 // Every thread of a block of kProductWaves waves comes here. `weights` knows a row's stretches of `Weights::kStretch`
 // elements (load) and their slices (slice); `finish(m, n, sum)` writes one element. C fragments of columns; KW waves
-// share out the depth.
-template <class T, int W, int C, int KW, class Weights, class Finish>
+// share out the depth. The next stretch is on its way while one is multiplied.
+template <class T, int W, int C, int KW, bool Aligned, class Weights, class Finish>
 QC_DEVICE void multiply(const Weights &weights, const Activations<T> &x, int64_t n, const Finish &finish,
                         ProductSums<T, W, C> &sums) {
     using Unit = MatrixUnit<T, W>;
@@ -85,12 +85,19 @@ QC_DEVICE void multiply(const Weights &weights, const Activations<T> &x, int64_t
     for (int64_t first = block_index_y() * kColumns; first < x.m; first += block_count_y() * kColumns) {
         Sum c[C][4] = {};
         const int64_t step = int64_t{4} * Weights::kStretch;
-        for (int64_t base = wave % KW * step; base < x.k; base += KW * step) {
-            const int64_t at = base + Unit::group(lane) * Weights::kStretch;
+        int64_t at = wave % KW * step + Unit::group(lane) * Weights::kStretch;
+        typename Weights::Stretch next[Unit::kRowsPerLane];
+#pragma unroll
+        for (int r = 0; r < Unit::kRowsPerLane; ++r) {
+            next[r] = weights.load(row + Unit::row(lane, r), at);
+        }
+#pragma unroll 1
+        for (int64_t base = wave % KW * step; base < x.k; base += KW * step, at += KW * step) {
             typename Weights::Stretch stretch[Unit::kRowsPerLane];
 #pragma unroll
             for (int r = 0; r < Unit::kRowsPerLane; ++r) {
-                stretch[r] = weights.load(row + Unit::row(lane, r), at);
+                stretch[r] = next[r];
+                next[r] = weights.load(row + Unit::row(lane, r), at + KW * step);
             }
 #pragma unroll
             for (int piece = 0; piece < kPieces; ++piece) {
@@ -103,7 +110,7 @@ QC_DEVICE void multiply(const Weights &weights, const Activations<T> &x, int64_t
 #pragma unroll
                 for (int i = 0; i < C; ++i) {
                     const int64_t column = first + i * Unit::kColumns + Unit::column(lane);
-                    const Vector16 b = x.load(column, at + piece * kPiece);
+                    const Vector16 b = x.template load<Aligned>(column, at + piece * kPiece);
                     Unit::multiply_add(c[i], a[0], Slice{b.x, b.y});
                     Unit::multiply_add(c[i], a[1], Slice{b.z, b.w});
                 }
