@@ -234,11 +234,11 @@ qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         if (!arguments.ok()) {
             return arguments.status();
         }
-        if (w->numel != n * k) {
+        if (w->numel != elements(n, k)) {
             return fail(QC_INVALID_ARGUMENT, "%s: w.numel: expected n * k = %lld * %lld, got %lld", kOp,
                         static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(w->numel));
         }
-        arguments.array("a", a, m * k, dtype_size(dtype)).array("out", out, m * n, dtype_size(dtype));
+        arguments.array("a", a, elements(m, k), dtype_size(dtype)).array("out", out, elements(m, n), dtype_size(dtype));
         arguments.bias(bias_dtype, bias, dtype, n);
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();

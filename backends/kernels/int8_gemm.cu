@@ -115,7 +115,9 @@ qc_status int8_gemm(int32_t device, uintptr_t stream, int64_t m, int64_t n, int6
     constexpr char kOp[] = "int8_gemm";
     return guarded(kOp, [&] {
         Arguments arguments = check_sizes(kOp, device, m, n, k);
-        arguments.array("a", a, m * k, 1).array("b", b, n * k, 1).array("out", out, m * n, sizeof(int32_t));
+        arguments.array("a", a, elements(m, k), 1)
+            .array("b", b, elements(n, k), 1)
+            .array("out", out, elements(m, n), sizeof(int32_t));
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }
@@ -130,9 +132,9 @@ qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int6
     constexpr char kOp[] = "int8_scaled_gemm";
     return guarded(kOp, [&] {
         Arguments arguments = check_sizes(kOp, device, m, n, k);
-        arguments.dtype("dtype", dtype).array("a", a, m * k, 1).array("b", b, n * k, 1);
+        arguments.dtype("dtype", dtype).array("a", a, elements(m, k), 1).array("b", b, elements(n, k), 1);
         arguments.array("row_stats", row_stats, m, sizeof(float)).array("col_stats", col_stats, n, sizeof(float));
-        arguments.bias(bias_dtype, bias, dtype, n).array("out", out, m * n, dtype_size(dtype));
+        arguments.bias(bias_dtype, bias, dtype, n).array("out", out, elements(m, n), dtype_size(dtype));
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }

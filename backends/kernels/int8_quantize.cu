@@ -174,8 +174,8 @@ qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, ui
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
-        arguments.threshold("threshold", threshold).array("a", a, m * k, dtype_size(dtype));
-        arguments.array("out", out, m * k, 1).array("row_stats", row_stats, m, sizeof(float));
+        arguments.threshold("threshold", threshold).array("a", a, elements(m, k), dtype_size(dtype));
+        arguments.array("out", out, elements(m, k), 1).array("row_stats", row_stats, m, sizeof(float));
         if (threshold > 0.0f) {
             arguments.array("outlier_cols", outlier_cols, k, 1);
         }
@@ -213,8 +213,8 @@ qc_status int8_quantize_cols(int32_t device, uintptr_t stream, int32_t dtype, ui
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
-        arguments.threshold("threshold", threshold).array("a", a, m * k, dtype_size(dtype));
-        arguments.array("out", out, m * k, 1).array("col_stats", col_stats, k, sizeof(float));
+        arguments.threshold("threshold", threshold).array("a", a, elements(m, k), dtype_size(dtype));
+        arguments.array("out", out, elements(m, k), 1).array("col_stats", col_stats, k, sizeof(float));
         if (!arguments.ok() || k == 0) {
             return arguments.status();
         }

@@ -68,9 +68,9 @@ qc_status int8_dequantize_gemm(int32_t device, uintptr_t stream, int32_t dtype, 
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("n", n).extent("m, n", m, n);
-        arguments.array("c", c, m * n, sizeof(int32_t)).array("row_stats", row_stats, m, sizeof(float));
+        arguments.array("c", c, elements(m, n), sizeof(int32_t)).array("row_stats", row_stats, m, sizeof(float));
         arguments.array("col_stats", col_stats, n, sizeof(float)).bias(bias_dtype, bias, dtype, n);
-        arguments.array("out", out, m * n, dtype_size(dtype));
+        arguments.array("out", out, elements(m, n), dtype_size(dtype));
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }
@@ -91,8 +91,8 @@ qc_status int8_dequantize_rows(int32_t device, uintptr_t stream, int32_t dtype, 
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("k", k).extent("m, k", m, k);
-        arguments.array("a", a, m * k, 1).array("row_stats", row_stats, m, sizeof(float));
-        arguments.array("out", out, m * k, dtype_size(dtype));
+        arguments.array("a", a, elements(m, k), 1).array("row_stats", row_stats, m, sizeof(float));
+        arguments.array("out", out, elements(m, k), dtype_size(dtype));
         if (!arguments.ok() || m == 0 || k == 0) {
             return arguments.status();
         }
