@@ -47,7 +47,8 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, i
         return arguments.status();
     }
     if (op == QC_OP_OPTIMIZER_STEP || op == QC_OP_INT8_LINEAR) {
-        return fail(QC_UNSUPPORTED, "workspace: op: %d is not served by this library", op);
+        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library",
+                    op == QC_OP_OPTIMIZER_STEP ? "optimizer_step" : "int8_linear");
     }
     if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS) {
         return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_DEQUANTIZE_ROWS, op);
@@ -60,10 +61,26 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, i
 }
 
 const qc_api kApi = {
-    sizeof(qc_api),       QC_ABI_MAJOR,       QC_ABI_MINOR,    kBackendName,         last_error,
-    device_count,         describe,           workspace,       quantize_blockwise,   dequantize_blockwise,
-    quantize_4bit,        dequantize_4bit,    quantize_absmax, dequantize_absmax,    gemm_4bit,
-    int8_quantize_rows,   int8_quantize_cols, int8_gemm,       int8_dequantize_gemm, int8_scaled_gemm,
+    sizeof(qc_api),
+    QC_ABI_MAJOR,
+    QC_ABI_MINOR,
+    kBackendName,
+    last_error,
+    device_count,
+    describe,
+    workspace,
+    quantize_blockwise,
+    dequantize_blockwise,
+    quantize_4bit,
+    dequantize_4bit,
+    quantize_absmax,
+    dequantize_absmax,
+    gemm_4bit,
+    int8_quantize_rows,
+    int8_quantize_cols,
+    int8_gemm,
+    int8_dequantize_gemm,
+    int8_scaled_gemm,
     int8_dequantize_rows,
     nullptr,  // optimizer_step
     nullptr,  // int8_linear

@@ -79,8 +79,8 @@ T *pointer(uintptr_t address) {
 
 inline bool aligned(uintptr_t address, uintptr_t bytes) { return address % bytes == 0; }
 
-// rows * columns of a matrix whose extent has been checked, or is about to be refused: then the value means nothing, but
-// to compute it is no overflow.
+// rows * columns of a matrix whose extent has been checked, or is about to be refused: then the value means nothing,
+// but to compute it is no overflow.
 inline int64_t elements(int64_t rows, int64_t columns) {
     return static_cast<int64_t>(static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns));
 }
