@@ -48,7 +48,8 @@ def _c_sources() -> list[str]:
     made = {"qcore_codebooks.h"}
     folders = ("backends", "qcore/include", "tests")
     files = (path for folder in folders for path in sorted((ROOT / folder).rglob("*")))
-    wanted = (path for path in files if path.suffix in {".c", ".cpp", ".h", ".hpp"} and path.name not in made)
+    suffixes = {".c", ".cpp", ".h", ".hpp", ".cu", ".cuh"}
+    wanted = (path for path in files if path.suffix in suffixes and path.name not in made)
     return [str(path.relative_to(ROOT)) for path in wanted if "build" not in path.relative_to(ROOT).parts]
 
 
@@ -127,6 +128,19 @@ def _sanitized(session: nox.Session) -> tuple[str, dict[str, str]]:
 
 
 @nox.session
+def simt(session: nox.Session) -> None:
+    """Run the conformance suite and the kernels' own tests on the GPU kernels, emulated with waves of 32 and of 64."""
+    folder = ROOT / "build" / "simt"
+    _tool(session, "cmake", "-S", "backends/kernels/simt", "-B", str(folder), "-G", "Ninja")
+    _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
+    # Each wave size under another schedule; the kernels' own tests run the third.
+    for wave, schedule in ((32, "random:1"), (64, "reversed")):
+        _conformance(session, str(folder / f"libqcore_simt{wave}.so"), f"simt{wave}", QCORE_SIMT_SCHEDULE=schedule)
+    required = {"QCORE_REQUIRE_NATIVE": "1", "QCORE_REQUIRE_SIMT": "1"}
+    _pytest(session, "simt", "-n", "2", "--dist", "worksteal", "backends/kernels/tests", **required)
+
+
+@nox.session
 def sanitizers(session: nox.Session) -> None:
     """Run the suite, all ops and levels L0 to L2, on a build of cpu with ASan and UBSan, on each path."""
     library, env = _sanitized(session)
@@ -184,11 +198,15 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the wheels and the source distribution into dist/."""
+    """Build the wheels and the source distribution into dist/; `-- cuda` adds the CUDA backend's wheel."""
+    if "cuda" in session.posargs and shutil.which("nvcc") is None:
+        session.error("nvcc was not found: install the CUDA toolkit, 12.8 or newer, and put its bin/ on the PATH")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     wheel = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist")
     _python(session, *wheel, ".")
     _python(session, *wheel, "./backends/cpu")
+    if "cuda" in session.posargs:
+        _python(session, *wheel, "./backends/cuda")
     _tool(session, "hatchling", "build", "-t", "sdist")
 
 

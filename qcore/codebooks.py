@@ -235,16 +235,18 @@ def c_header() -> str:
     def array(name: str, values: tuple[float, ...], in_a_row: int = 1) -> str:
         rows = [values[start : start + in_a_row] for start in range(0, len(values), in_a_row)]
         body = ",".join("\n    " + ", ".join(f"{value.hex()}f" for value in row) for row in rows)
-        return f"static const float {name}[{len(values)}] = {{{body}}};\n"
+        return f"QC_CODEBOOK float {name}[{len(values)}] = {{{body}}};\n"
 
     order = ", ".join(str(code) for code in FP4_ORDER)
     return (
         "/* Made by `python -m qcore.codebooks`: do not edit. */\n"
         "#ifndef QCORE_CODEBOOKS_H\n#define QCORE_CODEBOOKS_H\n"
+        "#ifndef QC_CODEBOOK /* what a constant array is: a GPU's compiler needs to be told that kernels read it */\n"
+        "#define QC_CODEBOOK static const\n#endif\n"
         + array("QC_NF4_TABLE", NF4)
         + array("QC_FP4_TABLE", FP4)
         + array("QC_FP4_THRESHOLDS", FP4_THRESHOLDS)
-        + f"static const unsigned char QC_FP4_ORDER[8] = {{{order}}};\n"
+        + f"QC_CODEBOOK unsigned char QC_FP4_ORDER[8] = {{{order}}};\n"
         + array("QC_DYNAMIC_TABLE", DYNAMIC, 4)
         + array("QC_DYNAMIC_UNSIGNED_TABLE", DYNAMIC_UNSIGNED, 4)
         + "#endif\n"

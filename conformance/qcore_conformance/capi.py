@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,12 @@ class Library:
         """(device, stream): the default stream, or the library's own choice of threads."""
         return (0 if self._session.on_host else self._session.device.index or 0), 0
 
+    def current(self) -> AbstractContextManager[Any]:
+        """Makes the session's device current, as an op's caller has to."""
+        import torch
+
+        return nullcontext() if self._session.device.type != "cuda" else torch.cuda.device(self._session.device)
+
     def last_error(self) -> str:
         text: bytes = self.ffi.string(self.api.last_error())
         return text.decode()
@@ -133,7 +140,8 @@ def invoke(
             values.append(argument.value)
     change(values, [argument.name for argument in call.arguments])
     index, stream = library.where()
-    status = int(library.function(call.op)(index if device is None else device, stream, *values))
+    with library.current():
+        status = int(library.function(call.op)(index if device is None else device, stream, *values))
     scratch.check(call.op)
     return status
 

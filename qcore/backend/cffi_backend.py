@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,14 @@ class CffiBackend(Backend):
         index = tensor.device.index
         return index, torch._C._cuda_getCurrentRawStream(index)
 
-    def _call(self, op: str, *arguments: Any) -> None:
+    def _call(self, op: str, device: int, *arguments: Any) -> None:
         function = self._functions[op]
         if function is None:
             raise self._unsupported(op)
-        self._check(function(*arguments))
+        if self._host or device == torch._C._cuda_getDevice():
+            self._check(function(device, *arguments))
+        else:
+            self._check(_on_device(function, device, *arguments))
 
     def _query_workspace(self, op: int, device: int, stream: int, dtype: int, m: int, n: int, k: int) -> int:
         count = ffi.new("int64_t *")
@@ -233,6 +236,7 @@ class CffiBackend(Backend):
         n, k = weight.shape
         where, workspace_of, check, host = self._where, self._workspace, self._check, self._host
         threads: Callable[[], int] = torch.get_num_threads
+        on_device = partial(_on_device, function)
         # The last (dtype, outputs, threads) that needed no scratch on a host, with the dtype's code and the rows; one
         # tuple, so that two threads never see halves of two calls.
         last: tuple[tuple[torch.dtype, int, int] | None, int, int] = (None, 0, 0)
@@ -250,7 +254,8 @@ class CffiBackend(Backend):
                     last = (key, dtype, m)
             bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
             x, y = A.data_ptr(), out.data_ptr()
-            status = function(device, stream, dtype, m, n, k, x, packed, bias_dtype, bias_ptr, y, address, size)
+            run = function if host or device == torch._C._cuda_getDevice() else on_device
+            status = run(device, stream, dtype, m, n, k, x, packed, bias_dtype, bias_ptr, y, address, size)
             if status:
                 check(status)
 
@@ -347,6 +352,12 @@ class CffiBackend(Backend):
             self._call("optimizer_step", device, stream, pack_rule(rule, *dtypes), packed.struct, address, size)
 
         return step
+
+
+def _on_device(function: Callable[..., int], device: int, *arguments: Any) -> int:
+    """Call a function of the table with ``device`` current, which it may rely on, then the one before it again."""
+    with torch.cuda.device(device):
+        return function(device, *arguments)
 
 
 def _ptr(tensor: Tensor | None) -> int:

@@ -42,7 +42,7 @@ ANY_DEVICE = "*"
 # Backends of this project and how to get them; everything else is found through its entry point alone.
 _FIRST_PARTY: Mapping[str, str] = {
     "cpu": "pip install qcore-cpu",
-    "cuda": "this project has released no CUDA backend yet",
+    "cuda": "pip install ./backends/cuda in a checkout (needs nvcc; docs/run-on-a-new-gpu.md)",
     "hip": "this project has released no HIP backend yet",
     "cpu_reference": "pip install qcore-quant",
 }

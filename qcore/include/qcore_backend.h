@@ -11,8 +11,9 @@
  *  - It never synchronises, allocates device memory, or changes the current device. It is re-entrant. It can be
  *    captured in a CUDA or HIP graph. Scratch comes from the caller, at an address that is a multiple of 64;
  *    workspace() says how much.
- *  - `device` is the index of the device, 0 on a host. `stream` is the CUDA or HIP stream; on a host it is the
- *    largest number of threads that the call may use, 0 for the library's own choice.
+ *  - `device` is the index of the device, 0 on a host; the caller of an op makes it current first, where the runtime
+ *    has a current device. `stream` is the CUDA or HIP stream; on a host it is the largest number of threads that the
+ *    call may use, 0 for the library's own choice.
  *  - No exception leaves it.
  */
 #ifndef QCORE_BACKEND_H

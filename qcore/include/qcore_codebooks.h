@@ -1,7 +1,10 @@
 /* Made by `python -m qcore.codebooks`: do not edit. */
 #ifndef QCORE_CODEBOOKS_H
 #define QCORE_CODEBOOKS_H
-static const float QC_NF4_TABLE[16] = {
+#ifndef QC_CODEBOOK /* what a constant array is: a GPU's compiler needs to be told that kernels read it */
+#define QC_CODEBOOK static const
+#endif
+QC_CODEBOOK float QC_NF4_TABLE[16] = {
     -0x1.0000000000000p+0f,
     -0x1.6473620000000p-1f,
     -0x1.0cd6600000000p-1f,
@@ -18,7 +21,7 @@ static const float QC_NF4_TABLE[16] = {
     0x1.200f560000000p-1f,
     0x1.7227660000000p-1f,
     0x1.0000000000000p+0f};
-static const float QC_FP4_TABLE[16] = {
+QC_CODEBOOK float QC_FP4_TABLE[16] = {
     0x0.0p+0f,
     0x1.5555560000000p-8f,
     0x1.5555560000000p-1f,
@@ -35,7 +38,7 @@ static const float QC_FP4_TABLE[16] = {
     -0x1.0000000000000p-1f,
     -0x1.5555560000000p-3f,
     -0x1.0000000000000p-2f};
-static const float QC_FP4_THRESHOLDS[7] = {
+QC_CODEBOOK float QC_FP4_THRESHOLDS[7] = {
     0x1.5555720000000p-9f,
     0x1.6000000000000p-4f,
     0x1.aaaaaa0000000p-3f,
@@ -43,8 +46,8 @@ static const float QC_FP4_THRESHOLDS[7] = {
     0x1.aaaaac0000000p-2f,
     0x1.2aaaa00000000p-1f,
     0x1.aaaaaa0000000p-1f};
-static const unsigned char QC_FP4_ORDER[8] = {0, 1, 6, 7, 4, 5, 2, 3};
-static const float QC_DYNAMIC_TABLE[256] = {
+QC_CODEBOOK unsigned char QC_FP4_ORDER[8] = {0, 1, 6, 7, 4, 5, 2, 3};
+QC_CODEBOOK float QC_DYNAMIC_TABLE[256] = {
     -0x1.fc66660000000p-1f, -0x1.f533340000000p-1f, -0x1.ee00000000000p-1f, -0x1.e6cccc0000000p-1f,
     -0x1.df999a0000000p-1f, -0x1.d866660000000p-1f, -0x1.d133340000000p-1f, -0x1.ca00000000000p-1f,
     -0x1.c2cccc0000000p-1f, -0x1.bb999a0000000p-1f, -0x1.b466660000000p-1f, -0x1.ad33340000000p-1f,
@@ -109,7 +112,7 @@ static const float QC_DYNAMIC_TABLE[256] = {
     0x1.b466660000000p-1f, 0x1.bb999a0000000p-1f, 0x1.c2cccc0000000p-1f, 0x1.ca00000000000p-1f,
     0x1.d133340000000p-1f, 0x1.d866660000000p-1f, 0x1.df999a0000000p-1f, 0x1.e6cccc0000000p-1f,
     0x1.ee00000000000p-1f, 0x1.f533340000000p-1f, 0x1.fc66660000000p-1f, 0x1.0000000000000p+0f};
-static const float QC_DYNAMIC_UNSIGNED_TABLE[256] = {
+QC_CODEBOOK float QC_DYNAMIC_UNSIGNED_TABLE[256] = {
     0x0.0p+0f, 0x1.5cf7540000000p-22f, 0x1.a013300000000p-21f, 0x1.1d36700000000p-19f,
     0x1.2599ec0000000p-18f, 0x1.bc98a20000000p-18f, 0x1.29cbaa0000000p-17f, 0x1.0624dc0000000p-16f,
     0x1.c2e3400000000p-16f, 0x1.3fd0d00000000p-15f, 0x1.9e30000000000p-15f, 0x1.fc8f340000000p-15f,

@@ -51,7 +51,7 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 
 def test_source_files_stay_readable() -> None:
     """A file that is much longer than 400 lines would rather be two."""
-    suffixes = {".py", ".cpp", ".c", ".h", ".hpp"}
+    suffixes = {".py", ".cpp", ".c", ".h", ".hpp", ".cu", ".cuh"}
     lengths = {path: text.count("\n") for path, text in texts() if Path(path).suffix in suffixes}
     assert not {path: length for path, length in lengths.items() if length > LONGEST}
 

@@ -1,0 +1,171 @@
+// NVIDIA devices as the library's host side sees them (backends/kernels/host/device.h).
+#include "host/device.h"
+
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <vector>
+
+#include "architectures.h"
+#include "host/arguments.h"
+
+#ifndef QC_CUDA_ARCHITECTURES
+#error "QC_CUDA_ARCHITECTURES: the compute capabilities of this build as text, such as \"75 80 90a\""
+#endif
+
+namespace qcore::gpu {
+
+const char *const kBackendName = "cuda";
+
+namespace {
+
+struct Device {
+    std::string name;
+    int capability = 0;  // 90 for 9.0
+    int processors = 0;
+    std::string refusal;  // why this build does not run there, or ""
+};
+
+std::string version_text(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+struct Machine {
+    qc_status status = QC_OK;
+    std::string refusal;
+    int driver = 0, runtime = 0;
+    std::vector<Device> devices;
+};
+
+std::string refusal_of(const cudaDeviceProp &properties) {
+    return "built for compute capability " QC_CUDA_ARCHITECTURES "; this " + std::string(properties.name) + " is " +
+           std::to_string(properties.major) + std::to_string(properties.minor) +
+           "; build qcore-cuda with -DCMAKE_CUDA_ARCHITECTURES=" + std::to_string(properties.major) +
+           std::to_string(properties.minor);
+}
+
+Machine look() {
+    Machine machine;
+    int count = 0;  // left unwritten where there is no driver
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    cudaGetLastError();  // leave no error behind for the caller's own use of the runtime
+    cudaDriverGetVersion(&machine.driver);
+    cudaRuntimeGetVersion(&machine.runtime);
+    if (error == cudaErrorInsufficientDriver && machine.driver == 0) {
+        machine.status = QC_NO_DEVICE;
+        machine.refusal = "no device: this machine has no NVIDIA driver; install one for CUDA " +
+                          version_text(machine.runtime) + " or newer, or use the cpu backend";
+    } else if (error == cudaErrorInsufficientDriver) {
+        machine.status = QC_NO_DEVICE;
+        machine.refusal = "no device: the NVIDIA driver serves CUDA " + version_text(machine.driver) +
+                          ", this library needs " + version_text(machine.runtime) + "; update the driver";
+    } else if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
+        machine.status = QC_NO_DEVICE;
+        machine.refusal = "no device: the NVIDIA driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES";
+    } else if (error != cudaSuccess) {
+        machine.status = QC_NO_DEVICE;
+        machine.refusal = std::string("no device: the CUDA runtime answers ") + cudaGetErrorName(error) + ": " +
+                          cudaGetErrorString(error);
+    }
+    if (machine.status != QC_OK) {
+        return machine;
+    }
+    for (int i = 0; i < count; ++i) {
+        cudaDeviceProp properties = {};
+        Device device;
+        if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) {
+            cudaGetLastError();
+            device.refusal = "the runtime does not describe device " + std::to_string(i);
+        } else {
+            device.name = properties.name;
+            device.capability = 10 * properties.major + properties.minor;
+            device.processors = properties.multiProcessorCount;
+            if (!runs_on(QC_CUDA_ARCHITECTURES, device.capability)) {
+                device.refusal = refusal_of(properties);
+            }
+        }
+        machine.devices.push_back(device);
+    }
+    return machine;
+}
+
+// What was found at the first call; a device does not come or go while a process runs.
+const Machine &machine() {
+    static const Machine found = look();
+    return found;
+}
+
+}  // namespace
+
+qc_status device_count(int32_t *count) {
+    if (count == nullptr) {
+        return fail(QC_INVALID_ARGUMENT, "device_count: count: expected an address, got 0");
+    }
+    *count = 0;
+    const Machine &found = machine();
+    if (found.status != QC_OK) {
+        return fail(found.status, "%s", found.refusal.c_str());
+    }
+    bool any = false;
+    for (const Device &device : found.devices) {
+        any = any || device.refusal.empty();
+    }
+    if (!any) {
+        return fail(QC_NO_DEVICE, "no device: %s", found.devices.front().refusal.c_str());
+    }
+    *count = static_cast<int32_t>(found.devices.size());
+    return QC_OK;
+}
+
+qc_status check_device(const char *op, int32_t device) {
+    const Machine &found = machine();
+    if (found.status != QC_OK) {
+        return fail(found.status, "%s: %s", op, found.refusal.c_str());
+    }
+    if (device < 0 || device >= static_cast<int32_t>(found.devices.size())) {
+        return fail(QC_NO_DEVICE, "%s: device: expected 0 to %d, got %d", op,
+                    static_cast<int>(found.devices.size()) - 1, device);
+    }
+    const Device &described = found.devices[static_cast<size_t>(device)];
+    if (!described.refusal.empty()) {
+        return fail(QC_NO_DEVICE, "%s: device: %s", op, described.refusal.c_str());
+    }
+    return QC_OK;
+}
+
+qc_status check_current_device(const char *op, int32_t device) {
+    const qc_status status = check_device(op, device);
+    if (status != QC_OK) {
+        return status;
+    }
+    int current = -1;
+    const cudaError_t error = cudaGetDevice(&current);
+    if (error != cudaSuccess) {
+        return fail(QC_DEVICE_ERROR, "%s: %s: %s", op, cudaGetErrorName(error), cudaGetErrorString(error));
+    }
+    if (current != device) {
+        return fail(QC_INVALID_ARGUMENT, "%s: device: expected the calling thread's current device, %d, got %d", op,
+                    current, device);
+    }
+    return QC_OK;
+}
+
+std::string device_fields(int32_t device) {
+    const Machine &found = machine();
+    const Device &described = found.devices[static_cast<size_t>(device)];
+    return "\"name\": \"" + described.name + "\", \"arch\": \"sm_" + std::to_string(described.capability) +
+           "\", \"driver\": \"CUDA " + version_text(found.driver) + "\", \"runtime\": \"CUDA " +
+           version_text(found.runtime) + ", built for " QC_CUDA_ARCHITECTURES "\", \"torch_device\": \"cuda\"";
+}
+
+int blocks_at_once(int32_t device) {
+    constexpr int kBlocksOfProcessor = 8;  // of 256 threads: 2048 are what one holds
+    return kBlocksOfProcessor * machine().devices[static_cast<size_t>(device)].processors;
+}
+
+bool has_matrix_unit(int32_t device, int32_t dtype) {
+    const int capability = machine().devices[static_cast<size_t>(device)].capability;
+    return capability >= (dtype == QC_BF16 ? 80 : 75);
+}
+
+}  // namespace qcore::gpu

@@ -1,0 +1,42 @@
+// What a target tells the library's host side. Each target defines these in its own device.cpp or device.cu:
+// backends/cuda/src, backends/kernels/simt.
+#ifndef QCORE_GPU_DEVICE_H
+#define QCORE_GPU_DEVICE_H
+
+#include <cstdint>
+#include <string>
+
+#include "qcore_backend.h"
+
+namespace qcore::gpu {
+
+#if defined(QC_TARGET_SIMT)
+inline constexpr bool kHostReadsMemory = true;
+#else
+inline constexpr bool kHostReadsMemory = false;
+#endif
+
+extern const char *const kBackendName;
+
+// The table's device_count.
+qc_status device_count(int32_t *count);
+
+// QC_OK if the device is there and the library was built for it.
+qc_status check_device(const char *op, int32_t device);
+
+// QC_OK if it is also the calling thread's current one: kernels can be started there.
+qc_status check_current_device(const char *op, int32_t device);
+
+// The parts of describe() that differ: {"name": ..., "arch": ..., "driver": ..., "runtime": ..., "torch_device": ...},
+// without the braces. Called with a device that is there.
+std::string device_fields(int32_t device);
+
+// How many blocks keep a device busy, for kernels that take tile after tile.
+int blocks_at_once(int32_t device);
+
+// Whether the matrix units of a device take this dtype: which of two kernels a product runs (gemm_4bit.cu).
+bool has_matrix_unit(int32_t device, int32_t dtype);
+
+}  // namespace qcore::gpu
+
+#endif  // QCORE_GPU_DEVICE_H

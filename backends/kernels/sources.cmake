@@ -1,0 +1,18 @@
+# What a library of these kernels is made of, whatever its target: included by backends/cuda and by simt.
+# Needs KERNELS, this folder.
+set(QCORE_KERNEL_SOURCES
+    ${KERNELS}/absmax.cu
+    ${KERNELS}/blockwise.cu
+    ${KERNELS}/fourbit.cu
+    ${KERNELS}/gemm_4bit.cu
+    ${KERNELS}/int8_gemm.cu
+    ${KERNELS}/int8_quantize.cu
+    ${KERNELS}/int8_scale.cu)
+set(QCORE_HOST_SOURCES
+    ${KERNELS}/host/api.cpp
+    ${KERNELS}/host/arguments.cpp)
+
+# The ABI header: the repository's own, or the copy that an sdist carries.
+find_path(QCORE_INCLUDE qcore_backend.h
+    PATHS ${KERNELS}/../../qcore/include ${CMAKE_CURRENT_SOURCE_DIR}/include
+    NO_DEFAULT_PATH REQUIRED)

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed for, in one command, under nine minutes and without a network: builds the CUDA library
+# for this machine's GPU, runs the conformance suite on it, compute-sanitizer on small calls, and the benchmarks.
+#
+#   tools/gpu_run.sh OUT_DIR
+#   tools/gpu_run.sh --rehearse LIBRARY OUT_DIR    the same parts, as far as they go without a GPU, on LIBRARY
+#
+# Needs nvcc, CMake, ninja, and a Python with torch (set PYTHON; default python3); the rest comes from .gpu-wheels, which
+# tools/gpu_wheels.sh fills on a machine with a network. A part that fails or runs out of its time is a line of the
+# summary, and the next one begins.
+#
+# OUT_DIR gets: summary.json (parts, states, seconds, machine), build.log, conformance.json and .md, stress.json,
+# sanitizer.log, bench.json, run.log. Exit status: 0 all parts went well, 1 some did not, 2 wrong use, 3 no GPU here.
+set -uo pipefail
+
+usage() {
+    sed -n '5,6s/^#   //p' "$0" >&2
+    exit 2
+}
+rehearsal=""
+if [[ ${1:-} == --rehearse ]]; then
+    [[ $# -eq 3 && -f $2 ]] || usage
+    rehearsal=$(realpath "$2")
+    shift 2
+fi
+[[ $# -eq 1 && -n $1 && ${1:0:1} != - ]] || usage
+mkdir -p "$1" || exit 2
+out=$(realpath "$1")
+root=$(realpath "$(dirname "$0")/..")
+cd "$root" || exit 2
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+start=$SECONDS
+budget=525 # of the nine minutes; the rest is for the summary and what outlives its signal
+: >"$work/parts" && : >"$out/run.log"
+
+# part NAME LIMIT COMMAND...: runs COMMAND for at most LIMIT seconds, or what is left; notes how it went.
+part() {
+    local name=$1 limit=$2 began=$SECONDS left=$((budget - (SECONDS - start))) state status
+    shift 2
+    ((limit > left)) && limit=$left
+    if ((limit < 5)); then
+        state="no time left" status=-1
+    else
+        echo "== $name ($limit s at most): $*" | tee -a "$out/run.log"
+        timeout --kill-after=5 "$limit" "$@" >>"$out/run.log" 2>&1
+        status=$?
+        case $status in
+            0) state=passed ;;
+            124 | 137) state="out of time" ;;
+            *) state=failed ;;
+        esac
+    fi
+    echo "   $name: $state ($((SECONDS - began)) s)" | tee -a "$out/run.log"
+    printf '%s\t%s\t%s\t%s\n' "$name" "$state" "$status" "$((SECONDS - began))" >>"$work/parts"
+    [[ $state == passed ]]
+}
+skip() { # NAME WHY
+    echo "   $1: skipped: $2" | tee -a "$out/run.log"
+    printf '%s\tskipped: %s\t0\t0\n' "$1" "$2" >>"$work/parts"
+}
+# finish STATUS REASON: writes the summary and exits.
+finish() {
+    "$python" tools/gpu_summary.py "$work/parts" "$out/summary.json" --status "$1" --reason "$2" --seconds $((SECONDS - start)) ||
+        { echo "the summary could not be written" >&2 && exit 1; }
+    echo "$2; everything is in $out"
+    exit "$1"
+}
+
+capability=""
+if [[ -z $rehearsal ]]; then
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d ' .')
+    [[ -n $capability ]] || finish 3 "no GPU: nvidia-smi is missing or lists none; run this on a machine with an NVIDIA GPU and its driver"
+fi
+
+export PYTHONUNBUFFERED=1 PYTHONPATH="$root:$root/backends/cpu_reference:$root/conformance"
+if ! compgen -G ".gpu-wheels/*.whl" >/dev/null; then
+    skip wheels "no .gpu-wheels; what is installed has to do"
+elif ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'; then
+    skip wheels "they are for Python 3.12; what is installed has to do"
+else
+    part wheels 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" .gpu-wheels/*.whl
+    PYTHONPATH="$PYTHONPATH:$work/site:$root/.gpu-wheels"
+fi
+
+if [[ -n $rehearsal ]]; then
+    library=$rehearsal
+    device=cpu
+    skip build "rehearsal on $rehearsal"
+else
+    device=cuda
+    case $capability in
+        90 | 100 | 103 | 120 | 121) architecture=${capability}a-real ;;
+        *) architecture=$capability-real ;;
+    esac
+    library=$work/build/libqcore_cuda.so
+    build() {
+        cmake -S backends/cuda -B "$work/build" -G Ninja -DCMAKE_CUDA_ARCHITECTURES="$architecture" -DCMAKE_CUDA_FLAGS=-Xptxas=-v &&
+            cmake --build "$work/build"
+    }
+    export -f build
+    export work architecture
+    part build 150 bash -c "build >'$out/build.log' 2>&1"
+    [[ -f $library ]] || finish 1 "the library was not built; build.log says why"
+fi
+
+conformance() { # NAME LIMIT RESULT ARGUMENT...: the suite; its JSON and page go to OUT_DIR even if cases failed
+    local name=$1 limit=$2 result=$3
+    shift 3
+    part "$name" "$limit" "$python" -m qcore_conformance run --backend "$library" --report "$work/$name" "$@"
+    cp "$work/$name/report.json" "$out/$result.json" 2>/dev/null
+    [[ $result == stress ]] || cp "$work/$name/report.md" "$out/$result.md" 2>/dev/null
+}
+if [[ -n $rehearsal ]]; then
+    conformance conformance 100 conformance --level L0 --op dequantize_absmax
+    conformance stress 100 stress --level L3 --op int8_dequantize_rows
+else
+    conformance conformance 170 conformance --jobs 6
+    conformance stress 90 stress --level L3 --jobs 2
+fi
+
+if [[ -n $rehearsal ]]; then
+    part "small calls" 100 "$python" tools/gpu_small_calls.py "$library"
+elif command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+        part "$tool" 60 bash -c "compute-sanitizer --tool $tool --error-exitcode 9 '$python' tools/gpu_small_calls.py '$library' >>'$out/sanitizer.log' 2>&1"
+    done
+else
+    skip memcheck "compute-sanitizer was not found"
+fi
+
+size=4096
+bench=(--library "$library" --json "$out/bench.json" --device "$device")
+left=$((budget - (SECONDS - start) - 20))
+if [[ -n $rehearsal ]]; then
+    size=64
+    bench+=(--rounds 2 --seconds 0.0001)
+fi
+part bench 200 "$python" benchmarks/gpu.py "${bench[@]}" --size "$size" --budget "$((left < 180 ? left : 180))"
+
+if grep -qvP '^[^\t]+\t(passed|skipped)' "$work/parts"; then
+    finish 1 "some parts did not go well"
+fi
+finish 0 "all parts went well"
