@@ -36,10 +36,10 @@ CONTEXT = 64
 class Size:
     """Of the model and of a batch."""
 
-    width: int = 128
+    width: int = 96
     layers: int = 2
     heads: int = 4
-    batch: int = 16
+    batch: int = 8
 
 
 class Block(nn.Module):
