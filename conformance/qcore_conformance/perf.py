@@ -19,7 +19,16 @@ import click
 import torch
 
 from qcore import codebooks
-from qcore.backend import OPS, Backend, Weight4bit, Weight8bit, get_backend
+from qcore.backend import (
+    OPS,
+    OPTIMIZER_BLOCK,
+    Backend,
+    OptimizerRule,
+    OptimizerTensors,
+    Weight4bit,
+    Weight8bit,
+    get_backend,
+)
 from qcore.errors import QcoreError, Unsupported
 from qcore_conformance.report.json_file import write_text
 
@@ -229,6 +238,12 @@ def workloads(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
         [out],
     )
     add("int8_dequantize_rows", "", lambda: b.int8_dequantize_rows(w8, ones, out=out), [w8, ones], [out])
+    rule = OptimizerRule("adam", 8, -1e-3, eps=1e-8, beta1=0.9, gain1=0.1, beta2=0.999, gain2=0.001)
+    param, grad, m, v = normal(n), normal(n), integers(0, 256, (n,), u8), integers(0, 256, (n,), u8)
+    maxima = [uniform(-(-n // OPTIMIZER_BLOCK)) for _ in range(2)]
+    tensors = OptimizerTensors([param], [grad], [m], [v], maxima[:1], maxima[1:])
+    changed = [param, m, v, *maxima]
+    add("optimizer_step", "adam, 8 bits", lambda: b.optimizer_step(rule, tensors), [grad, *changed], changed)
     return found
 
 

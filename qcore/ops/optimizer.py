@@ -317,8 +317,9 @@ def _signed64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _call_registered(rule: OptimizerRule, tensors: OptimizerTensors) -> None:
-    torch.ops.qcore.optimizer_step(
+def schema_arguments(rule: OptimizerRule, tensors: OptimizerTensors) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.qcore.optimizer_step``."""
+    return (
         *(list(getattr(tensors, name)) for name in _CHANGED),
         list(tensors.grads),
         rule.algorithm,
@@ -328,6 +329,10 @@ def _call_registered(rule: OptimizerRule, tensors: OptimizerTensors) -> None:
         list(tensors.grad_scales),
         [_signed64(stream) for stream in tensors.streams],
     )
+
+
+def _call_registered(rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+    torch.ops.qcore.optimizer_step(*schema_arguments(rule, tensors))
 
 
 def _registered(

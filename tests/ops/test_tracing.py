@@ -15,7 +15,7 @@ from expected import random
 from qcore import codebooks
 from qcore.backend import OPS
 from qcore.backend.interface import Weight4bit
-from qcore.ops import blockwise, fourbit, int8
+from qcore.ops import blockwise, fourbit, int8, optimizer
 
 pytestmark = pytest.mark.usefixtures("backend")
 DYNAMIC = torch.tensor(codebooks.DYNAMIC)
@@ -23,6 +23,16 @@ DYNAMIC = torch.tensor(codebooks.DYNAMIC)
 
 def codes(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+
+
+def optimizer_arguments() -> tuple[Any, ...]:
+    """8-bit Adam on two tensors, as the flat lists of the schema."""
+    params, grads = [random(5, 33), random(300)], [random(5, 33), random(300)]
+    states = [[torch.full_like(p, code, dtype=torch.uint8) for p in params] for code in (127, 0)]
+    absmax = [[torch.zeros(-(-p.numel() // 256)) for p in params] for _ in range(2)]
+    rule = optimizer.optimizer_rule("adam", lr=0.01, step=1, betas=(0.9, 0.99), eps=1e-8, state_bits=8)
+    tensors = optimizer.OptimizerTensors(params, grads, *states, *absmax)
+    return optimizer.schema_arguments(rule, tensors)
 
 
 def arguments(op: str) -> tuple[Any, ...]:
@@ -45,8 +55,16 @@ def arguments(op: str) -> tuple[Any, ...]:
         "int8_scaled_gemm": (codes(2, 3, 40), codes(12, 40), random(6), random(12), random(12), torch.bfloat16),
         "int8_dequantize_rows": (codes(2, 3, 40), random(6), torch.float32),
         "int8_linear": (random(2, 3, 40), codes(12, 40), random(12).abs(), random(12), 1.5),
+        "optimizer_step": optimizer_arguments(),
     }
     return calls[op]
+
+
+def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """An argument with its tensors moved."""
+    if isinstance(part, list):
+        return [moved(entry, move) for entry in part]
+    return move(part) if isinstance(part, Tensor) else part
 
 
 def results(value: Any) -> list[Tensor]:
@@ -65,10 +83,10 @@ def test_the_fake_has_the_shapes_dtypes_and_strides_of_the_result(op: str, where
     overload, call = getattr(torch.ops.qcore, op), arguments(op)
     real = results(overload(*call))
     if where == "meta":
-        fake = results(overload(*(part.to("meta") if isinstance(part, Tensor) else part for part in call)))
+        fake = results(overload(*(moved(part, lambda tensor: tensor.to("meta")) for part in call)))
     else:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = results(overload(*(mode.from_tensor(part) if isinstance(part, Tensor) else part for part in call)))
+            fake = results(overload(*(moved(part, mode.from_tensor) for part in call)))
     assert [(a.shape, a.dtype, a.stride()) for a in fake] == [(a.shape, a.dtype, a.stride()) for a in real]
 
 

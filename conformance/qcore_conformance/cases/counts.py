@@ -63,7 +63,7 @@ def _dequantize_absmax(s: Session) -> None:
 
 
 def _optimizer_step(s: Session) -> None:
-    for algorithm, bits in (("adam", 8), ("ademamix", 8), ("momentum", 32)):
+    for algorithm, bits in (("adam", 8), ("momentum", 32)):
         a_rule = optimizer.rule(algorithm, bits)
         optimizer.check(s, a_rule, [random_tensor(s.rng, a_rule, _N)])
 

@@ -108,14 +108,14 @@ def _states(algorithm: str) -> Callable[[Session], None]:
             if signed and algorithm not in ("rmsprop", "adagrad"):
                 continue
             a_rule = rule(algorithm, bits, signed_state=signed)
-            for kind in ("lognormal", "bits", "denormal", "smallest", "largest", "zeros", "nan-inf"):
-                tensor = random_tensor(s.rng, a_rule, 700)
+            for kind in ("lognormal", "bits", "denormal", "smallest", "zeros", "nan-inf"):
+                tensor = random_tensor(s.rng, a_rule, 300)
                 parts: dict[str, Any] = {}
                 for name, part in tensor.parts():
                     if name.startswith("absmax") or (bits == 32 and name.startswith("state")):
                         parts[name] = generators.values(kind, s.rng, part.size, "f32")
                 for skips in (False, True):
-                    zeros = generators.values("zeros-mixed", s.rng, 700, "f32")
+                    zeros = generators.values("zeros-mixed", s.rng, 300, "f32")
                     check(s, replace(a_rule, skip_zeros=skips), [replace(tensor, grad=zeros, **parts)])
 
     return run
@@ -187,8 +187,8 @@ def _compensated(dtype: str) -> Callable[[Session], None]:
             for bits in (8, 32):
                 for step_size in (-1e-4, -1e30):  # too small for the parameter's own dtype; beyond its range
                     a_rule = rule(algorithm, bits, step_size=step_size, l2=0.01)
-                    tensors = [random_tensor(s.rng, a_rule, n, dtype, compensated=True) for n in (513, 31)]
-                    for _ in range(3):
+                    tensors = [random_tensor(s.rng, a_rule, 300, dtype, compensated=True)]
+                    for _ in range(2):
                         tensors = check(s, a_rule, tensors)
                     zeros = [replace(t, grad=generators.values("nan-inf", s.rng, t.param.size, dtype)) for t in tensors]
                     check(s, replace(a_rule, skip_zeros=True), zeros)
@@ -198,11 +198,10 @@ def _compensated(dtype: str) -> Callable[[Session], None]:
 
 def _stochastic(bits: int) -> Callable[[Session], None]:
     def run(s: Session) -> None:
-        for algorithm in ALGORITHMS:
-            for seed in (0, 1, 0x0000_0007_DEAD_BEEF, 2**64 - 1):
-                a_rule = rule(algorithm, bits, stochastic=True, seed=seed)
-                tensors = [random_tensor(s.rng, a_rule, n, "bf16", "f32") for n in (300, 7, 0, 256)]
-                check(s, a_rule, [replace(tensors[0], stream=2**64 - 1), *tensors[1:]])
+        for algorithm, seed in zip(ALGORITHMS, (0, 1, 0x0000_0007_DEAD_BEEF, 2**64 - 1, 2**32, 77), strict=True):
+            a_rule = rule(algorithm, bits, stochastic=True, seed=seed)
+            tensors = [random_tensor(s.rng, a_rule, n, "bf16", "f32") for n in (300, 7, 0)]
+            check(s, a_rule, [replace(tensors[0], stream=2**64 - 1), *tensors[1:]])
         grads = generators.values("bits", s.rng, 600, "f32")
         for skips in (False, True):
             a_rule = rule("momentum", bits, stochastic=True, seed=3, skip_zeros=skips, step_size=-1.0)
@@ -245,7 +244,7 @@ def _limited(algorithm: str) -> Callable[[Session], None]:
 
 
 def _limited_blocks(s: Session) -> None:
-    for n in (256 * 256, 256 * 257 + 3, 256 * 600 + 100):
+    for n in (256 * 256, 256 * 300 + 100):
         a_rule = rule("adam", 8, max_unorm=0.01)
         tensor = random_tensor(s.rng, a_rule, n)
         wide = generators.values("lognormal", s.rng, n, "f32")
@@ -302,7 +301,7 @@ def _many(bits: int) -> Callable[[Session], None]:
 
     def run(s: Session) -> None:
         a_rule = rule("adam", bits)
-        tensors = [random_tensor(s.rng, a_rule, int(n)) for n in s.rng.integers(0, 300, 60)]
+        tensors = [random_tensor(s.rng, a_rule, int(n)) for n in s.rng.integers(0, 300, 20)]
         together = check(s, a_rule, tensors)
         order = s.rng.permutation(len(tensors))
         shuffled = optimizer_step(s, a_rule, [tensors[i] for i in order])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.backend import OPS, Backend, Description, Weight4bit, get_backend
+from qcore.backend import OPS, Backend, Description, OptimizerTensors, Weight4bit, get_backend
 from qcore.errors import InvalidArgument
 from qcore_conformance.model import Outcome
 from qcore_conformance.mutants.mutant import mutant
@@ -20,6 +20,8 @@ ANY = tuple(OPS)
 TWO = ("quantize_4bit", "gemm_4bit")
 # What these ops have to refuse is not known to the frontend alone: a codebook's values, a K whose sums may overflow.
 REFUSING = ("quantize_blockwise", "quantize_absmax", "int8_gemm", "int8_scaled_gemm")
+# What optimizer_step changes.
+_IN_PLACE = ("params", "state1", "state2", "absmax1", "absmax2", "compensation")
 
 
 class AnyOp(Backend):
@@ -44,6 +46,12 @@ def _through(name: str) -> Callable[..., None]:
         parts = [part for arg in args for part in (vars(arg).values() if isinstance(arg, Weight4bit) else [arg])]
         inputs = [part for part in parts if isinstance(part, Tensor)]
         outputs = [value for value in kwargs.values() if isinstance(value, Tensor)]
+        for lists in (vars(arg) for arg in args if isinstance(arg, OptimizerTensors)):
+            inputs += lists["grads"]
+            outputs += [part for name in _IN_PLACE for part in lists[name]]
+        if not outputs:  # a list without tensors
+            getattr(self.reference, name)(*args, **kwargs)
+            return
         self.around(lambda: getattr(self.reference, name)(*args, **kwargs), inputs, outputs)
 
     return method

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qcore import codebooks
-from qcore.backend import Backend, Description, Weight4bit, Weight8bit, get_backend
+from qcore.backend import Backend, Description, OptimizerRule, OptimizerTensors, Weight4bit, Weight8bit, get_backend
 
 F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
@@ -340,6 +340,9 @@ class Steps(Backend):
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         self.reference.int8_dequantize_rows(A, row_stats, out=out)
         self.store(self.decode_rows(A.numpy(), self.load(row_stats)), out)
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        self.reference.optimizer_step(rule, tensors)
 
     @np.errstate(all="ignore")
     def int8_linear(
