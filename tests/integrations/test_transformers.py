@@ -230,7 +230,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     rest = {key: value for key, value in whole.items() if not key.startswith(layer)}
     save_file(rest, tmp_path / "out/model.safetensors", {"format": "pt"})
     with pytest.raises(
-        FormatError, match=r"1 quantized layers have no weight in the checkpoint: \['model.layers.1.mlp"
+        FormatError, match=r"1 layers have no quantized weight in the checkpoint: \['model.layers.1.mlp"
     ):
         load(tmp_path / "out")
 
