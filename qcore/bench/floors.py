@@ -65,7 +65,9 @@ class Machine:
         found: dict[str, tuple[Call, float]] = {}
         for name, size in (("read", read), ("write", written), ("copy", min(read, written))):
             if size > 0:
-                measured = max(size, _LEAST_BYTES) // _LINE * _LINE
+                # More than the buffers hold takes as many times longer.
+                held = min(self._source.numel(), self._target.numel())
+                measured = min(max(size, _LEAST_BYTES), held) // _LINE * _LINE
                 found[name] = self._traffic(name, measured), size / measured
         if unit is not None:
             found["multiply"] = self._multiply(unit), 1.0
