@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ ALIAS = """
 import ast, pathlib, qcore
 qcore.install_as_bitsandbytes()
 import bitsandbytes.optim.ademamix as ademamix
-source = ast.parse(pathlib.Path("bitsandbytes/optim/ademamix.py").read_text())
+source = ast.parse(pathlib.Path({reference!r}).read_text())
 imports = [node for node in source.body if isinstance(node, (ast.Import, ast.ImportFrom))]
 wanted = [node for node in imports if not getattr(node, "level", 0)]
 wanted += [node for node in source.body if isinstance(node, ast.ClassDef) and node.name.startswith("_Reference")]
@@ -40,14 +41,17 @@ exec(compile(ast.Module(wanted, []), "ademamix.py", "exec"), vars(ademamix))
 
 def run(checkout: Path, file: str, subject: str, timeout: float) -> dict[str, Any]:
     """Counts of one test file on ``bitsandbytes`` or ``qcore``, and what failed."""
-    prelude = f"exec({ALIAS!r});" if subject == "qcore" else ""
+    alias = ALIAS.format(reference=str(checkout.absolute() / "bitsandbytes" / "optim" / "ademamix.py"))
+    prelude = f"exec({alias!r});" if subject == "qcore" else ""
     with tempfile.TemporaryDirectory() as folder:
+        # The tests alone: beside them, the checkout's package would be imported instead of the installed one.
+        shutil.copytree(checkout / "tests", Path(folder) / "tests")
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-c", PROGRAM.format(prelude=prelude), *OPTIONS, "-m", MARKS]
         try:
             done = subprocess.run(
                 [*command, f"--junitxml={report}", f"tests/{file}"],
-                cwd=checkout,
+                cwd=folder,
                 env={**os.environ, "BNB_TEST_DEVICE": "cpu"},
                 capture_output=True,
                 text=True,
