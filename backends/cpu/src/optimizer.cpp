@@ -9,18 +9,22 @@
 #include <vector>
 
 #include "abi.h"
-#include "chunks.h"
 #include "dispatch.h"
 #include "ieee.h"
 #include "ops.h"
 #include "optimizer_kernels.h"
+#include "parallel.h"
 #include "qcore_codebooks.h"
 
 namespace qcore::cpu {
 namespace {
 
 constexpr char kOp[] = "optimizer_step";
-constexpr double kBlockNanoseconds = 100;
+// Blocks that a thread takes at a time: about 10 microseconds of work at least; and few enough that a thread which is
+// held up holds up a small part.
+constexpr int64_t kMinRange = 64;
+constexpr int64_t kMaxRange = 256;
+constexpr int64_t kRangesPerThread = 4;
 
 const OptimizerKernels &optimizer_kernels() {
     static const OptimizerKernels &kernels = select<OptimizerKernels>({
@@ -39,11 +43,11 @@ StateBook book(bool squares, bool signed_state) {
     const IeeeArithmetic ieee;
     if (squares && !signed_state) {
         static const Codebook codes(QC_DYNAMIC_UNSIGNED_TABLE, Codebook::kMinIndexedValues);
-        static const StateLines lines(codes);
+        static const StateLines lines(QC_DYNAMIC_UNSIGNED_TABLE, codes);
         return {QC_DYNAMIC_UNSIGNED_TABLE, &codes, &lines};
     }
     static const Codebook codes(QC_DYNAMIC_TABLE, Codebook::kMinIndexedValues);
-    static const StateLines lines(codes);
+    static const StateLines lines(QC_DYNAMIC_TABLE, codes);
     return {QC_DYNAMIC_TABLE, &codes, &lines};
 }
 
@@ -151,8 +155,12 @@ class Tensors {
     // function(tensor, first, last) for each run of blocks of one tensor, on as many threads as the work is worth.
     template <class Function>
     void for_runs(uintptr_t stream, const Function &function) const {
-        const int64_t threads = blocks() > 1 ? thread_limit(stream) : 1;
-        parallel_ranges(blocks(), 1, kBlockNanoseconds, threads, [&](int64_t first, int64_t end) {
+        const int64_t total = blocks();
+        const int64_t threads = total > kMinRange ? thread_limit(stream) : 1;
+        const int64_t range = std::clamp(total / (kRangesPerThread * threads), kMinRange, kMaxRange);
+        parallel_for(ceil_div(total, range), threads, [&](int64_t chunk) {
+            int64_t first = chunk * range;
+            const int64_t end = std::min(total, first + range);
             auto next = std::upper_bound(first_block_.begin(), first_block_.end(), first);
             for (size_t i = static_cast<size_t>(next - first_block_.begin()) - 1; first < end; ++i) {
                 const int64_t last = std::min(end, first_block_[i + 1]);

@@ -64,33 +64,56 @@ inline void copy_bytes(const uint8_t *from, int64_t n, int64_t size, uint8_t fil
     std::memset(to + n, fill, static_cast<size_t>(size - n));
 }
 
-// Asks for the block after next while this one is worked on: the loops are too long for the hardware to look past them.
-inline void prefetch_bytes(const void *from, int64_t bytes, bool writes) {
-    const char *line = static_cast<const char *>(from);
-    for (int64_t i = 0; i < bytes; i += 64) {
-        if (writes) {
-            __builtin_prefetch(line + i, 1, 3);
-        } else {
-            __builtin_prefetch(line + i, 0, 3);
+// Asks for what lies two blocks ahead, a group at a time: the loops over one block are too long for the hardware to
+// look past them, and all lines of a block at once would wait for each other.
+template <int kStates, bool kCoded>
+class Ahead {
+   public:
+    Ahead(const OptimizerJob &job, const OptimizerTensor &t, int64_t index) {
+        const int64_t start = (index + 2) * kOptimizerBlock;
+        if (kLanes < 16 || start + kOptimizerBlock > t.n) {  // narrower vectors are slower than the memory
+            return;
+        }
+        some_ = true;
+        grad_ = Stream(t.grad, start, job.rule->grad_dtype == QC_F32 ? 4 : 2);
+        param_ = Stream(t.param, start, job.rule->param_dtype == QC_F32 ? 4 : 2);
+        for (int s = 0; s < kStates; ++s) {
+            state_[s] = Stream(t.state[s], start, kCoded ? 1 : 4);
         }
     }
-}
-inline int64_t size_of(int32_t dtype) { return dtype == QC_F32 ? 4 : 2; }
-inline void prefetch_block(const OptimizerJob &job, const OptimizerTensor &t, int states, int64_t index) {
-    const qc_optimizer &rule = *job.rule;
-    const int64_t start = index * kOptimizerBlock;
-    if (start + kOptimizerBlock > t.n) {
-        return;
+    void group(int64_t at) const {
+        if (some_) {
+            grad_.group(at);
+            param_.group(at);
+            for (int s = 0; s < kStates; ++s) {
+                state_[s].group(at);
+            }
+        }
     }
-    const int64_t grad = size_of(rule.grad_dtype);
-    const int64_t param = size_of(rule.param_dtype);
-    const int64_t state = rule.state_bits / 8;
-    prefetch_bytes(static_cast<const char *>(t.grad) + start * grad, kOptimizerBlock * grad, false);
-    prefetch_bytes(static_cast<const char *>(t.param) + start * param, kOptimizerBlock * param, true);
-    for (int s = 0; s < states; ++s) {
-        prefetch_bytes(static_cast<const char *>(t.state[s]) + start * state, kOptimizerBlock * state, true);
-    }
-}
+
+   private:
+    struct Stream {
+        Stream() = default;
+        Stream(const void *array, int64_t start, int64_t size_of)
+            : from(static_cast<const char *>(array) + start * size_of), size(size_of) {}
+        void group(int64_t at) const {  // 64 elements
+            const char *line = from + at * size;
+            __builtin_prefetch(line);
+            if (size > 1) {
+                __builtin_prefetch(line + 64);
+            }
+            if (size > 2) {
+                __builtin_prefetch(line + 128);
+                __builtin_prefetch(line + 192);
+            }
+        }
+        const char *from = nullptr;
+        int64_t size = 0;
+    };
+
+    bool some_ = false;
+    Stream grad_, param_, state_[kStates];
+};
 
 // `in_place`: float32 states may be worked on where they lie.
 inline Block open_block(const OptimizerJob &job, const OptimizerTensor &t, int states, int64_t index, bool in_place,

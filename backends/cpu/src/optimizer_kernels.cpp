@@ -5,32 +5,23 @@
 // bytes where 32-bit Adam moves 28. The floor is that traffic; beside it stand one square root, one division, and per
 // 8-bit state one look-up to decode and one to encode.
 //
-// A block takes three loops: the rule (old states and gradient to new states and update), the parameter, and for 8-bit
-// states the encoding, which needs the block's absmax first. What is rare, elements that keep their values, is set
-// right between them, so that the loops stay free of masks.
+// A block takes two loops: the rule (old states and gradient to new states and update) and the parameter; 8-bit states
+// are encoded beside the next block's first loop (optimizer_encoding.h). What is rare, elements that keep their values,
+// is set right between the loops, so that they stay free of masks.
 #include "optimizer_kernels.h"
 
 #include "optimizer_block.h"
+#include "optimizer_encoding.h"
 
 namespace qcore::cpu::QC_ISA {
 namespace {
 
-struct StateEncoder {
-    static constexpr int kVectors = QC_ISA::kVectors;
-    static constexpr int kBytes = kGroup;
-
-    Int codes(Float y) const { return search(y); }
-    void pack(const Int (&c)[kVectors], uint8_t *out) const { pack_bytes(c, out); }
-    float bounded(float y) const { return y; }  // integer keys order infinities too
-
-    CodebookCodes search;
-};
-
-// The first loop: states in place (decoded into b.state first), update to `update`. Returns the largest magnitude of
-// each state, as bits.
-template <class Rule, bool kCoded>
-void apply(const Rule &rule, const Decoder (&decoder)[Rule::kStates], const OptimizerJob &job, const OptimizerTensor &t,
-           int64_t index, const Block &b, float *update, int32_t (&largest)[Rule::kStates]) {
+// The first loop: states in place (decoded into b.state first), update to `update`; beside it `pending` goes on.
+// Returns the largest magnitude of each state, as bits. With kPlain, x is the gradient itself: no factor and no weight
+// decay in it.
+template <class Rule, bool kCoded, bool kPlain, class Pending>
+void apply(const Rule &rule, const Decoders<Rule::kStates> &decoders, const OptimizerJob &job, const OptimizerTensor &t,
+           int64_t index, const Block &b, Pending &pending, float *update, int32_t (&largest)[Rule::kStates]) {
     constexpr int kStates = Rule::kStates;
     const Float scale = broadcast(t.grad_scale);
     const Float l2 = broadcast(job.rule->l2);
@@ -41,18 +32,28 @@ void apply(const Rule &rule, const Decoder (&decoder)[Rule::kStates], const Opti
         absmax[s] = broadcast(kCoded ? t.absmax[s][index] : 1.0f);
         top[s] = zero();
     }
+    const Ahead<kStates, kCoded> ahead(job, t, index);
     for (int64_t i = 0; i < b.size; i += kGroup) {
+        ahead.group(i);
+        pending.group();
         Float old[kStates][kVectors];
         if constexpr (kCoded) {
-            for (int s = 0; s < kStates; ++s) {
-                decoder[s](b.codes[s] + i, old[s]);
+            decoders.template decode<0>(b.codes[0] + i, old[0]);
+            if constexpr (kStates > 1) {
+                decoders.template decode<1>(b.codes[1] + i, old[1]);
+            }
+            if constexpr (kStates > 2) {
+                decoders.template decode<2>(b.codes[2] + i, old[2]);
             }
         }
         for (int v = 0; v < kVectors; ++v) {
             const int64_t at = i + v * kLanes;
-            Float x = multiply(load(b.grad + at), scale);
-            if (coupled) {
-                x = x + load(b.param + at) * l2;
+            Float x = load(b.grad + at);
+            if constexpr (!kPlain) {
+                x = multiply(x, scale);
+                if (coupled) {
+                    x = x + load(b.param + at) * l2;
+                }
             }
             Float state[kStates];
             for (int s = 0; s < kStates; ++s) {
@@ -61,12 +62,14 @@ void apply(const Rule &rule, const Decoder (&decoder)[Rule::kStates], const Opti
             store(update + at, rule(x, state));
             for (int s = 0; s < kStates; ++s) {
                 store(b.state[s] + at, state[s]);
-                top[s] = maximum(top[s], magnitude(state[s]));
+                top[s] =
+                    Rule::kSquares[s] ? maximum_unsigned(top[s], bits(state[s])) : maximum(top[s], magnitude(state[s]));
             }
         }
     }
     for (int s = 0; s < kStates; ++s) {
-        largest[s] = highest(top[s]);
+        // Squares are not negative, so their bits are magnitudes; one that is, all the same, ends in keep() like a NaN.
+        largest[s] = Rule::kSquares[s] ? static_cast<int32_t>(highest_unsigned(top[s])) : highest(top[s]);
     }
 }
 
@@ -77,33 +80,6 @@ void move(const qc_optimizer &rule, float step_size, const Block &b, const float
     for (int64_t i = 0; i < b.size; i += kLanes) {
         store(b.moved + i, load(b.param + i) * decay + load(update + i) * size);
     }
-}
-
-// The third loop (QC-OPT-021, -023); returns the absmax.
-float encode(const StateBook &book, bool squares, bool as_bnb, int32_t largest, const float *values, int64_t size,
-             uint8_t *out) {
-    const StateEncoder encoder{CodebookCodes(*book.codes)};
-    const int32_t zero_code = book.codes->zero_code;
-    const bool floored = squares && !as_bnb;
-    const float r = largest == 0 ? 0.0f : 1.0f / float_of(static_cast<uint32_t>(largest));
-    if (bits_of(r) >= kInfinity) {  // so small that r overflows
-        BlockQuantizer<StateEncoder>(encoder).quantize(values, size, out);
-        for (int64_t i = 0; floored && i < size; ++i) {
-            out[i] = static_cast<uint8_t>(out[i] + (out[i] == zero_code && values[i] > 0.0f ? 1 : 0));
-        }
-    } else {
-        const StateCodes find(*book.codes, *book.lines);
-        for (int64_t i = 0; i < size && floored; i += kGroup) {
-            find.template encode<true>(values + i, broadcast(r), out + i);
-        }
-        for (int64_t i = 0; i < size && !floored; i += kGroup) {
-            find.template encode<false>(values + i, broadcast(r), out + i);
-        }
-    }
-    for (int64_t i = 0; as_bnb && !squares && i < size; ++i) {
-        out[i] = static_cast<uint8_t>(out[i] - (out[i] == zero_code && bits_of(values[i]) >> 31 != 0 ? 1 : 0));
-    }
-    return float_of(static_cast<uint32_t>(largest));
 }
 
 // The states before the step, for elements that skip it.
@@ -146,19 +122,23 @@ __attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &
 }
 
 // Reads a block and takes the first loop.
-template <class Rule, bool kCoded>
-Block advance(const Rule &rule, const Decoder (&decoder)[Rule::kStates], const OptimizerJob &job,
-              const OptimizerTensor &t, int64_t index, bool in_place, Scratch &scratch,
+template <class Rule, bool kCoded, class Pending>
+Block advance(const Rule &rule, const Decoders<Rule::kStates> &decoders, const OptimizerJob &job,
+              const OptimizerTensor &t, int64_t index, bool in_place, Pending &pending, Scratch &scratch,
               int32_t (&largest)[Rule::kStates]) {
     Block b = open_block(job, t, Rule::kStates, index, in_place, scratch);
     const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
     if (skips) {
         remember<Rule::kStates>(job, t, index, b, scratch);
     }
-    apply<Rule, kCoded>(rule, decoder, job, t, index, b, scratch.update, largest);
+    if (t.grad_scale == 1.0f && job.rule->l2 == 0.0f) {
+        apply<Rule, kCoded, true>(rule, decoders, job, t, index, b, pending, scratch.update, largest);
+    } else {
+        apply<Rule, kCoded, false>(rule, decoders, job, t, index, b, pending, scratch.update, largest);
+    }
     bool finite = true;
     for (int s = 0; s < Rule::kStates; ++s) {
-        finite &= largest[s] < static_cast<int32_t>(kInfinity);
+        finite &= static_cast<uint32_t>(largest[s]) < kInfinity;
     }
     if (skips || (kCoded && !finite)) {
         keep<Rule::kStates>(job, b, scratch, largest);
@@ -169,26 +149,30 @@ Block advance(const Rule &rule, const Decoder (&decoder)[Rule::kStates], const O
 template <class Rule, bool kCoded>
 void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last) {
     const Rule rule(*job.rule);
-    Decoder decoder[Rule::kStates];
+    Decoders<Rule::kStates> decoders;
     for (int s = 0; kCoded && s < Rule::kStates; ++s) {
-        decoder[s] = Decoder(job.book[s].table);
+        decoders.prepare(s, job.book[s].table, *job.book[s].lines);
     }
-    const bool as_bnb = (job.rule->flags & QC_OPT_BNB_CODES) != 0;
-    Scratch scratch;
+    Scratch scratch[2];  // of this block, and of the one before, whose states are still being encoded
     int32_t largest[Rule::kStates];
-    for (int64_t index = first; index < last; ++index) {
-        prefetch_block(job, t, Rule::kStates, index + 2);
-        const Block b = advance<Rule, kCoded>(rule, decoder, job, t, index, true, scratch, largest);
-        move(*job.rule, t.step_size, b, scratch.update);
-        close_block(job, t, b, scratch);
-        for (int s = 0; s < Rule::kStates; ++s) {
-            if constexpr (kCoded) {
-                t.absmax[s][index] =
-                    encode(job.book[s], Rule::kSquares[s], as_bnb, largest[s], b.state[s], b.size, b.codes[s]);
-                if (b.n != b.size) {
-                    std::memcpy(static_cast<uint8_t *>(t.state[s]) + b.start, b.codes[s], static_cast<size_t>(b.n));
-                }
-            } else if (b.n != b.size) {
+    if constexpr (kCoded) {
+        Encoding<Rule> pending(job);
+        for (int64_t index = first; index < last; ++index) {
+            Scratch &own = scratch[index % 2];
+            const Block b = advance<Rule, true>(rule, decoders, job, t, index, true, pending, own, largest);
+            move(*job.rule, t.step_size, b, own.update);
+            close_block(job, t, b, own);
+            pending.finish();
+            pending.begin(t, index, b, largest);
+        }
+        pending.finish();
+    } else {
+        NoEncoding pending;
+        for (int64_t index = first; index < last; ++index) {
+            const Block b = advance<Rule, false>(rule, decoders, job, t, index, true, pending, scratch[0], largest);
+            move(*job.rule, t.step_size, b, scratch[0].update);
+            close_block(job, t, b, scratch[0]);
+            for (int s = 0; s < Rule::kStates && b.n != b.size; ++s) {
                 std::memcpy(static_cast<float *>(t.state[s]) + b.start, b.state[s],
                             static_cast<size_t>(b.n) * sizeof(float));
             }
@@ -220,14 +204,15 @@ double sum_of_squares(const float *x, int64_t n) {
 template <class Rule, bool kCoded>
 void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last, double *sums) {
     const Rule rule(*job.rule);
-    Decoder decoder[Rule::kStates];
+    Decoders<Rule::kStates> decoders;
     for (int s = 0; kCoded && s < Rule::kStates; ++s) {
-        decoder[s] = Decoder(job.book[s].table);
+        decoders.prepare(s, job.book[s].table, *job.book[s].lines);
     }
     Scratch scratch;
+    NoEncoding pending;
     int32_t largest[Rule::kStates];
     for (int64_t index = first; index < last; ++index, sums += 2) {
-        const Block b = advance<Rule, kCoded>(rule, decoder, job, t, index, false, scratch, largest);
+        const Block b = advance<Rule, kCoded>(rule, decoders, job, t, index, false, pending, scratch, largest);
         sums[0] = sum_of_squares(scratch.update, b.n);
         sums[1] = sum_of_squares(b.param, b.n);
     }

@@ -4,7 +4,8 @@
 //   sign(x)                     1, -1, and 0 for zeros and NaN
 //   minimum(a, b), add(a, b)    signed integers, by lane
 //   bits(x)                     the bits of a Float
-//   Decoder(table)              object: 4 * kLanes codes -> 4 vectors table[code]
+//   maximum_unsigned(a, b), highest_unsigned(a)  by lane and over all lanes
+//   Decoders<n>                 object: kGroup codes -> 4 vectors table[code], for each of n states
 //   StateCodes(codes, lines)    object: encode<kFloored>(kGroup values, their scale, codes) (QC-Q8-004, QC-OPT-021)
 #ifndef QCORE_CPU_OPTIMIZER_SIMD_H
 #define QCORE_CPU_OPTIMIZER_SIMD_H
@@ -29,6 +30,7 @@ inline Int minimum(Int a, Int b) { return _mm512_min_epi32(a, b); }
 inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
 inline Int bits(Float x) { return _mm512_castps_si512(x); }
 inline Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline Int maximum_unsigned(Int a, Int b) { return _mm512_max_epu32(a, b); }
 
 #elif defined(__AVX2__)
 
@@ -42,6 +44,7 @@ inline Int minimum(Int a, Int b) { return _mm256_min_epi32(a, b); }
 inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
 inline Int bits(Float x) { return _mm256_castps_si256(x); }
 inline Int broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
+inline Int maximum_unsigned(Int a, Int b) { return _mm256_max_epu32(a, b); }
 
 #else
 
@@ -60,35 +63,41 @@ inline Int minimum(Int a, Int b) { return a < b ? a : b; }
 inline Int add(Int a, Int b) { return a + b; }
 inline Int bits(Float x) { return reinterpret_cast<Int>(x); }
 inline Int broadcast_int(int32_t x) { return Int{x, x, x, x}; }
+inline Int maximum_unsigned(Int a, Int b) {
+    typedef uint32_t Unsigned __attribute__((vector_size(16)));
+    return reinterpret_cast<Unsigned>(a) > reinterpret_cast<Unsigned>(b) ? a : b;
+}
 
 #endif
+
+inline uint32_t highest_unsigned(Int a) {
+    uint32_t lane[kLanes];
+    std::memcpy(lane, &a, sizeof lane);
+    uint32_t result = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        result = lane[i] > result ? lane[i] : result;
+    }
+    return result;
+}
 
 #if defined(__AVX512VBMI__)
 
 // 64 codes at once: each byte of the floats is a look-up in four registers, and two rounds of unpacking put them
 // together. The codes are brought into the order in which the unpacking, which works within 128 bits, needs them.
-class Decoder {
+// This keeps the ports of the arithmetic busy, a gather those of the loads: a loop that decodes two states takes one of
+// each.
+class PermutingDecoder {
    public:
-    Decoder() = default;
-    explicit Decoder(const float *table) {
-        for (int byte = 0; byte < 4; ++byte) {
-            alignas(64) uint8_t plane[256];
-            for (int i = 0; i < 256; ++i) {
-                plane[i] = static_cast<uint8_t>(bits_of(table[i]) >> (8 * byte));
-            }
-            for (int part = 0; part < 4; ++part) {
-                plane_[byte][part] = _mm512_load_si512(plane + 64 * part);
-            }
-        }
-    }
+    PermutingDecoder() = default;
+    PermutingDecoder(const float *, const StateLines &lines) : plane_(lines.plane) {}
     void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
         const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         const Int index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
         const __mmask64 upper = _mm512_movepi8_mask(index);
-        const Int b0 = look_up(plane_[0], index, upper);
-        const Int b1 = look_up(plane_[1], index, upper);
-        const Int b2 = look_up(plane_[2], index, upper);
-        const Int b3 = look_up(plane_[3], index, upper);
+        const Int b0 = look_up(0, index, upper);
+        const Int b1 = look_up(1, index, upper);
+        const Int b2 = look_up(2, index, upper);
+        const Int b3 = look_up(3, index, upper);
         const Int low0 = _mm512_unpacklo_epi8(b0, b1);
         const Int low1 = _mm512_unpackhi_epi8(b0, b1);
         const Int high0 = _mm512_unpacklo_epi8(b2, b3);
@@ -100,20 +109,23 @@ class Decoder {
     }
 
    private:
-    static Int look_up(const Int (&plane)[4], Int index, __mmask64 upper) {
-        const Int low = _mm512_permutex2var_epi8(plane[0], index, plane[1]);
-        return _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(plane[2], index, plane[3]));
+    Int look_up(int byte, Int index, __mmask64 upper) const {
+        const uint8_t *plane = plane_[byte];
+        const Int low = _mm512_permutex2var_epi8(_mm512_load_si512(plane), index, _mm512_load_si512(plane + 64));
+        const Int high =
+            _mm512_permutex2var_epi8(_mm512_load_si512(plane + 128), index, _mm512_load_si512(plane + 192));
+        return _mm512_mask_mov_epi8(low, upper, high);
     }
 
-    Int plane_[4][4];
+    const uint8_t (*plane_)[256];
 };
 
-#else
+#endif
 
 class Decoder {
    public:
     Decoder() = default;
-    explicit Decoder(const float *table) : table_(table) {}
+    Decoder(const float *table, const StateLines &) : table_(table) {}
     void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
         for (int v = 0; v < kVectors; ++v) {
             out[v] = gather(table_, load_codes(codes + v * kLanes));
@@ -124,7 +136,34 @@ class Decoder {
     const float *table_;
 };
 
+#if !defined(__AVX512VBMI__)
+using PermutingDecoder = Decoder;
 #endif
+
+// The states of an element, decoded: the last of several by permutes.
+template <int kStates>
+class Decoders {
+   public:
+    void prepare(int s, const float *table, const StateLines &lines) {
+        if (s > 0 && s == kStates - 1) {
+            last_ = PermutingDecoder(table, lines);
+        } else {
+            gather_[s] = Decoder(table, lines);
+        }
+    }
+    template <int s>
+    void decode(const uint8_t *codes, Float (&out)[kVectors]) const {
+        if constexpr (s > 0 && s == kStates - 1) {
+            last_(codes, out);
+        } else {
+            gather_[s](codes, out);
+        }
+    }
+
+   private:
+    Decoder gather_[kStates];
+    PermutingDecoder last_;
+};
 
 // kGroup codes by the codebook's own index. With kFloored a value above 0 has at least the code after that of 0
 // (QC-OPT-021).
@@ -161,15 +200,15 @@ class StateCodes {
     template <bool kFloored>
     void encode(const float *values, Float scale, uint8_t *out) const {
         Int count[kVectors];
-        unsigned unsure = 0;
+        __mmask16 sure = 0xFFFF;
         for (int v = 0; v < kVectors; ++v) {
             const Float value = load(values + v * kLanes);
-            unsure |= estimate(multiply(value, scale), count[v]);
-            if constexpr (kFloored) {
+            count[v] = estimate(multiply(value, scale), sure);
+            if constexpr (kFloored) {  // as integers: 1 if above 0, 0 if 0, no matter what if below
                 count[v] = _mm512_max_epi32(count[v], _mm512_min_epi32(bits(value), _mm512_set1_epi32(1)));
             }
         }
-        if (__builtin_expect(unsure != 0, 0)) {
+        if (__builtin_expect(sure != 0xFFFF, 0)) {
             encode_exactly<kFloored>(exact_, values, scale, out);
             return;
         }
@@ -181,8 +220,8 @@ class StateCodes {
     }
 
    private:
-    // The code less that of 0; returns the lanes in doubt.
-    unsigned estimate(Float y, Int &count) const {
+    // The code less that of 0; takes the lanes in doubt out of `sure`.
+    Int estimate(Float y, __mmask16 &sure) const {
         constexpr int kLargerMagnitude = 0x0B;  // of vrangeps: max(|a|, |b|), sign clear
         const Float size = _mm512_range_ps(y, _mm512_set1_ps(StateLines::kSmallest), kLargerMagnitude);
         const Int exponent = _mm512_srli_epi32(bits(size), 23);  // the permutes look at its lowest 5 bits
@@ -194,10 +233,11 @@ class StateCodes {
         // With 12 bits behind the point, rounded, values no further than kGuard from an integer are one.
         static_assert(StateLines::kGuard == 0x1p-13f);
         const Int fixed = bits(_mm512_add_ps(f, _mm512_set1_ps(0x1p11f)));
+        sure = _mm512_mask_test_epi32_mask(sure, fixed, _mm512_set1_epi32(0xFFF));
+        const Int sign = _mm512_set1_epi32(INT32_MIN);
         constexpr int kFirstOrBoth = 0xF8;  // of vpternlogd: a | (b & c)
-        count = _mm512_cvttps_epi32(_mm512_castsi512_ps(
-            _mm512_ternarylogic_epi32(bits(f), bits(y), _mm512_set1_epi32(INT32_MIN), kFirstOrBoth)));
-        return _mm512_testn_epi32_mask(fixed, _mm512_set1_epi32(0xFFF));
+        const Float signed_f = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits(f), bits(y), sign, kFirstOrBoth));
+        return _mm512_cvttps_epi32(signed_f);
     }
 
     const Codebook &exact_;

@@ -40,7 +40,14 @@ struct Thresholds {
 
 }  // namespace
 
-StateLines::StateLines(const Codebook &book) {
+StateLines::StateLines(const float *table, const Codebook &book) {
+    for (int i = 0; i < 256; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, table + i, sizeof bits);
+        for (int byte = 0; byte < 4; ++byte) {
+            plane[byte][i] = static_cast<uint8_t>(bits >> (8 * byte));
+        }
+    }
     for (int s = 0; s < kSegments; ++s) {
         slope[s] = offset[s] = cap[s] = 0.0f;  // F = 0: in doubt
     }

@@ -27,13 +27,14 @@ struct StateLines {
     static constexpr float kGuard = 0x1p-13f;
     static constexpr float kSmallest = 0x1p-31f;
 
-    // For a codebook of another structure every value takes the exact way.
-    explicit StateLines(const Codebook &book);
+    // `table` is the codebook, `book` the same prepared. One of another structure has every value take the exact way.
+    StateLines(const float *table, const Codebook &book);
 
     alignas(64) int32_t entry[kExponents];
     alignas(64) float slope[kSegments];
     alignas(64) float offset[kSegments];
     alignas(64) float cap[kSegments];
+    alignas(64) uint8_t plane[4][256];  // the bytes of the table's floats, lowest first: for decoding by permutes
 
    private:
     bool fit(const Codebook &book);

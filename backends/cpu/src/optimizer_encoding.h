@@ -1,0 +1,125 @@
+// The encoding of a block's new states (QC-OPT-021, QC-OPT-023). For kernel files.
+//
+// It needs the block's absmax, so it can only start when the rule is through with the block. It is done a group at a
+// time beside the rule's work on the next block: dividing and square roots leave the other ports free.
+#ifndef QCORE_CPU_OPTIMIZER_ENCODING_H
+#define QCORE_CPU_OPTIMIZER_ENCODING_H
+
+#include "block_quantizer.h"
+#include "optimizer_block.h"
+
+namespace qcore::cpu::QC_ISA {
+
+struct StateEncoder {
+    static constexpr int kVectors = QC_ISA::kVectors;
+    static constexpr int kBytes = kGroup;
+
+    Int codes(Float y) const { return search(y); }
+    void pack(const Int (&c)[kVectors], uint8_t *out) const { pack_bytes(c, out); }
+    float bounded(float y) const { return y; }  // integer keys order infinities too
+
+    CodebookCodes search;
+};
+
+// What apply() takes along where nothing is to be encoded.
+struct NoEncoding {
+    void group() {}
+};
+
+template <class Rule>
+class Encoding {
+   public:
+    explicit Encoding(const OptimizerJob &job) : job_(job), as_bnb_((job.rule->flags & QC_OPT_BNB_CODES) != 0) {}
+
+    // Takes a block over, whose values have to stay until finish(); `largest` are their magnitudes, as bits.
+    void begin(const OptimizerTensor &t, int64_t index, const Block &b, const int32_t (&largest)[Rule::kStates]) {
+        size_ = b.size;
+        at_ = 0;
+        n_ = b.n;
+        for (int s = 0; s < Rule::kStates; ++s) {
+            const float absmax = float_of(static_cast<uint32_t>(largest[s]));
+            t.absmax[s][index] = absmax;
+            values_[s] = b.state[s];
+            codes_[s] = b.codes[s];
+            target_[s] = static_cast<uint8_t *>(t.state[s]) + b.start;
+            scale_[s] = largest[s] == 0 ? 0.0f : 1.0f / absmax;
+            overflows_[s] = bits_of(scale_[s]) >= kInfinity;
+        }
+    }
+
+    void group() {
+        if (at_ < size_) {
+            encode_group<0>();
+            at_ += kGroup;
+        }
+    }
+
+    void finish() {
+        while (at_ < size_) {
+            group();
+        }
+        for (int s = 0; s < Rule::kStates && size_ > 0; ++s) {
+            if (overflows_[s]) {
+                encode_with_care(s);
+            }
+            if (as_bnb_ && !Rule::kSquares[s]) {
+                lower_negative(s);
+            }
+            if (n_ != size_) {
+                std::memcpy(target_[s], codes_[s], static_cast<size_t>(n_));
+            }
+        }
+        size_ = 0;
+    }
+
+   private:
+    template <int s>
+    void encode_group() {
+        if (!overflows_[s]) {
+            const StateCodes find(*job_.book[s].codes, *job_.book[s].lines);
+            const Float scale = broadcast(scale_[s]);
+            if (Rule::kSquares[s] && !as_bnb_) {
+                find.template encode<true>(values_[s] + at_, scale, codes_[s] + at_);
+            } else {
+                find.template encode<false>(values_[s] + at_, scale, codes_[s] + at_);
+            }
+        }
+        if constexpr (s + 1 < Rule::kStates) {
+            encode_group<s + 1>();
+        }
+    }
+
+    // A block so small that the reciprocal of its absmax overflows (QC-Q8-003).
+    __attribute__((noinline)) void encode_with_care(int s) {
+        const Codebook &book = *job_.book[s].codes;
+        const StateEncoder encoder{CodebookCodes(book)};
+        BlockQuantizer<StateEncoder>(encoder).quantize(values_[s], size_, codes_[s]);
+        for (int64_t i = 0; Rule::kSquares[s] && !as_bnb_ && i < size_; ++i) {
+            const bool raised = codes_[s][i] == book.zero_code && values_[s][i] > 0.0f;
+            codes_[s][i] = static_cast<uint8_t>(codes_[s][i] + (raised ? 1 : 0));
+        }
+    }
+
+    void lower_negative(int s) {
+        const int32_t zero_code = job_.book[s].codes->zero_code;
+        for (int64_t i = 0; i < size_; ++i) {
+            const bool lowered = codes_[s][i] == zero_code && bits_of(values_[s][i]) >> 31 != 0;
+            codes_[s][i] = static_cast<uint8_t>(codes_[s][i] - (lowered ? 1 : 0));
+        }
+    }
+
+    const OptimizerJob &job_;
+    bool as_bnb_;
+    int64_t size_ = 0;  // 0: nothing pending
+    int64_t at_ = 0;
+    int64_t n_ = 0;
+    const float *values_[Rule::kStates];
+    uint8_t *codes_[Rule::kStates];
+    uint8_t *target_[Rule::kStates];
+    float scale_[Rule::kStates];
+    bool overflows_[Rule::kStates];
+};
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif  // QCORE_CPU_OPTIMIZER_ENCODING_H
