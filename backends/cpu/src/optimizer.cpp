@@ -256,6 +256,11 @@ float limited_step(const qc_optimizer &rule, const double *sums, int64_t blocks)
 }  // namespace
 
 qc_status optimizer_step_workspace(int64_t blocks, int64_t *bytes) {
+    constexpr int64_t kMost = INT64_MAX / (2 * static_cast<int64_t>(sizeof(double)));
+    if (blocks > kMost) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: m: expected at most %lld, got %lld", static_cast<long long>(kMost),
+                    static_cast<long long>(blocks));
+    }
     *bytes = 2 * static_cast<int64_t>(sizeof(double)) * blocks;
     return QC_OK;
 }
@@ -304,11 +309,12 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
             tensors.for_runs(stream, [&](int64_t i, int64_t first, int64_t last) {
                 squares(job, tensors[i], first, last, sums + 2 * (tensors.first_block(i) + first));
             });
-            const IeeeArithmetic ieee;
-            for (int64_t i = 0; i < tensors.count(); ++i) {
-                const int64_t first = tensors.first_block(i);
-                tensors[i].step_size = limited_step(rule, sums + 2 * first, tensors.first_block(i + 1) - first);
-            }
+            parallel_for(1, 1, [&](int64_t) {  // behind a call, for its IEEE arithmetic
+                for (int64_t i = 0; i < tensors.count(); ++i) {
+                    const int64_t first = tensors.first_block(i);
+                    tensors[i].step_size = limited_step(rule, sums + 2 * first, tensors.first_block(i + 1) - first);
+                }
+            });
         }
         const auto step = kernels.step[rule.algorithm][coded];
         tensors.for_runs(stream, [&](int64_t i, int64_t first, int64_t last) { step(job, tensors[i], first, last); });

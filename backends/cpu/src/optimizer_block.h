@@ -64,13 +64,15 @@ inline void copy_bytes(const uint8_t *from, int64_t n, int64_t size, uint8_t fil
     std::memset(to + n, fill, static_cast<size_t>(size - n));
 }
 
-// Asks for what lies two blocks ahead, a group at a time: the loops over one block are too long for the hardware to
+// Asks for what lies six blocks ahead, a group at a time: the loops over one block are too long for the hardware to
 // look past them, and all lines of a block at once would wait for each other.
 template <int kStates, bool kCoded>
 class Ahead {
+    static constexpr int64_t kBlocks = 6;
+
    public:
     Ahead(const OptimizerJob &job, const OptimizerTensor &t, int64_t index) {
-        const int64_t start = (index + 2) * kOptimizerBlock;
+        const int64_t start = (index + kBlocks) * kOptimizerBlock;
         if (kLanes < 16 || start + kOptimizerBlock > t.n) {  // narrower vectors are slower than the memory
             return;
         }
