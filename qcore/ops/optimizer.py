@@ -106,8 +106,10 @@ def optimizer_step(rule: OptimizerRule, tensors: OptimizerTensors) -> None:
     if traced(*tensors.params, *tensors.grads):
         _call_registered(rule, tensors)
         return
+    handle = PreparedOptimizerStep(rule, tensors)
+    _check_grads(tensors.params, tensors.grads)
     _require_apart((("grads", tensors.grads),), tensors)
-    PreparedOptimizerStep(rule, tensors)(rule, tensors.grads, tensors.grad_scales)
+    handle(rule, tensors.grads, tensors.grad_scales)
 
 
 def prepare_optimizer_step(rule: OptimizerRule, tensors: OptimizerTensors) -> PreparedOptimizerStep:
@@ -206,15 +208,22 @@ class PreparedOptimizerStep:
                 break
         if fit:
             return grads
-        for i, (grad, shape) in enumerate(zip(grads, self._shapes, strict=True)):
-            name = f"grads[{i}]"
-            validate.floats(_OP, name, grad)
-            if grad.shape != shape:
-                raise InvalidArgument(f"{_OP}: {name} has shape {tuple(grad.shape)}, params[{i}] has {tuple(shape)}")
-            if grad.dtype != dtype:
-                raise InvalidDtype(f"{_OP}: {name} is {grad.dtype}, grads[0] is {dtype}; a call takes one dtype")
-            validate.device(_OP, f"params[{i}]", self._tensors.params[i].device, [(name, grad)])
+        _check_grads(self._tensors.params, grads)
         return [validate.readable(grad) for grad in grads]
+
+
+def _check_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    if len(grads) != len(params):
+        raise InvalidArgument(f"{_OP}: {len(grads)} grads came, {len(params)} params need as many")
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        name = f"grads[{i}]"
+        validate.floats(_OP, name, grad)
+        if grad.shape != param.shape:
+            came, needed = tuple(grad.shape), tuple(param.shape)
+            raise InvalidArgument(f"{_OP}: {name} has shape {came}, params[{i}] has {needed}")
+        if grad.dtype != grads[0].dtype:
+            raise InvalidDtype(f"{_OP}: {name} is {grad.dtype}, grads[0] is {grads[0].dtype}; a call takes one dtype")
+        validate.device(_OP, f"params[{i}]", param.device, [(name, grad)])
 
 
 def _kind(rule: OptimizerRule) -> tuple[str, int, bool, bool]:
@@ -335,7 +344,7 @@ def _call_registered(rule: OptimizerRule, tensors: OptimizerTensors) -> None:
     torch.ops.qcore.optimizer_step(*schema_arguments(rule, tensors))
 
 
-def _registered(
+def _unpacked(
     params: list[Tensor],
     state1: list[Tensor],
     state2: list[Tensor],
@@ -349,19 +358,30 @@ def _registered(
     floats: list[float],
     grad_scales: list[float],
     streams: list[int],
-) -> None:
+) -> tuple[OptimizerRule, OptimizerTensors]:
+    """What :func:`schema_arguments` packed."""
     numbers: dict[str, Any] = dict(zip(_FLOATS + _BOOLEANS, (*floats, *booleans), strict=True))
     state_bits, seed = integers
     rule = OptimizerRule(algorithm, state_bits, seed=seed % 2**64, **numbers)
-    tensors = OptimizerTensors(
+    return rule, OptimizerTensors(
         params, grads, state1, state2, absmax1, absmax2, compensation, grad_scales, [s % 2**64 for s in streams]
     )
-    _require_apart((("grads", grads),), tensors)
-    PreparedOptimizerStep(rule, tensors)(rule, grads, grad_scales)
 
 
-def _registered_fake(*arguments: object) -> None:
-    """Nothing is returned, and what changes keeps its shape."""
+def _registered(*arguments: Any) -> None:
+    rule, tensors = _unpacked(*arguments)
+    handle = PreparedOptimizerStep(rule, tensors)
+    _check_grads(tensors.params, tensors.grads)
+    _require_apart((("grads", tensors.grads),), tensors)
+    handle(rule, tensors.grads, tensors.grad_scales)
+
+
+def _registered_fake(*arguments: Any) -> None:
+    """Nothing is returned, and what changes keeps its shape; but what does not fit is refused here too."""
+    rule, tensors = _unpacked(*arguments)
+    _check_rule(rule, tensors)
+    _check_states(rule, tensors)
+    _check_grads(tensors.params, tensors.grads)
 
 
 register(

@@ -45,6 +45,16 @@ def test_every_path_gives_the_bits_of_the_reference(op: str, blocksize: int) -> 
             pytest.fail(f"QCORE_CPU_ISA={isa} python {' '.join(command)}: {difference.stderr or difference.stdout}")
 
 
+# The AVX-512 ways to encode a state; the other paths take that of quantize_blockwise.
+@pytest.mark.parametrize("name", ["avx512", "avx512_vnni"])
+def test_state_codes_are_those_of_quantize_blockwise(name: str) -> None:
+    result = run(name, "check_state_codes.py", "--count", str(1 << 18))
+    if "this machine does not have it" in result.stderr:
+        pytest.skip(f"this machine has no {name}")
+    assert result.returncode == 0, f"QCORE_CPU_ISA={name}: {result.stderr}"
+    assert "codes equal" in result.stdout
+
+
 @pytest.mark.parametrize("isa", ["mmx", "AVX2"])
 def test_unknown_instruction_set_is_an_error_that_names_the_known(isa: str) -> None:
     result = run(isa, "-c", "import qcore_cpu; qcore_cpu.load()")
