@@ -33,7 +33,7 @@ qcore.install_as_bitsandbytes()
 import bitsandbytes.optim.ademamix as ademamix
 source = ast.parse(pathlib.Path({reference!r}).read_text())
 imports = [node for node in source.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-wanted = [node for node in imports if not getattr(node, "level", 0)]
+wanted = [node for node in imports if not (getattr(node, "module", "") or "").startswith("bitsandbytes")]
 wanted += [node for node in source.body if isinstance(node, ast.ClassDef) and node.name.startswith("_Reference")]
 exec(compile(ast.Module(wanted, []), "ademamix.py", "exec"), vars(ademamix))
 """
