@@ -119,6 +119,46 @@ inline const float *absmax_run(const Gemm4Weight &w, int64_t block, int64_t coun
     return out;
 }
 
+// The absmax of each 2^unit elements, a block or a part of one, from number `first` on: where they lie, or made in
+// `out`. `count` is at most kAbsmaxRun.
+inline const float *scale_run(const Gemm4Weight &w, int32_t unit, int64_t first, int64_t count, float *out) {
+    if (unit == w.shift) {
+        return absmax_run(w, first, count, out);
+    }
+    const int32_t parts = w.shift - unit;
+    const int64_t block = first >> parts;
+    float decoded[kAbsmaxRun];
+    const float *absmax = absmax_run(w, block, ((first + count - 1) >> parts) - block + 1, decoded);
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] = absmax[((first + i) >> parts) - block];
+    }
+    return out;
+}
+
+// The same for one row of W after the other: a run does not end with a row, or short rows would each pay for a whole
+// vector of absmax.
+class ScaleRuns {
+   public:
+    // No more than the first `end` will be asked for.
+    ScaleRuns(const Gemm4Weight &w, int32_t unit, int64_t end) : w_(w), end_(end), unit_(unit) {}
+
+    const float *at(int64_t first, int64_t count) {
+        if (first < first_ || first + count > stop_) {
+            first_ = first;
+            stop_ = first + kAbsmaxRun < end_ ? first + kAbsmaxRun : end_;
+            values_ = scale_run(w_, unit_, first, stop_ - first, made_);
+        }
+        return values_ + (first - first_);
+    }
+
+   private:
+    const Gemm4Weight &w_;
+    int64_t end_, first_ = 0, stop_ = 0;
+    const float *values_ = nullptr;
+    int32_t unit_;
+    float made_[kAbsmaxRun];
+};
+
 #endif
 
 #if defined(__AVX512BF16__)

@@ -37,16 +37,15 @@ inline void split_even_odd(const T *x, int64_t k, float *out) {
 
 // The sum of one row of W, rounded to T, with `x` in split order.
 template <class T>
-inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x) {
+inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x, ScaleRuns &scales) {
     const Gemm4Weight &w = p.w;
     const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
     const int64_t blocks = p.k >> w.shift;
     const int64_t groups = int64_t{1} << (w.shift - 5);
-    float decoded[kAbsmaxRun];
     F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
     for (int64_t b0 = 0; b0 < blocks; b0 += kAbsmaxRun) {
         const int64_t count = b0 + kAbsmaxRun < blocks ? kAbsmaxRun : blocks - b0;
-        const float *absmax = absmax_run(w, n * blocks + b0, count, decoded);
+        const float *absmax = scales.at(n * blocks + b0, count);
         for (int64_t b = 0; b < count; ++b) {
             const auto table = (__m512)rounded_to<T>(load(w.table) * splat(absmax[b]));
             for (int64_t g = 0; g < groups; ++g) {
@@ -75,9 +74,10 @@ template <class T>
 inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) {
     auto *x = static_cast<float *>(scratch);
     split_even_odd(static_cast<const T *>(p.x), p.k, x);
+    ScaleRuns scales(p.w, p.w.shift, n1 * (p.k >> p.w.shift));
     for (int64_t n = n0; n < n1; ++n) {
         float bias;
-        const float sum = float_gemv_row<T>(p, n, x);
+        const float sum = float_gemv_row<T>(p, n, x, scales);
         load_bias(p, n, 1, &bias);
         finish_row(p, &sum, &bias, 1, static_cast<T *>(p.out) + n);
     }
@@ -97,8 +97,8 @@ inline void split_row(const Gemm4 &p, Bfloat *out) {
 }
 
 // The sum of one row of W with `x` in split order; false if a block is not regular.
-inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, const Bfloat *x, float *sum) {
-    float made[kScaleElements / 64];
+inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, const Bfloat *x, ScaleRuns &scales,
+                     float *sum) {
     F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
     __m512i plane[4];
     const auto add_products = [&] {
@@ -110,8 +110,8 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, con
     };
     for (int64_t k0 = 0; k0 < p.k; k0 += kScaleElements) {
         const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
-        const float *scale = split_scales(p.w, n * p.k + k0, length, made);
-        if (!regular_blocks(scale, length >> 6)) {
+        const float *scale = scales.at((n * p.k + k0) >> kScaleUnit, length >> kScaleUnit);
+        if (!regular_blocks(scale, length >> kScaleUnit)) {
             return false;
         }
         const uint8_t *bytes = p.w.packed + ((n * p.k + k0) >> 1);

@@ -103,10 +103,11 @@ void multiply_bf16(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64
     if (p.m == 1 && split_serves(p) && flags[0] == 0) {
         auto *x = static_cast<Bfloat *>(scratch);
         const SplitDecoder decoder(p.w.table);
+        ScaleRuns scales(p.w, kScaleUnit, (n1 * p.k) >> kScaleUnit);
         split_row(p, x);
         for (int64_t n = n0; n < n1; ++n) {
             float sum, bias;
-            if (gemv_row(p, n, decoder, x, &sum)) {
+            if (gemv_row(p, n, decoder, x, scales, &sum)) {
                 load_bias(p, n, 1, &bias);
                 finish_row(p, &sum, &bias, 1, static_cast<Bfloat *>(p.out) + n);
             } else {

@@ -19,26 +19,20 @@
 
 namespace qcore::cpu::QC_ISA {
 
-constexpr int64_t kGroup = 128;           // elements
-constexpr int64_t kGroupBytes = 256;      // of bfloat16
-constexpr int64_t kPlaneBytes = 64;       // 32 weights
-constexpr int64_t kScaleElements = 4096;  // of a row of W whose scales are made at a time
+constexpr int64_t kGroup = 128;                               // elements
+constexpr int64_t kGroupBytes = 256;                          // of bfloat16
+constexpr int64_t kPlaneBytes = 64;                           // 32 weights
+constexpr int32_t kScaleUnit = 6;                             // log2 of the elements that one scale is looked up for
+constexpr int64_t kScaleElements = kAbsmaxRun << kScaleUnit;  // of a row of W whose scales are made at a time
 
 // Rows must be made of whole halves of groups, each of one block.
 inline bool split_serves(const Gemm4 &p) { return p.w.shift >= 6 && p.k % 64 == 0; }
 
 inline int64_t split_length(int64_t k) { return (k + kGroup - 1) / kGroup * kGroup; }
 
-// The absmax of each 64 elements of first ... first + count - 1, where they lie or made in `out`, which has room for
-// one more. `count` is a multiple of 64 and at most kScaleElements.
+// The scales of elements first ... first + count - 1, as scale_run() gives them.
 inline const float *split_scales(const Gemm4Weight &w, int64_t first, int64_t count, float *out) {
-    if (w.shift == 6) {
-        return absmax_run(w, first >> 6, count >> 6, out);
-    }
-    for (int64_t i = 0; i < count >> 6; ++i) {
-        out[i] = block_absmax(w, (first + 64 * i) >> w.shift);
-    }
-    return out;
+    return scale_run(w, kScaleUnit, first >> kScaleUnit, count >> kScaleUnit, out);
 }
 
 struct SplitDecoder {
