@@ -185,6 +185,11 @@ class _Bar(Listener):
             self._shown[0].console.print(f"{shard}: kept from the interrupted run, verified")
         self.read(nbytes)
 
+    def resumed(self, shard: str, tensors: int, of: int, nbytes: int) -> None:
+        if self._shown is not None:
+            self._shown[0].console.print(f"{shard}: {tensors} of {of} tensors kept from the interrupted run, verified")
+        self.read(nbytes)
+
     def read(self, nbytes: int) -> None:
         if self._shown is not None:
             progress, task = self._shown

@@ -1,8 +1,9 @@
 """The output folder while it is being made: a temporary name, a journal, a lock, and one rename at the end.
 
-``OUT.partial`` holds finished shards and ``journal.json``, which says which arguments and which source files they were
-made from and the SHA-256 of every tensor in them. The same command finds it, verifies the shards and goes on with the
-next. ``OUT`` appears, or is replaced, only when everything in it has been written and read back.
+``OUT.partial`` holds finished shards, perhaps an unfinished one with its log (``step_log.py``), and ``journal.json``,
+which says which arguments and which source files they were made from and the SHA-256 of every tensor in the finished
+ones. The same command finds it, verifies what is there and goes on with the next tensor. ``OUT`` appears, or is
+replaced, only when everything in it has been written and read back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qcore.errors import OutputError
+from qcore.formats.step_log import StepLog, log_path
 
 _JOURNAL = "journal.json"
 _VERSION = 1
@@ -27,7 +29,7 @@ _SPARE_BYTES = 64 << 20
 def writing_failed(path: Path, error: OSError) -> OutputError:
     """Say what could not be written, and what to do."""
     advice = {
-        errno.ENOSPC: "free some space and run the same command again: finished shards are kept",
+        errno.ENOSPC: "free some space and run the same command again: what is written is kept",
         errno.EDQUOT: "the quota is used up; free some space and run the same command again",
         errno.EACCES: "choose another output folder, or change its permissions",
         errno.EPERM: "choose another output folder, or change its permissions",
@@ -105,6 +107,11 @@ class PartialOutput:
         """Note in the journal that ``shard`` is complete and verified."""
         self._shards[shard] = result
         self._write_journal()
+        self.steps(shard).remove()
+
+    def steps(self, shard: str) -> StepLog:
+        """The log of ``shard`` while it is unfinished."""
+        return StepLog(self.path / shard)
 
     def forget(self, shard: str) -> None:
         """Take ``shard`` out of the journal."""
@@ -115,10 +122,12 @@ class PartialOutput:
         write_text(self.path / _JOURNAL, text)
 
     def begin(self) -> None:
-        """Write the journal and remove what an interrupted run left half-written."""
-        for item in self.path.iterdir():
-            if item.is_file() and item.name != _JOURNAL and item.name not in self._shards:
-                item.unlink()
+        """Write the journal and remove what an interrupted run left half-written, but for a shard that has a log."""
+        files = {item for item in self.path.iterdir() if item.is_file()}
+        kept = {self.path / name for name in (_JOURNAL, *self._shards)}
+        unfinished = {item for item in files - kept if log_path(item) in files}
+        for item in files - kept - unfinished - {log_path(item) for item in unfinished}:
+            item.unlink()
         self._write_journal()
 
     def commit(self, replaced: str) -> None:

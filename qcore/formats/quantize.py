@@ -16,6 +16,7 @@ from qcore.formats.output import PartialOutput, check_target, open_partial, writ
 from qcore.formats.plan import Options, Plan, Step, make_plan
 from qcore.formats.shard_writer import ShardWriter, verify_shard
 from qcore.formats.source import INDEX, Source, open_source
+from qcore.formats.step_log import StepLog, StepRecord
 
 
 class Listener:
@@ -26,6 +27,9 @@ class Listener:
 
     def kept(self, shard: str, nbytes: int) -> None:
         """A shard of an interrupted run is complete; ``nbytes`` of the source need not be read again."""
+
+    def resumed(self, shard: str, tensors: int, of: int, nbytes: int) -> None:
+        """As much of an unfinished shard is kept: ``tensors`` of the ``of`` that are read for it."""
 
     def read(self, nbytes: int) -> None:
         """``nbytes`` more of the source are done."""
@@ -133,7 +137,7 @@ def _write_shards(plan: Plan, source: Source, partial: PartialOutput, listener: 
     for name, shard in zip(plan.shard_names(), plan.shards, strict=True):
         finished = _verified(partial, name, shard)
         if finished is None:
-            finished = _write_shard(partial.path / name, shard, source, listener)
+            finished = _write_shard(partial.path / name, shard, source, partial.steps(name), listener)
             partial.record(name, finished)
         else:
             listener.kept(name, sum(step.info.nbytes for step in shard))
@@ -154,23 +158,46 @@ def _verified(partial: PartialOutput, name: str, shard: list[Step]) -> dict[str,
     return finished
 
 
-def _write_shard(path: Path, shard: list[Step], source: Source, listener: Listener) -> dict[str, Any]:
-    writer = ShardWriter(path, _specs(shard))
+def _write_shard(path: Path, shard: list[Step], source: Source, log: StepLog, listener: Listener) -> dict[str, Any]:
+    records = log.load()
+    writer = ShardWriter(path, _specs(shard), resume=bool(records))
     try:
-        errors = []
-        for step in shard:
+        errors = _restore(writer, shard, records, log)
+        if errors:
+            nbytes = sum(step.info.nbytes for step in shard[: len(errors)])
+            listener.resumed(path.name, len(errors), len(shard), nbytes)
+        for step in shard[len(errors) :]:
             errors.append(run_step(step, source, writer, listener.read))
+            log.append(_record(writer, step, errors[-1]))
             _return_free_memory()
         digests = writer.finish()
-    except BaseException:
-        writer.abort()
-        raise
+    finally:
+        writer.close()
     listener.verifying(path.name)
     try:
         verify_shard(path, _specs(shard), digests)
     except FormatError as error:
+        log.remove()
         raise OutputError(f"{error}; the disk or the memory may be failing") from error
     return {"sha256": digests, "errors": [[total.error, total.signal] for total in errors]}
+
+
+def _record(writer: ShardWriter, step: Step, total: ErrorSum) -> StepRecord:
+    late = {spec.name: writer.late_text(spec.name) for spec in step.specs if spec.late}
+    texts = {name: text.decode() for name, text in late.items() if text is not None}
+    return StepRecord(writer.digests([spec.name for spec in step.specs]), texts, total.error, total.signal)
+
+
+def _restore(writer: ShardWriter, shard: list[Step], records: list[StepRecord], log: StepLog) -> list[ErrorSum]:
+    """Take over the steps whose bytes are still what they were; the log ends with the last of them."""
+    kept = 0
+    for step, record in zip(shard, records, strict=False):
+        late = {name: text.encode() for name, text in record.late.items()}
+        if set(record.sha256) != {spec.name for spec in step.specs} or not writer.restore(record.sha256, late):
+            break
+        kept += 1
+    log.rewrite(records[:kept])
+    return [ErrorSum(record.error, record.signal) for record in records[:kept]]
 
 
 def _return_free_memory() -> None:

@@ -16,9 +16,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,7 +28,13 @@ from qcore.errors import FormatError, OutputError
 from qcore.formats.output import writing_failed
 from qcore.formats.safetensors import NAMES, SafetensorsFile, byte_view
 
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
 _METADATA = {"format": "pt"}
+
+# Bytes that are hashed at a time when they are read back.
+_VERIFY_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,15 @@ def _header(specs: Sequence[Spec], lengths: dict[str, int]) -> bytes:
 class ShardWriter:
     """Write the tensors of ``specs`` into ``path``; every one must be written in full before :meth:`finish`.
 
+    With ``resume``, what an unfinished file of the same specs holds stays, for :meth:`restore` to take over.
+
     Raises
     ------
     OutputError
         The file cannot be created, or the disk is full: room for all of it is claimed at once.
     """
 
-    def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
+    def __init__(self, path: Path, specs: Sequence[Spec], *, resume: bool = False) -> None:
         self.path = path
         self._specs = sorted(specs, key=_order)
         reserved = len(_header(self._specs, {}))
@@ -83,13 +92,17 @@ class ShardWriter:
         self._late_start = offset
         self._late: dict[str, bytes] = {}
         self._written = dict.fromkeys(self._places, 0)
+        self._sizes = {spec.name: spec.nbytes for spec in self._specs}
         self._hashes = {spec.name: hashlib.sha256() for spec in self._specs}
         self._fd: int | None = None
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC), 0o644)
             _claim(self._fd, offset + sum(spec.nbytes for spec in self._specs if spec.late))
         except OSError as error:
-            self.abort()
+            if resume:
+                self.close()
+            else:
+                self.abort()
             raise writing_failed(path, error) from error
 
     def write(self, name: str, chunk: Tensor) -> None:
@@ -104,6 +117,38 @@ class ShardWriter:
         self._hashes[name].update(text)
         self._late[name] = text
 
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """SHA-256 of the bytes of these tensors as written so far."""
+        return {name: self._hashes[name].hexdigest() for name in names}
+
+    def late_text(self, name: str) -> bytes | None:
+        """What :meth:`write_late` was given for ``name``, if it was."""
+        return self._late.get(name)
+
+    def restore(self, sha256: Mapping[str, str], late: Mapping[str, bytes]) -> bool:
+        """Take over tensors that an earlier writer wrote in full, if their bytes in the file have these SHA-256.
+
+        False, and nothing taken over, if one differs.
+        """
+        digests = {name: hashlib.sha256(text) for name, text in late.items()}
+        digests |= {name: self._read_digest(name) for name in sha256 if name in self._places}
+        if any(name not in digests or digests[name].hexdigest() != sha256[name] for name in sha256):
+            return False
+        self._hashes |= digests
+        self._late |= late
+        self._written |= {name: self._sizes[name] for name in sha256 if name in self._places}
+        return True
+
+    def _read_digest(self, name: str) -> Hash:
+        digest, place, left = hashlib.sha256(), self._places[name], self._sizes[name]
+        try:
+            while left > 0 and (piece := os.pread(self._open_fd(), min(left, _VERIFY_BYTES), place)):
+                digest.update(piece)
+                place, left = place + len(piece), left - len(piece)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be read back: {error.strerror or error}") from error
+        return digest
+
     def _write_at(self, view: memoryview | bytes, offset: int) -> None:
         view, done = memoryview(view), 0
         try:
@@ -117,7 +162,8 @@ class ShardWriter:
             raise OutputError(f"{self.path}: is closed already")
         return self._fd
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the file as it is; harmless after :meth:`finish`."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -140,14 +186,14 @@ class ShardWriter:
             os.fsync(self._open_fd())
             # What verification reads back should come from the disk.
             os.posix_fadvise(self._open_fd(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._close()
+            self.close()
         except OSError as error:
             raise writing_failed(self.path, error) from error
-        return {name: digest.hexdigest() for name, digest in self._hashes.items()}
+        return self.digests(list(self._hashes))
 
     def abort(self) -> None:
         """Close and remove the unfinished file; harmless after that."""
-        self._close()
+        self.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -158,10 +204,6 @@ def _claim(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-
-
-# Rows of this many bytes are hashed at a time when a file is verified.
-_VERIFY_BYTES = 32 << 20
 
 
 def verify_shard(path: Path, specs: Sequence[Spec], digests: dict[str, str]) -> None:

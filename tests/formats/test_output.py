@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,87 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path: Path, source: Path, at: in
     assert len(resumed.taken_over) == at - 1
     assert contents(out) == contents(tmp_path / "whole")
     assert not partial_path(out).exists()
+
+
+class Stop(Listener):
+    """Interrupts a run after ``tensors`` of its tensors; keeps what was taken over of an unfinished shard."""
+
+    def __init__(self, tensors: int | None) -> None:
+        self.left, self.taken_over, self.read_again = tensors, list[tuple[str, int]](), 0
+
+    def read(self, nbytes: int) -> None:
+        self.read_again += nbytes
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    def resumed(self, shard: str, tensors: int, of: int, nbytes: int) -> None:
+        assert 0 < tensors <= of
+        self.taken_over.append((shard, tensors))
+
+
+ONE_SHARD = Options("nf4")
+
+
+def stopped(source: Path, out: Path, tensors: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, out, ONE_SHARD, listener=Stop(tensors))
+
+
+@pytest.mark.parametrize("tensors", [1, 2, 9])
+def test_a_run_goes_on_inside_an_unfinished_shard(tmp_path: Path, source: Path, tensors: int) -> None:
+    whole = quantize_checkpoint(source, tmp_path / "whole", ONE_SHARD)
+    out = tmp_path / "out"
+    stopped(source, out, tensors)
+    resumed = Stop(None)
+    assert quantize_checkpoint(source, out, ONE_SHARD, listener=resumed) == whole
+    # The tensor that was being written when it stopped is not vouched for.
+    assert [count for _, count in resumed.taken_over] == ([tensors - 1] if tensors > 1 else [])
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def damage_file(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    start = len(data) // 3
+    data[start:] = bytes(len(data) - start)
+    path.write_bytes(data)
+
+
+def damage_log(folder: Path) -> None:
+    (path,) = folder.glob("*.steps")
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def remove_file(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    path.unlink()
+
+
+def shorten_file(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    os.truncate(path, 1000)
+
+
+def swap_lines(folder: Path) -> None:
+    (path,) = folder.glob("*.steps")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+
+
+@pytest.mark.parametrize("damage", [damage_file, damage_log, remove_file, shorten_file, swap_lines])
+def test_damage_to_an_unfinished_shard_costs_steps_and_nothing_else(
+    tmp_path: Path, source: Path, damage: Callable[[Path], None]
+) -> None:
+    whole = quantize_checkpoint(source, tmp_path / "whole", ONE_SHARD)
+    out = tmp_path / "out"
+    stopped(source, out, 9)
+    damage(partial_path(out))
+    resumed = Stop(None)
+    assert quantize_checkpoint(source, out, ONE_SHARD, listener=resumed) == whole
+    assert sum(count for _, count in resumed.taken_over) < 8
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_report_after_resuming_is_complete(tmp_path: Path, source: Path) -> None:
