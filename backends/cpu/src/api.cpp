@@ -93,6 +93,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     if (!arguments.ok()) {
         return arguments.status();
     }
+    if (op == QC_OP_GEMM_INT4) {
+        return fail(QC_UNSUPPORTED, "workspace: gemm_int4 is not served by this library");
+    }
     if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR) {
         return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_LINEAR, op);
     }
@@ -139,6 +142,7 @@ constexpr qc_api kApi = {
     int8_dequantize_rows,
     optimizer_step,
     int8_linear,
+    nullptr,  // gemm_int4
 };
 
 }  // namespace
