@@ -70,9 +70,49 @@ inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x) {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Columns n0 ... n1 - 1 of the only row; scratch for p.k floats.
+// Rows must be made of 32 weights of one group each.
+inline bool float_gemv_serves(const GemmInt4 &p) {
+    return p.m == 1 && p.k % 32 == 0 && (p.w.group_size % 32 == 0 || p.w.groups == 1);
+}
+
+// The sum of one row of W, rounded to T, with `x` in the order of split_even_odd.
 template <class T>
-inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) {
+inline float float_gemv_row(const GemmInt4 &p, int64_t n, const float *x) {
+    const Int4Weight &w = p.w;
+    const uint8_t *bytes = w.packed + n * w.row_bytes;
+    float scale[kAbsmaxRun];
+    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int64_t j0 = 0; j0 < w.groups; j0 += kAbsmaxRun) {
+        const int64_t groups = j0 + kAbsmaxRun < w.groups ? kAbsmaxRun : w.groups - j0;
+        convert_scales(w, n * w.groups + j0, groups, scale);
+        for (int64_t j = 0; j < groups; ++j) {
+            const float *grid = group_grid(w, n * w.groups + j0 + j);
+            const auto table = (__m512)rounded_to<T>(load(grid) * splat(scale[j]));
+            const int64_t left = p.k - (j0 + j) * w.group_size;
+            for (int64_t i = left < w.group_size ? left : w.group_size; i > 0; i -= 32) {
+                _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
+                const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
+                const auto high = (F32)_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table);
+                const auto low = (F32)_mm512_permutexvar_ps(pair, table);
+                const F32 even = multiply_add(load(x), high, s0);
+                const F32 odd = multiply_add(load(x + 16), low, s1);
+                s0 = s2;
+                s1 = s3;
+                s2 = even;
+                s3 = odd;
+                bytes += 16;
+                x += 32;
+            }
+        }
+    }
+    float sums[kStrip];
+    sum_lanes(s0, s1, s2, s3, sums);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Columns n0 ... n1 - 1 of the only row; scratch for p.k floats.
+template <class T, class Problem>
+inline void multiply_row(const Problem &p, int64_t n0, int64_t n1, void *scratch) {
     auto *x = static_cast<float *>(scratch);
     split_even_odd(static_cast<const T *>(p.x), p.k, x);
     for (int64_t n = n0; n < n1; ++n) {
@@ -86,7 +126,7 @@ inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) 
 #if defined(__AVX512BF16__)
 
 // X in split order (gemm_4bit_split.h), split_length(p.k) values.
-inline void split_row(const Gemm4 &p, Bfloat *out) {
+inline void split_row(const ProductOf4Bits &p, Bfloat *out) {
     for (int64_t i = 0; i < p.k; i += kGroup) {
         __m512i plane[4];
         split_planes(static_cast<const Bfloat *>(p.x) + i, p.k - i, plane);
@@ -97,8 +137,10 @@ inline void split_row(const Gemm4 &p, Bfloat *out) {
 }
 
 // The sum of one row of W with `x` in split order; false if a block is not regular.
-inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, const Bfloat *x, float *sum) {
-    float made[kScaleElements / 64];
+template <class Weight>
+inline bool gemv_row(const WeightProduct<Weight> &p, int64_t n, const Split<Weight> &decoder, const Bfloat *x,
+                     float *sum) {
+    typename Split<Weight>::Room room;
     F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
     __m512i plane[4];
     const auto add_products = [&] {
@@ -110,18 +152,18 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, con
     };
     for (int64_t k0 = 0; k0 < p.k; k0 += kScaleElements) {
         const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
-        const float *scale = split_scales(p.w, n * p.k + k0, length, made);
-        if (!regular_blocks(scale, length >> 6)) {
+        const auto scales = Split<Weight>::scales(p.w, n, k0, length, room);
+        if (!Split<Weight>::regular(scales, length)) {
             return false;
         }
         const uint8_t *bytes = p.w.packed + ((n * p.k + k0) >> 1);
-        for (int64_t g = 0; g < length / kGroup; ++g, bytes += 64, scale += 2) {
+        for (int64_t g = 0; g < length / kGroup; ++g, bytes += 64) {
             _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
-            decoder.decode(_mm512_loadu_si512(bytes), scale, plane);
+            decoder.decode(bytes, scales, g, plane);
             add_products();
         }
         if (length % kGroup != 0) {
-            decoder.decode_half(bytes, scale, plane);
+            decoder.decode_half(bytes, scales, length / kGroup, plane);
             add_products();
         }
     }
