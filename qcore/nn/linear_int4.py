@@ -12,7 +12,8 @@ from torch.compiler import is_compiling
 from qcore.autograd import bias_for, compute_dtype_of
 from qcore.backend.weights import WeightInt4
 from qcore.errors import FormatError, InvalidArgument
-from qcore.formats import awq, gptq
+from qcore.functional import awq_layers as awq
+from qcore.functional import gptq_layers as gptq
 from qcore.nn.int4_params import Int4Params
 from qcore.nn.quantized import QuantizedModule
 from qcore.ops.int4 import checked_order, checked_weight, gemm_int4

@@ -34,7 +34,7 @@ class QuantizedModule(nn.Module):
 
     def quantize(self: Self, device: str | torch.device | None = None) -> Self:
         """Quantize the weight now, and move the whole layer to ``device`` if one is given; returns the layer."""
-        if not isinstance(self.weight, (Params4bit, Int8Params, Int4Params)):
+        if not isinstance(self.weight, (Params4bit, Int8Params)):
             raise InvalidArgument(f"{type(self).__name__}.quantize: weight is a {type(self.weight).__name__}")
         self.weight.quantize(device)
         return self if device is None else self.to(device)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qcore.errors import FormatError, InvalidArgument
-from qcore.formats import awq, gptq
+from qcore.functional import awq_layers as awq
+from qcore.functional import gptq_layers as gptq
 from qcore.ops.int4 import checked_order, checked_weight, dequantize_int4
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]

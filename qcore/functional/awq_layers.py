@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qcore.backend.weights import WeightInt4
 from qcore.errors import FormatError, InvalidArgument
-from qcore.formats.gptq import codes_of, pack, pack_rows, unpack, zeros_of
+from qcore.functional.gptq_layers import codes_of, pack, pack_rows, unpack, zeros_of
 
 NAMES = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
