@@ -17,34 +17,35 @@ WEIGHT_ROUNDINGS = ("float32", "compute")
 
 @dataclass(frozen=True)
 class GemmDeclaration:
-    """What a backend declares about ``gemm_4bit``: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002)."""
+    """What a backend declares about a product: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002, QC-INT4-004)."""
 
     lanes: int
     extra: int
     weight_rounding: str
+    op: str = "gemm_4bit"
 
     @classmethod
-    def parse(cls, declarations: Mapping[str, Any]) -> GemmDeclaration:
-        """Read ``declarations["gemm_4bit"]``; ``AssertionError`` says what is missing or wrong."""
-        said = declarations.get("gemm_4bit")
+    def parse(cls, declarations: Mapping[str, Any], op: str = "gemm_4bit") -> GemmDeclaration:
+        """Read ``declarations[op]``; ``AssertionError`` says what is missing or wrong."""
+        said = declarations.get(op)
         assert isinstance(said, Mapping), (
-            "gemm_4bit: the backend declares nothing about it; describe() needs declarations "
-            '{"gemm_4bit": {"depth": {"lanes": ..., "extra": ...}, "weight_rounding": "float32" or "compute"}}'
+            f"{op}: the backend declares nothing about it; describe() needs declarations "
+            f'{{"{op}": {{"depth": {{"lanes": ..., "extra": ...}}, "weight_rounding": "float32" or "compute"}}}}'
         )
         depth = said.get("depth")
-        assert isinstance(depth, Mapping), f"gemm_4bit: declared depth is {depth!r}, expected lanes and extra"
+        assert isinstance(depth, Mapping), f"{op}: declared depth is {depth!r}, expected lanes and extra"
         lanes, extra = depth.get("lanes"), depth.get("extra")
-        assert type(lanes) is int and lanes >= 1, f"gemm_4bit: declared lanes {lanes!r}, expected an integer >= 1"
-        assert type(extra) is int and extra >= 0, f"gemm_4bit: declared extra {extra!r}, expected an integer >= 0"
+        assert type(lanes) is int and lanes >= 1, f"{op}: declared lanes {lanes!r}, expected an integer >= 1"
+        assert type(extra) is int and extra >= 0, f"{op}: declared extra {extra!r}, expected an integer >= 0"
         rounding = said.get("weight_rounding")
-        assert rounding in WEIGHT_ROUNDINGS, f"gemm_4bit: weight_rounding {rounding!r}, expected {WEIGHT_ROUNDINGS}"
-        return cls(lanes, extra, rounding)
+        assert rounding in WEIGHT_ROUNDINGS, f"{op}: weight_rounding {rounding!r}, expected {WEIGHT_ROUNDINGS}"
+        return cls(lanes, extra, rounding, op)
 
     def depth(self, k: int) -> int:
         """``d(K)``, refused above the spec's ceiling."""
         depth = -(-k // self.lanes) + self.extra
         assert depth <= k + 8, (
-            f"gemm_4bit: declared depth d({k}) = ceil({k}/{self.lanes}) + {self.extra} = {depth}, "
+            f"{self.op}: declared depth d({k}) = ceil({k}/{self.lanes}) + {self.extra} = {depth}, "
             f"the ceiling is K + 8 = {k + 8} (QC-GEMM4-002)"
         )
         return depth

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qcore_conformance.floats import Floats
 from qcore_conformance.oracle import Nested, Quantized, Rows
-from qcore_conformance.weights import Weight
+from qcore_conformance.weights import Int4Weight, Weight
 
 if TYPE_CHECKING:
     from qcore_conformance.session import Session
@@ -210,6 +210,26 @@ def int8_linear(
 
     r = s.call("int8_linear", {"A": a, "codes": b, "scales": col_stats, "bias": bias}, outputs, call)
     return Linear(r["out"], r.get("outliers", np.zeros(k, dtype=np.uint8)))
+
+
+def gemm_int4(
+    s: Session, x: Floats, weight: Int4Weight, bias: Floats | None = None, *, prepared: bool = False
+) -> Floats:
+    """``prepared`` goes through ``prepare_gemm_int4``, as a layer does."""
+
+    def invoke(b: Any, t: dict[str, Any]) -> None:
+        if prepared:
+            b.prepare_gemm_int4(weight.bind(t))(t["X"], t["bias"], t["out"])
+        else:
+            b.gemm_int4(t["X"], weight.bind(t), t["bias"], out=t["out"])
+
+    r = s.call(
+        "gemm_int4",
+        {"X": x, "bias": bias} | weight.inputs(),
+        {"out": _form((x.shape[0], weight.shape[0]), x.dtype)},
+        invoke,
+    )
+    return r["out"]
 
 
 def int8_dequantize_rows(s: Session, codes: NDArray[np.int8], row_stats: Floats, dtype: str) -> Floats:

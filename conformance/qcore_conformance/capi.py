@@ -16,6 +16,7 @@ from qcore_conformance import generators
 from qcore_conformance.floats import Floats, f32, rounded
 from qcore_conformance.model import NotRun
 from qcore_conformance.optimizer_call import random_tensor
+from qcore_conformance.weights import random_int4
 
 if TYPE_CHECKING:
     from qcore_conformance.session import Session
@@ -30,7 +31,7 @@ class Argument:
 
     ``kind``: ``dtype``, ``format``, ``count``, ``blocksize``, ``threshold``, ``bias_dtype``, ``workspace``,
     ``workspace_bytes``; ``in``, ``out`` or ``optional`` for the address of the tensor ``name``; ``weight`` for a
-    pointer to a ``qc_weight_4bit`` whose fields are ``fields``; ``optimizer`` and ``tensors`` for a pointer to
+    pointer to the struct ``type`` whose fields are ``fields``; ``optimizer`` and ``tensors`` for a pointer to
     ``qc_optimizer`` and ``qc_optimizer_tensors``, whose lists of addresses are lists of names there.
     """
 
@@ -38,6 +39,7 @@ class Argument:
     kind: str
     value: Any = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    type: str = "qc_weight_4bit"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class CCall:
     arguments: Sequence[Argument]
     sizes: tuple[int, int, int] = (0, 0, 0)  # of workspace()
     initial: Mapping[str, Array] = field(default_factory=dict)  # what outputs hold before, where that matters
+    more_workspace: int = 0  # bytes beyond what workspace() says (QC-INT4-003)
 
 
 class Library:
@@ -95,7 +98,7 @@ class Library:
         )
         assert status == 0, f"workspace({call.op}) answered {status}: {self.last_error()}"
         assert count[0] >= 0, f"workspace({call.op}) says {count[0]} bytes"
-        return int(count[0])
+        return int(count[0]) + call.more_workspace
 
 
 def invoke(
@@ -123,7 +126,7 @@ def invoke(
             fields = {k: tensors[v].data_ptr() if isinstance(v, str) else v for k, v in argument.fields.items()}
             for key, value in (weight_change or {}).items():
                 fields[key] = fields[key] + value[1] if isinstance(value, tuple) else value
-            struct = library.ffi.new("qc_weight_4bit *", fields)
+            struct = library.ffi.new(f"{argument.type} *", fields)
             keep.append(struct)
             values.append(struct)
         elif argument.kind == "optimizer":
@@ -280,9 +283,31 @@ def valid_call(
             Argument("workspace", "workspace"), Argument("workspace_bytes", "workspace_bytes"),
         )  # fmt: skip
         return CCall(op, inputs, {"out": ((m, cols), dtype)}, arguments, (m, cols, k))
+    if op == "gemm_int4":
+        return _int4_call(rng, dtype, product, ordered=nested)
     if op == "optimizer_step":
         return _optimizer_call(rng)
     return _int8_call(op, rng, dtype, m, cols, k)
+
+
+def _int4_call(rng: generators.Rng, dtype: str, product: tuple[int, int, int], *, ordered: bool) -> CCall:
+    """Groups of 32 with zero points; ``ordered`` with a permutation, which needs scratch."""
+    m, n, k = product
+    kind = Argument("dtype", "dtype", DTYPE_CODES[dtype])
+    weight = random_int4(rng, 32, (n, k), "f16", ordered=ordered)
+    parts = {name: part for name, part in weight.inputs().items() if part is not None}
+    fields = {"packed": "packed", "scales": "scales", "zeros": "zeros", "perm": "perm" if ordered else 0}
+    fields |= {"n": n, "k": k, "group_size": 32, "scale_dtype": 1, "layout": 0}
+    inputs: dict[str, Array] = {"a": generators.values("normal", rng, m * k, dtype).reshape(m, k)} | parts
+    inputs["bias"] = generators.values("normal", rng, n, dtype)
+    arguments = (
+        kind, Argument("m", "count", m), Argument("n", "count", n), Argument("k", "count", k), Argument("a", "in"),
+        Argument("w", "weight", fields=fields, type="qc_weight_int4"),
+        Argument("bias_dtype", "bias_dtype", kind.value), Argument("bias", "optional"), Argument("out", "out"),
+        Argument("workspace", "workspace"), Argument("workspace_bytes", "workspace_bytes"),
+    )  # fmt: skip
+    more = -(-m * k * (4 if dtype == "f32" else 2) // 64) * 64 if ordered else 0
+    return CCall("gemm_int4", inputs, {"out": ((m, n), dtype)}, arguments, (m, n, k), more_workspace=more)
 
 
 def _optimizer_call(rng: generators.Rng) -> CCall:

@@ -242,6 +242,28 @@ def int8_dequantize_rows(codes: NDArray[np.int8], row_stats: Floats, dtype: str)
         return rounded(r32(t * INV_127), dtype)
 
 
+def dequantize_int4(
+    packed: NDArray[np.uint8],
+    scales: Floats,
+    zeros: NDArray[np.uint8] | None,
+    perm: NDArray[np.int32] | None,
+    group_size: int,
+    k: int,
+    dtype: str,
+) -> Floats:
+    """QC-INT4-001 to QC-INT4-003: ``(N, K)`` in the order of X."""
+    n = len(packed)
+    codes = unpack(packed.reshape(-1), packed.size * 2).reshape(n, packed.shape[1] * 2)[:, :k].astype(np.float64)
+    zero = np.full(scales.shape, 8.0) if zeros is None else zeros.astype(np.float64)
+    s = scales.f64()
+    w = np.empty((n, k))
+    with np.errstate(all="ignore"):
+        for j in range(k):
+            column = j if perm is None else int(perm[j])
+            w[:, column] = r32((codes[:, j] - zero[:, j // group_size]) * s[:, j // group_size])
+    return rounded(w, dtype)
+
+
 class Product(NamedTuple):
     exact: F64
     magnitude: F64  # sum |x*w| + |bias|

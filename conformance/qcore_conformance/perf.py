@@ -27,6 +27,7 @@ from qcore.backend import (
     OptimizerTensors,
     Weight4bit,
     Weight8bit,
+    WeightInt4,
     get_backend,
 )
 from qcore.errors import QcoreError, Unsupported
@@ -188,8 +189,17 @@ def workloads(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
             "gemm_4bit",
             f"nf4 M={m}",
             # Prepared in the first, untimed call: what a layer does once, at load.
-            _prepared(b, weight, x, y),
+            _prepared(b.prepare_gemm_4bit, weight, x, y),
             [packed, scales, x],
+            [y],
+            2 * m * n,
+        )
+        groups = WeightInt4(packed.view(size, -1), scales.view(size, -1).half(), None, BLOCKSIZE, (size, size))
+        add(
+            "gemm_int4",
+            f"M={m}",
+            _prepared(b.prepare_gemm_int4, groups, x, y),
+            [packed, groups.scales, x],
             [y],
             2 * m * n,
         )
@@ -247,12 +257,12 @@ def workloads(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
     return found
 
 
-def _prepared(backend: Backend, weight: Weight4bit, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
+def _prepared(prepare: Callable[[Any], Any], weight: Any, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
     handles: list[Any] = []
 
     def call() -> None:
         if not handles:
-            handles.append(backend.prepare_gemm_4bit(weight))
+            handles.append(prepare(weight))
         handles[0](x, None, y)
 
     return call

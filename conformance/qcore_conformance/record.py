@@ -39,7 +39,7 @@ from qcore_conformance.weights import Weight
 MAGIC = b"QCCALLS1"
 LEVELS = ("L1", "L2")
 # Their arguments are structures of lists, and bounds of their own; the format has no place for them yet.
-LEFT_OUT = frozenset({"optimizer_step", "int8_linear"})
+LEFT_OUT = frozenset({"optimizer_step", "int8_linear", "gemm_int4"})
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32)
 _FORMATS = {"nf4": 0, "fp4": 1}
 # Larger calls are left out: an emulated device takes minutes over each.

@@ -12,7 +12,7 @@ from qcore.backend import OptimizerRule
 from qcore_conformance import calls, generators
 from qcore_conformance.floats import rounded
 from qcore_conformance.optimizer_call import optimizer_step, random_tensor
-from qcore_conformance.weights import random_weight
+from qcore_conformance.weights import random_int4, random_weight
 
 if TYPE_CHECKING:
     from qcore_conformance.session import Session
@@ -161,6 +161,15 @@ def _int8_linear(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Samp
             yield lambda s, a=a, b=b, cols=cols, bias=bias, t=threshold: calls.int8_linear(s, a, b, cols, t, bias)
 
 
+def _gemm_int4(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
+    for i, (m, n, k) in enumerate(sizes.products):
+        g = (64, 32, 16, max(k, 1))[i % 4]
+        w = random_int4(rng, g, (n, k), ("f16", "f32", "bf16")[i % 3], zeros=i % 2 == 0, ordered=i % 3 == 1)
+        x = generators.values("normal", rng, m * k, dtype).reshape(m, k)
+        bias = generators.values("normal", rng, n, dtype) if i % 2 else None
+        yield lambda s, x=x, w=w, bias=bias: (calls.gemm_int4(s, x, w, bias),)
+
+
 _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] = {
     "quantize_blockwise": _quantize_blockwise,
     "dequantize_blockwise": _dequantize_blockwise,
@@ -177,5 +186,6 @@ _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] 
     "int8_dequantize_rows": _int8_dequantize_rows,
     "optimizer_step": _optimizer_step,
     "int8_linear": _int8_linear,
+    "gemm_int4": _gemm_int4,
 }
 OPS = tuple(_MAKERS)

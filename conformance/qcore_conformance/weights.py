@@ -13,7 +13,7 @@ from qcore_conformance.floats import Floats, rounded
 from qcore_conformance.generators import CODEBOOKS, Rng
 
 if TYPE_CHECKING:
-    from qcore.backend import Weight4bit
+    from qcore.backend import Weight4bit, WeightInt4
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,3 +110,55 @@ def integer_weight(rng: Rng, quant_type: str, blocksize: int, shape: tuple[int, 
     codes = rng.choice(np.array(choices, dtype=np.uint8), n)
     absmax = rounded(2.0 ** rng.integers(0, 3, -(-n // blocksize)), "f32")
     return Weight(oracle.pack(codes, quant_type), absmax, quant_type, blocksize, shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Int4Weight:
+    """The parts of :class:`~qcore.backend.weights.WeightInt4` as arrays."""
+
+    packed: NDArray[np.uint8]
+    scales: Floats
+    zeros: NDArray[np.uint8] | None
+    group_size: int
+    shape: tuple[int, int]
+    perm: NDArray[np.int32] | None = None
+
+    def decoded(self, dtype: str = "f32") -> Floats:
+        """The weights by QC-INT4-002, in the order of X."""
+        return oracle.dequantize_int4(
+            self.packed, self.scales, self.zeros, self.perm, self.group_size, self.shape[1], dtype
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """The arrays by name, for ``Session.call``; absent ones are None."""
+        return {"packed": self.packed, "scales": self.scales, "zeros": self.zeros, "perm": self.perm}
+
+    def bind(self, tensors: dict[str, Any]) -> WeightInt4:
+        """The backend's argument, from the tensors that ``Session.call`` made of :meth:`inputs`."""
+        from qcore.backend import WeightInt4
+
+        parts = (tensors["packed"], tensors["scales"], tensors["zeros"])
+        return WeightInt4(*parts, self.group_size, self.shape, tensors["perm"])
+
+
+def random_int4(
+    rng: Rng, group_size: int, shape: tuple[int, int], kind: str = "f16", *, zeros: bool = True, ordered: bool = False
+) -> Int4Weight:
+    """Every code and zero point, scales of varying size and sign in ``kind``; ``ordered`` columns are permuted.
+
+    No weight is denormal in float16 (QC-GEMM4-004).
+    """
+    n, k = shape
+    groups = -(-k // group_size)
+    packed = rng.integers(0, 256, (n, (k + 1) // 2), dtype=np.uint8)
+    sizes = np.exp(0.5 * rng.standard_normal((n, groups))) * rng.choice([0.0625, 0.0625, -0.0625], (n, groups))
+    points = rng.integers(0, 16, (n, groups), dtype=np.uint8) if zeros else None
+    perm = rng.permutation(k).astype(np.int32) if ordered else None
+    return Int4Weight(packed, rounded(sizes, kind), points, group_size, shape, perm)
+
+
+def integer_int4(rng: Rng, group_size: int, shape: tuple[int, int], *, zeros: bool, ordered: bool) -> Int4Weight:
+    """Weights that are small integers in any compute dtype (QC-INT4-006)."""
+    weight = random_int4(rng, group_size, shape, "bf16", zeros=zeros, ordered=ordered)
+    scales = rounded(rng.choice([1.0, 2.0, -1.0, 0.0], weight.scales.shape), "bf16")
+    return Int4Weight(weight.packed, scales, weight.zeros, group_size, shape, weight.perm)

@@ -9,7 +9,7 @@ from qcore.backend.optimizer import (
     PreparedStep,
 )
 from qcore.backend.registry import BackendStatus, backend_for, backend_report, get_backend, use_backend
-from qcore.backend.weights import Weight4bit, Weight8bit
+from qcore.backend.weights import Weight4bit, Weight8bit, WeightInt4
 
 __all__ = [
     "ALGORITHMS",
@@ -25,6 +25,7 @@ __all__ = [
     "PreparedStep",
     "Weight4bit",
     "Weight8bit",
+    "WeightInt4",
     "backend_for",
     "backend_report",
     "get_backend",

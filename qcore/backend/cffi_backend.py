@@ -19,7 +19,7 @@ from qcore.backend.abi import ffi
 from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
 from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
-from qcore.backend.weights import Weight4bit, Weight8bit
+from qcore.backend.weights import Weight4bit, Weight8bit, WeightInt4
 from qcore.errors import (
     BackendError,
     BackendUnavailable,
@@ -184,11 +184,11 @@ class CffiBackend(Backend):
         return int(count[0])
 
     def _workspace(
-        self, op: int, device: int, stream: int, dtype: int, m: int, n: int, k: int, like: Tensor
+        self, op: int, device: int, stream: int, dtype: int, m: int, n: int, k: int, like: Tensor, more: int = 0
     ) -> tuple[Tensor | None, int, int]:
-        """Scratch for one call: the tensor to keep alive, its address and its size."""
+        """Scratch for one call, ``more`` bytes than the library says: the tensor, its address and its size."""
         # The size may depend on the number of threads, never on which stream of a GPU is current.
-        size = self._workspace_bytes(op, device, stream if self._host else 0, dtype, m, n, k)
+        size = self._workspace_bytes(op, device, stream if self._host else 0, dtype, m, n, k) + more
         if size == 0:
             return None, 0, 0
         scratch = torch.empty(size, dtype=torch.uint8, device=like.device)
@@ -229,10 +229,22 @@ class CffiBackend(Backend):
         self.prepare_gemm_4bit(weight)(A, bias, out)
 
     def prepare_gemm_4bit(self, weight: Weight4bit) -> PreparedGemm:
-        function = self._functions["gemm_4bit"]
+        return self._prepare_gemm("gemm_4bit", QC.QC_OP_GEMM_4BIT, weight, _pack(weight), False)
+
+    def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
+        self.prepare_gemm_int4(weight)(A, bias, out)
+
+    def prepare_gemm_int4(self, weight: WeightInt4) -> PreparedGemm:
+        gathers = weight.perm is not None
+        return self._prepare_gemm("gemm_int4", QC.QC_OP_GEMM_INT4, weight, _pack_int4(weight), gathers)
+
+    def _prepare_gemm(
+        self, name: str, op: int, weight: Weight4bit | WeightInt4, packed: Any, gathers: bool
+    ) -> PreparedGemm:
+        """``packed`` is the struct of ``weight``; a product that ``gathers`` needs room for X in another order."""
+        function = self._functions[name]
         if function is None:
-            raise self._unsupported("gemm_4bit")
-        packed = _pack(weight)
+            raise self._unsupported(name)
         n, k = weight.shape
         where, workspace_of, check, host = self._where, self._workspace, self._check, self._host
         threads: Callable[[], int] = torch.get_num_threads
@@ -249,7 +261,8 @@ class CffiBackend(Backend):
             known, dtype, m = last
             if key != known:
                 dtype, m = _DTYPES[A.dtype], out.numel() // n if n else 0
-                scratch, address, size = workspace_of(QC.QC_OP_GEMM_4BIT, device, stream, dtype, m, n, k, A)
+                gathered = -(-m * k * A.element_size() // 64) * 64 if gathers else 0  # QC-INT4-003
+                scratch, address, size = workspace_of(op, device, stream, dtype, m, n, k, A, gathered)
                 if host and scratch is None:
                     last = (key, dtype, m)
             bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
@@ -385,6 +398,24 @@ def _pack(weight: Weight4bit) -> Any:
             "blocksize": weight.blocksize,
             "nested_blocksize": weight.nested_blocksize,
             "format": _FORMATS[weight.quant_type],
+            "layout": 0,
+        },
+    )
+
+
+def _pack_int4(weight: WeightInt4) -> Any:
+    n, k = weight.shape
+    return ffi.new(
+        "qc_weight_int4 *",
+        {
+            "packed": _ptr(weight.packed),
+            "scales": _ptr(weight.scales),
+            "zeros": _ptr(weight.zeros),
+            "perm": _ptr(weight.perm),
+            "n": n,
+            "k": k,
+            "group_size": weight.group_size,
+            "scale_dtype": _DTYPES[weight.scales.dtype],
             "layout": 0,
         },
     )

@@ -14,6 +14,7 @@ from torch import Tensor, device
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
 from qcore.backend.weights import Weight4bit as Weight4bit
 from qcore.backend.weights import Weight8bit as Weight8bit
+from qcore.backend.weights import WeightInt4 as WeightInt4
 from qcore.errors import Unsupported
 
 OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backend's ops are a subset
@@ -32,6 +33,7 @@ OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backen
     "int8_dequantize_rows": 1,
     "optimizer_step": 1,
     "int8_linear": 1,
+    "gemm_int4": 1,
 }
 
 
@@ -131,6 +133,13 @@ class Backend(ABC):
     def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
         """As :meth:`prepare_gemm_4bit`; the result takes ``(A, threshold, bias, out, outliers)``."""
         return lambda A, t, bias, out, found: self.int8_linear(A, W, t, bias, out=out, outliers=found)
+
+    def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
+        raise self._unsupported("gemm_int4")
+
+    def prepare_gemm_int4(self, weight: WeightInt4) -> PreparedGemm:
+        """As :meth:`prepare_gemm_4bit`."""
+        return lambda A, bias, out: self.gemm_int4(A, weight, bias, out=out)
 
     def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
         raise self._unsupported("optimizer_step")

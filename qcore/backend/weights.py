@@ -28,6 +28,23 @@ class Weight4bit:
 
 
 @dataclass(frozen=True, eq=False)
+class WeightInt4:
+    """4-bit integers in groups along K (QC-INT4-001); validated by the frontend.
+
+    ``packed`` uint8 ``(N, ceil(K/2))``; ``scales`` float32, float16 or bfloat16 ``(N, G)``, G = ceil(K / group_size);
+    ``zeros`` uint8 ``(N, G)``, or None where every zero point is 8; ``perm`` int32 ``(K,)``: column j of ``packed`` is
+    column ``perm[j]`` of the weight.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group_size: int
+    shape: tuple[int, int]  # (N, K)
+    perm: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Weight8bit:
     """An int8 weight: ``codes`` int8 ``(N, K)``, ``scales`` float32 ``(N,)``, the largest magnitudes of its rows."""
 

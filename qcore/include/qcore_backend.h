@@ -1,4 +1,4 @@
-/* qcore backend ABI, version 1.1: the whole contract of a native backend.
+/* qcore backend ABI, version 1.2: the whole contract of a native backend.
  *
  * A backend is one shared library that exports qcore_backend_open(). The table that it returns is append-only:
  * within a major version new entries go to the end, `size` says how much of it the library fills, and a NULL entry
@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 #define QC_ABI_MAJOR 1
-#define QC_ABI_MINOR 1
+#define QC_ABI_MINOR 2
 
 typedef int32_t qc_status;
 #define QC_OK 0
@@ -62,6 +62,7 @@ typedef int32_t qc_status;
 #define QC_OP_INT8_DEQUANTIZE_ROWS 12
 #define QC_OP_OPTIMIZER_STEP 13
 #define QC_OP_INT8_LINEAR 14
+#define QC_OP_GEMM_INT4 15
 
 /* A 4-bit tensor. With nested_absmax == 0, absmax is float[blocks]; else it is uint8_t[blocks] and the nested
  * fields decode it (QC-NEST-003). The struct lives on the host, is filled once per weight and may be kept. */
@@ -77,6 +78,18 @@ typedef struct qc_weight_4bit {
     int32_t format; /* QC_NF4 or QC_FP4 */
     int32_t layout; /* 0: as stored; a library refuses every other with QC_UNSUPPORTED or QC_INVALID_ARGUMENT */
 } qc_weight_4bit;
+
+/* A weight of n rows of 4-bit integers, g = ceil(k / group_size) groups a row (QC-INT4-001). Kept likewise. */
+typedef struct qc_weight_int4 {
+    uintptr_t packed; /* uint8_t[n][(k + 1) / 2], high nibble first */
+    uintptr_t scales; /* [n][g] in scale_dtype */
+    uintptr_t zeros;  /* uint8_t[n][g]; or 0: every zero point is 8 */
+    uintptr_t perm;   /* int32_t[k], a permutation: column j of packed meets column perm[j] of a; or 0 */
+    int64_t n, k;
+    int64_t group_size; /* a multiple of 8, or k or more */
+    int32_t scale_dtype;
+    int32_t layout; /* as that of qc_weight_4bit */
+} qc_weight_int4;
 
 /* algorithms of optimizer_step (QC-OPT-010..015) */
 #define QC_ADAM 0 /* also AdamW and LAMB */
@@ -188,6 +201,11 @@ typedef struct qc_api {
                              uintptr_t a, uintptr_t b, uintptr_t col_stats, float threshold, int32_t bias_dtype,
                              uintptr_t bias, uintptr_t out, uintptr_t outliers, uintptr_t workspace,
                              int64_t workspace_bytes);
+    /* QC-INT4-001..008: as gemm_4bit with a weight in groups. workspace() says what a weight without perm needs; one
+     * with perm needs m * k elements of dtype more, in bytes rounded up to a multiple of 64 (QC-INT4-003). */
+    qc_status (*gemm_int4)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                           uintptr_t a, const qc_weight_int4 *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out,
+                           uintptr_t workspace, int64_t workspace_bytes);
 } qc_api;
 
 /* The library's only export. NULL if it cannot serve this major version. */

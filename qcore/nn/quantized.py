@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qcore.errors import FormatError, InvalidArgument
 from qcore.functional import QuantState
+from qcore.nn.int4_params import Int4Params
 from qcore.nn.int8_params import Int8Params
 from qcore.nn.params import Params4bit, check_packed, copied_state
 
@@ -27,7 +28,7 @@ _INT8_LAYOUTS = {0: "row", 1: "col32", 2: "col_turing", 3: "col_ampere"}
 
 
 class QuantizedModule(nn.Module):
-    """A layer whose parameter ``weight`` is a :class:`Params4bit` or an :class:`Int8Params`."""
+    """A layer whose parameter ``weight`` is a :class:`Params4bit`, :class:`Int8Params` or :class:`Int4Params`."""
 
     weight: Any
 
@@ -46,7 +47,7 @@ class QuantizedModule(nn.Module):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight = self._parameters["weight"]
-        if not isinstance(weight, (Params4bit, Int8Params)):  # FSDP keeps views of its own here
+        if not isinstance(weight, (Params4bit, Int8Params, Int4Params)):  # FSDP keeps views of its own here
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._changed()
             return self

@@ -7,12 +7,12 @@ conformance suite calls backends directly and never sees one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from qcore.backend.interface import Backend, PreparedGemm, Weight4bit, Weight8bit
+from qcore.backend.interface import Backend, PreparedGemm, Weight4bit, Weight8bit, WeightInt4
 from qcore.errors import Unsupported
 
 log = logging.getLogger("qcore")
@@ -36,6 +36,7 @@ _RECIPES: Mapping[str, tuple[tuple[str, ...], str]] = {
         ("dequantize_4bit",),
         "dequantize_4bit to float32, then torch.matmul in float32: slow (QC-GEMM4-001 to -003)",
     ),
+    "gemm_int4": ((), "torch's own operations, which decode to float32, then torch.matmul: slow (QC-INT4-002 to -004)"),
 }
 
 
@@ -134,16 +135,39 @@ def prepare_gemm_4bit(backend: Backend, weight: Weight4bit) -> PreparedGemm:
     _announce(backend, "gemm_4bit")
 
     def gemm(A: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if torch.get_float32_matmul_precision() != "highest":
-            raise Unsupported(
-                f"gemm_4bit: backend {backend.name!r} does not serve this op, and composing it needs exact float32 "
-                "products; call torch.set_float32_matmul_precision('highest')"
-            )
+        _need_exact_products(backend, "gemm_4bit")
         decoded = torch.empty(weight.shape, dtype=torch.float32, device=A.device)
         dequantize_4bit(backend, weight, out=decoded)
-        product = A.reshape(-1, weight.shape[1]).float() @ decoded.t()
-        if bias is not None:
-            product += bias.float()
-        out.copy_(product.view(out.shape))
+        _multiply(A, decoded, bias, out)
 
     return gemm
+
+
+def gemm_int4(
+    backend: Backend,
+    weight: WeightInt4,
+    decode: Callable[[WeightInt4, torch.dtype], Tensor],
+    A: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """The product over the weight decoded to float32 in this call (QC-INT4-002 to -007)."""
+    _announce(backend, "gemm_int4")
+    _need_exact_products(backend, "gemm_int4")
+    _multiply(A, decode(weight, torch.float32), bias, out)
+
+
+def _need_exact_products(backend: Backend, op: str) -> None:
+    if torch.get_float32_matmul_precision() != "highest":
+        raise Unsupported(
+            f"{op}: backend {backend.name!r} does not serve this op, and composing it needs exact float32 "
+            "products; call torch.set_float32_matmul_precision('highest')"
+        )
+
+
+def _multiply(A: Tensor, decoded: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    n, k = decoded.shape
+    product = A.reshape(out.numel() // max(n, 1), k).float() @ decoded.t()
+    if bias is not None:
+        product += bias.float()
+    out.copy_(product.view(out.shape))

@@ -184,7 +184,14 @@ def test_the_interface_has_a_method_for_every_op(op: str) -> None:
 
 
 def test_the_interface_has_no_op_beyond_the_table() -> None:
-    others = {"describe", "supports", "prepare_gemm_4bit", "prepare_int8_linear", "prepare_optimizer_step"}
+    others = {
+        "describe",
+        "supports",
+        "prepare_gemm_4bit",
+        "prepare_gemm_int4",
+        "prepare_int8_linear",
+        "prepare_optimizer_step",
+    }
     public = {name for name, _ in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_")}
     assert public - others == set(OPS)
 

@@ -35,6 +35,13 @@ def optimizer_arguments() -> tuple[Any, ...]:
     return optimizer.schema_arguments(rule, tensors)
 
 
+def int4_weight() -> tuple[Any, ...]:
+    """Groups of 32 in another order, as the flat arguments of the schema."""
+    bytes_ = torch.arange(12 * 32, dtype=torch.int32).to(torch.uint8).view(12, 32)
+    perm = torch.randperm(64, generator=torch.Generator().manual_seed(3)).int()
+    return bytes_, random(12, 2).half(), bytes_[:, :2] & 15, 32, (12, 64), perm
+
+
 def arguments(op: str) -> tuple[Any, ...]:
     """One valid call of ``torch.ops.qcore.<op>``."""
     packed, absmax = fourbit.quantize_4bit(random(12, 64), "nf4", 64)
@@ -55,6 +62,7 @@ def arguments(op: str) -> tuple[Any, ...]:
         "int8_scaled_gemm": (codes(2, 3, 40), codes(12, 40), random(6), random(12), random(12), torch.bfloat16),
         "int8_dequantize_rows": (codes(2, 3, 40), random(6), torch.float32),
         "int8_linear": (random(2, 3, 40), codes(12, 40), random(12).abs(), random(12), 1.5),
+        "gemm_int4": (random(2, 3, 64), random(12), *int4_weight()),
         "optimizer_step": optimizer_arguments(),
     }
     return calls[op]

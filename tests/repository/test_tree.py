@@ -62,4 +62,4 @@ def test_no_file_is_a_drawer() -> None:
 
 
 def test_the_abi_header_stays_short() -> None:
-    assert (ROOT / "qcore/include/qcore_backend.h").read_text().count("\n") <= 200
+    assert (ROOT / "qcore/include/qcore_backend.h").read_text().count("\n") <= 240

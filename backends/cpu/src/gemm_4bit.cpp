@@ -26,13 +26,11 @@ const Gemm4Kernels &kernels() {
     return selected;
 }
 
-// Of a weight: to decode it, and to multiply it by each row.
-double nanoseconds(int64_t rows) { return 0.1 + 0.02 * static_cast<double>(rows); }
-
 int32_t log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }
 
-Gemm4Weight weight_of(const qc_weight_4bit &w) {
+Gemm4Weight weight_of(const qc_weight_4bit &w, int64_t k) {
     Gemm4Weight weight = {};
+    weight.k = k;
     weight.packed = pointer<const uint8_t>(w.packed);
     weight.shift = log2_of(w.blocksize);
     weight.table = w.format == QC_NF4 ? QC_NF4_TABLE : QC_FP4_TABLE;
@@ -82,7 +80,8 @@ qc_status gemm_4bit_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_
     p.m = m;
     p.n = n;
     p.k = k;
-    *bytes = m == 0 || n == 0 ? 0 : ProductPlan(p, kernels(), nanoseconds, thread_limit(stream)).workspace_bytes();
+    *bytes =
+        m == 0 || n == 0 ? 0 : ProductPlan(p, kernels(), nanoseconds_of_4bits, thread_limit(stream)).workspace_bytes();
     return QC_OK;
 }
 
@@ -114,9 +113,9 @@ qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         p.x = pointer<const void>(a);
         p.bias = pointer<const void>(bias);
         p.out = pointer<void>(out);
-        p.w = weight_of(*w);
+        p.w = weight_of(*w, k);
         const int64_t threads = thread_limit(stream);
-        const ProductPlan plan(p, kernels(), nanoseconds, threads);
+        const ProductPlan plan(p, kernels(), nanoseconds_of_4bits, threads);
         return run_product(kOp, p, kernels(), plan, threads, workspace, workspace_bytes);
     });
 }

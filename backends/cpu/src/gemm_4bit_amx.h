@@ -21,20 +21,25 @@ namespace qcore::cpu::QC_ISA {
 constexpr int64_t kFewTileRows = 16;                 // rows of X up to which multiply_few_rows takes them
 constexpr int64_t kStepBytes = kTile * kGroupBytes;  // of 16 rows of W, decoded
 
-inline bool few_rows_serve(const Gemm4 &p, int64_t rows) { return rows <= kFewTileRows && split_serves(p); }
+template <class Problem>
+inline bool few_rows_serve(const Problem &p, int64_t rows) {
+    return rows <= kFewTileRows && split_serves(p);
+}
 
 // Bytes of K in the tiles.
-inline int64_t tile_k_bytes(const Gemm4 &p) {
+template <class Problem>
+inline int64_t tile_k_bytes(const Problem &p) {
     return (split_serves(p) ? split_length(p.k) : p.k) * static_cast<int64_t>(sizeof(Bfloat));
 }
 
 // Sizes are asked for before the weight is known, so they suffice for any block size.
-inline int64_t bf16_x_tile_bytes(const Gemm4 &p, int64_t rows) {
+inline int64_t bf16_x_tile_bytes(const ProductOf4Bits &p, int64_t rows) {
     return x_tile_bytes(rows, split_length(p.k) * static_cast<int64_t>(sizeof(Bfloat)));
 }
 
 // Packs group `group` of the `rows` rows from `x` on.
-inline void pack_bf16_x_tiles(const Gemm4 &p, const Bfloat *x, int64_t rows, int64_t group, uint8_t *tiles) {
+template <class Problem>
+inline void pack_bf16_x_tiles(const Problem &p, const Bfloat *x, int64_t rows, int64_t group, uint8_t *tiles) {
     if (!split_serves(p)) {
         pack_x_tiles(x, rows, tile_k_bytes(p), group, tiles);
         return;
@@ -47,7 +52,7 @@ inline void pack_bf16_x_tiles(const Gemm4 &p, const Bfloat *x, int64_t rows, int
 }
 
 // Lane j of v[i] is the sum of row 16 * group + i and column n + j; `count` columns.
-inline void finish_tile(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n, int64_t count, int64_t group,
+inline void finish_tile(const ProductOf4Bits &p, int64_t row0, int64_t rows, int64_t n, int64_t count, int64_t group,
                         const __m512i *v) {
     const auto valid = static_cast<__mmask16>((1u << count) - 1);
     float bias_values[kTile] = {};
@@ -62,21 +67,23 @@ inline void finish_tile(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n, i
 }
 
 // What multiply_few_rows needs to itself: two steps of decoded W, the scales of sixteen rows, four tiles of sums.
+template <class Weight>
 struct FewRowsScratch {
     alignas(64) uint8_t step[2][kStepBytes];
-    alignas(64) float scale[kTile][kScaleElements / 64];
+    alignas(64) typename Split<Weight>::Room room[kTile];
     alignas(64) float sums[4][kTile * kTile];
 };
 
 // What is read of a row of W.
+template <class Weight>
 struct RowOfWeight {
     const uint8_t *bytes;
-    const float *scale;
+    typename Split<Weight>::Scales scales;
 };
 
 // Group g of four rows of W, to tile rows from `out` on.
-template <bool kHalf>
-inline void decode_four_rows(const SplitDecoder &decoder, const RowOfWeight *rows, int64_t g, int64_t ahead,
+template <bool kHalf, class Weight>
+inline void decode_four_rows(const Split<Weight> &decoder, const RowOfWeight<Weight> *rows, int64_t g, int64_t ahead,
                              uint8_t *out) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -84,9 +91,9 @@ inline void decode_four_rows(const SplitDecoder &decoder, const RowOfWeight *row
         _mm_prefetch(bytes + ahead, _MM_HINT_T1);
         __m512i plane[4];
         if (kHalf) {
-            decoder.decode_half(bytes, rows[i].scale + 2 * g, plane);
+            decoder.decode_half(bytes, rows[i].scales, g, plane);
         } else {
-            decoder.decode(_mm512_loadu_si512(bytes), rows[i].scale + 2 * g, plane);
+            decoder.decode(bytes, rows[i].scales, g, plane);
         }
         for (int j = 0; j < 4; ++j) {
             _mm512_store_si512(out + j * kTileBytes + i * kTileRowBytes, plane[j]);
@@ -95,17 +102,17 @@ inline void decode_four_rows(const SplitDecoder &decoder, const RowOfWeight *row
 }
 
 // Columns n0 ... n1 - 1 of up to kFewTileRows rows; odd_panel(first, end) is called for columns that are not regular.
-template <class OddPanel>
-inline void multiply_few_rows(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const uint8_t *x,
-                              void *scratch_bytes, const OddPanel &odd_panel) {
-    auto &scratch = *static_cast<FewRowsScratch *>(scratch_bytes);
+template <class Weight, class OddPanel>
+inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+                              const uint8_t *x, void *scratch_bytes, const OddPanel &odd_panel) {
+    auto &scratch = *static_cast<FewRowsScratch<Weight> *>(scratch_bytes);
     const int64_t columns = 4 * rows;  // bytes of a row of the tiles of X and of sums
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
         const bool of_w = tile == 4 || tile == 5;
         config.row_bytes[tile] = static_cast<uint16_t>(of_w ? kTileRowBytes : columns);
     }
-    const SplitDecoder decoder(p.w.table);
+    const Split<Weight> decoder(p.w);
     const int64_t ahead = kTile * p.k / 2;
     load_tile_config(config);
     for (int64_t n = n0; n < n1; n += kTile) {
@@ -119,11 +126,12 @@ inline void multiply_few_rows(const Gemm4 &p, int64_t row0, int64_t rows, int64_
             const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
             const int64_t groups = split_length(length) / kGroup;
             const int64_t whole = length / kGroup;
-            RowOfWeight w_rows[kTile];
+            RowOfWeight<Weight> w_rows[kTile];
             for (int64_t i = 0; i < kTile; ++i) {  // beyond the last column, that one again
-                const int64_t first = (n + (i < count ? i : count - 1)) * p.k + k0;
-                w_rows[i] = {p.w.packed + (first >> 1), split_scales(p.w, first, length, scratch.scale[i])};
-                regular &= regular_blocks(w_rows[i].scale, length >> 6);
+                const int64_t row = n + (i < count ? i : count - 1);
+                w_rows[i].bytes = p.w.packed + ((row * p.k + k0) >> 1);
+                w_rows[i].scales = Split<Weight>::scales(p.w, row, k0, length, scratch.room[i]);
+                regular &= Split<Weight>::regular(w_rows[i].scales, length);
             }
             const uint8_t *x_step = x + k0 / 32 * kTileRowBytes * rows;
             for (int64_t g = 0; g <= groups; ++g) {
@@ -185,38 +193,40 @@ inline void multiply_few_rows(const Gemm4 &p, int64_t row0, int64_t rows, int64_
     _tile_release();
 }
 
+template <class Weight>
 inline int64_t bf16_tile_scratch_bytes(int64_t rows, int64_t columns) {
-    const auto few = static_cast<int64_t>(sizeof(FewRowsScratch));
+    const auto few = static_cast<int64_t>(sizeof(FewRowsScratch<Weight>));
     const int64_t many = tile_scratch_bytes(rows, columns);
     return rows <= kFewTileRows && few > many ? few : many;
 }
 
-// `count` elements of W, at most a span, in split order, and zeros to the end of their last group; false if a block is
-// not regular. Fetches what lies `ahead` bytes further into L2.
-inline bool decode_split(const Gemm4Weight &w, const SplitDecoder &decoder, int64_t first, int64_t count, int64_t ahead,
-                         uint8_t *out) {
-    float made[kTileSpan / sizeof(Bfloat) / 64];
-    const float *scale = split_scales(w, first, count, made);
-    const uint8_t *bytes = w.packed + (first >> 1);
+// `count` elements of row n of W, at most a span, in split order, and zeros to the end of their last group; false if a
+// block is not regular. Fetches what lies `ahead` bytes further into L2.
+template <class Weight>
+inline bool decode_split(const WeightProduct<Weight> &p, const Split<Weight> &decoder, int64_t n, int64_t k0,
+                         int64_t count, int64_t ahead, uint8_t *out) {
+    typename Split<Weight>::Room room;
+    const auto scales = Split<Weight>::scales(p.w, n, k0, count, room);
+    const uint8_t *bytes = p.w.packed + ((n * p.k + k0) >> 1);
     for (int64_t g = 0; g * kGroup < count; ++g, out += kGroupBytes) {
         _mm_prefetch(bytes + 64 * g + ahead, _MM_HINT_T1);
         __m512i plane[4];
         if (count - g * kGroup < kGroup) {
-            decoder.decode_half(bytes + 64 * g, scale + 2 * g, plane);
+            decoder.decode_half(bytes + 64 * g, scales, g, plane);
         } else {
-            decoder.decode(_mm512_loadu_si512(bytes + 64 * g), scale + 2 * g, plane);
+            decoder.decode(bytes + 64 * g, scales, g, plane);
         }
         for (int j = 0; j < 4; ++j) {
             _mm512_storeu_si512(out + j * kPlaneBytes, plane[j]);
         }
     }
-    return regular_blocks(scale, count >> 6);
+    return Split<Weight>::regular(scales, count);
 }
 
 // Columns n0 ... n1 - 1 of all rows; odd_panel(first, end) is called for columns that are not regular.
-template <class OddPanel>
-inline void multiply_bf16_by_tiles(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const uint8_t *x,
-                                   void *scratch, const OddPanel &odd_panel) {
+template <class Weight, class OddPanel>
+inline void multiply_bf16_by_tiles(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+                                   const uint8_t *x, void *scratch, const OddPanel &odd_panel) {
     if (few_rows_serve(p, rows)) {
         multiply_few_rows(p, row0, rows, n0, n1, x, scratch, odd_panel);
         return;
@@ -225,12 +235,12 @@ inline void multiply_bf16_by_tiles(const Gemm4 &p, int64_t row0, int64_t rows, i
     uint32_t odd = 0;  // a bit for each panel of the slice
     const int64_t slice = tile_slice(rows, n1 - n0);
     const bool split = split_serves(p);
-    const SplitDecoder decoder(p.w.table);
+    const Split<Weight> decoder(p.w);
     const auto fill = [&](int64_t n, int64_t byte, int64_t bytes, uint8_t *out) {
         const int64_t first = byte / kSize;
         const int64_t left = p.k - first < bytes / kSize ? p.k - first : bytes / kSize;
-        const bool regular = split ? decode_split(p.w, decoder, n * p.k + first, left, kTilePanel * p.k / 2, out)
-                                   : decode_bf16(p.w, n * p.k + first, left, reinterpret_cast<Bfloat *>(out));
+        const bool regular = split ? decode_split(p, decoder, n, first, left, kTilePanel * p.k / 2, out)
+                                   : decode_bf16(p.w, n, first, left, reinterpret_cast<Bfloat *>(out));
         if (!regular) {
             odd |= 1u << ((n - n0) % slice / kTilePanel);
         }

@@ -1,5 +1,5 @@
-// Decoding 4-bit weights into scratch, in the order of the flat tensor, from any element to any other: rows may start
-// inside a byte and inside a block (QC-GEMM4-001). Only kernel files include it.
+// Decoding rows of 4-bit weights into scratch, from any element to any other. Rows of NF4 and FP4 may start inside a
+// byte and inside a block (QC-GEMM4-001); gemm_int4_decode.h has the same for integers. Only kernel files include it.
 //
 // A block has 16 possible values: table[code] * absmax, rounded to the dtype of X (QC-4BIT-003, weight_rounding
 // "compute"). They are made once a block and looked up by nibble.
@@ -75,9 +75,10 @@ inline void decode_even_run(const uint8_t *packed, int64_t first, int64_t count,
     }
 }
 
-// Elements first ... first + count - 1 as float32, of values rounded to T.
+// Elements k0 ... k0 + count - 1 of row n as float32, of values rounded to T.
 template <class T>
-inline void decode(const Gemm4Weight &w, int64_t first, int64_t count, float *out) {
+inline void decode(const Gemm4Weight &w, int64_t n, int64_t k0, int64_t count, float *out) {
+    int64_t first = n * w.k + k0;
     const int64_t stop = first + count;
     while (first < stop) {
         const int64_t block = first >> w.shift;
@@ -224,8 +225,23 @@ inline bool decode_bf16_groups(const Gemm4Weight &w, int64_t first, int64_t coun
     return regular_blocks(absmax, blocks);
 }
 
+// Elements of one block by its table, the first in a high nibble.
+inline void decode_bf16_run(const uint8_t *bytes, int64_t count, __m512i table, Bfloat *out) {
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + (i >> 1)));
+        _mm512_storeu_si512(out + i, decode_32(sixteen, table));
+    }
+    if (i < count) {
+        const __mmask16 some = (__mmask16)((1u << ((count - i + 1) >> 1)) - 1);
+        const __m512i values = decode_32(_mm_maskz_loadu_epi8(some, bytes + (i >> 1)), table);
+        _mm512_mask_storeu_epi16(out + i, (__mmask32)((1u << (count - i)) - 1), values);
+    }
+}
+
 // As decode(), into bfloat16; false if a block is not regular.
-inline bool decode_bf16(const Gemm4Weight &w, int64_t first, int64_t count, Bfloat *out) {
+inline bool decode_bf16(const Gemm4Weight &w, int64_t n, int64_t k0, int64_t count, Bfloat *out) {
+    int64_t first = n * w.k + k0;
     if (w.shift >= 6 && ((first | count) & 63) == 0 && count <= 64 * kAbsmaxRun) {
         return count == 0 || decode_bf16_groups(w, first, count, out);
     }
@@ -244,19 +260,8 @@ inline bool decode_bf16(const Gemm4Weight &w, int64_t first, int64_t count, Bflo
             (out++)->bits = (uint16_t)_mm_cvtsi128_si32(_mm512_castsi512_si128(value));
             ++first;
         }
-        const uint8_t *bytes = w.packed + (first >> 1);
-        const int64_t left = end - first;
-        int64_t i = 0;
-        for (; i + 32 <= left; i += 32) {
-            const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + (i >> 1)));
-            _mm512_storeu_si512(out + i, decode_32(sixteen, table));
-        }
-        if (i < left) {
-            const __mmask16 some = (__mmask16)((1u << ((left - i + 1) >> 1)) - 1);
-            const __m512i values = decode_32(_mm_maskz_loadu_epi8(some, bytes + (i >> 1)), table);
-            _mm512_mask_storeu_epi16(out + i, (__mmask32)((1u << (left - i)) - 1), values);
-        }
-        out += left;
+        decode_bf16_run(w.packed + (first >> 1), end - first, table, out);
+        out += end - first;
         first = end;
     }
     return regular;

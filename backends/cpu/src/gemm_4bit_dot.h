@@ -10,7 +10,7 @@
 #ifndef QCORE_CPU_GEMM_4BIT_DOT_H
 #define QCORE_CPU_GEMM_4BIT_DOT_H
 
-#include "gemm_4bit_decode.h"
+#include "gemm_int4_decode.h"
 #include "qcore_backend.h"
 
 namespace qcore::cpu::QC_ISA {
@@ -38,8 +38,9 @@ struct InFloat {
     using Sum = F32;
     static constexpr int kStep = kLanes;
 
-    static bool decode_row(const Gemm4Weight &w, int64_t first, int64_t count, float *out) {
-        decode<T>(w, first, count, out);
+    template <class Weight>
+    static bool decode_row(const Weight &w, int64_t n, int64_t first, int64_t count, float *out) {
+        decode<T>(w, n, first, count, out);
         return true;
     }
     static void convert(const T *x, int64_t count, float *out) {
@@ -63,8 +64,9 @@ struct InBf16 {
     using Sum = F32;
     static constexpr int kStep = 2 * kLanes;
 
-    static bool decode_row(const Gemm4Weight &w, int64_t first, int64_t count, Bfloat *out) {
-        return decode_bf16(w, first, count, out);
+    template <class Weight>
+    static bool decode_row(const Weight &w, int64_t n, int64_t first, int64_t count, Bfloat *out) {
+        return decode_bf16(w, n, first, count, out);
     }
     static void convert(const Bfloat *x, int64_t count, Bfloat *out) {
         __builtin_memcpy(out, x, static_cast<size_t>(count) * sizeof *x);
@@ -127,8 +129,8 @@ inline void dot(const typename How::Element *x, const typename How::Element *w, 
     }
 }
 
-// bias[n0 ... n0 + count - 1] as float32, count <= Gemm4Kernels::kColumns.
-inline void load_bias(const Gemm4 &p, int64_t n0, int64_t count, float *out) {
+// bias[n0 ... n0 + count - 1] as float32, count <= kPanelColumns.
+inline void load_bias(const ProductOf4Bits &p, int64_t n0, int64_t count, float *out) {
     for (int64_t c = 0; c < count && p.bias != nullptr; ++c) {
         switch (p.bias_dtype) {
             case QC_F32:
@@ -145,7 +147,7 @@ inline void load_bias(const Gemm4 &p, int64_t n0, int64_t count, float *out) {
 
 // QC-GEMM4-003 for one row of a panel.
 template <class T>
-inline void finish_row(const Gemm4 &p, const float *sums, const float *bias, int64_t count, T *y) {
+inline void finish_row(const ProductOf4Bits &p, const float *sums, const float *bias, int64_t count, T *y) {
     int64_t c = 0;
     for (; c + kLanes <= count; c += kLanes) {
         store(y + c, p.bias != nullptr ? load(sums + c) + load(bias + c) : load(sums + c));
@@ -155,7 +157,7 @@ inline void finish_row(const Gemm4 &p, const float *sums, const float *bias, int
     }
 }
 
-inline int64_t panel_columns(int64_t rows) { return rows <= kFewRows ? kStrip : Gemm4Kernels::kColumns; }
+inline int64_t panel_columns(int64_t rows) { return rows <= kFewRows ? kStrip : kPanelColumns; }
 
 template <class How>
 struct DotScratch {
@@ -177,8 +179,8 @@ struct DotScratch {
 
 // Y for the rows row0 ... row0 + rows - 1 and the columns n0 ... n1 - 1. How::decode_row may answer false: then the
 // panel is left out and `odd_panel(first column, end)` is called for it.
-template <class How, class OddPanel>
-inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch_bytes,
+template <class How, class Problem, class OddPanel>
+inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch_bytes,
                              const OddPanel &odd_panel) {
     using X = typename How::X;
     constexpr int64_t kStride = kRowStride<typename How::Element>;
@@ -200,7 +202,7 @@ inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t
                     __builtin_memset(row, 0, static_cast<size_t>(padded) * sizeof *row);
                     continue;
                 }
-                served &= How::decode_row(p.w, (panel + c) * p.k + k0, span, row);
+                served &= How::decode_row(p.w, panel + c, k0, span, row);
                 __builtin_memset(row + span, 0, tail);
             }
             for (int64_t r = 0; r < rows && served; r += kFewRows) {
@@ -238,7 +240,7 @@ inline void multiply_by_dots(const Gemm4 &p, int64_t row0, int64_t rows, int64_t
             odd_panel(panel, panel + width);
             continue;
         }
-        float bias[Gemm4Kernels::kColumns];
+        float bias[kPanelColumns];
         load_bias(p, panel, width, bias);
         for (int64_t r = 0; r < rows; ++r) {
             finish_row(p, scratch.sums + r * columns, bias, width, y + r * p.n + panel);

@@ -35,7 +35,10 @@ inline void split_even_odd(const T *x, int64_t k, float *out) {
     }
 }
 
-// The sum of one row of W, rounded to T, with `x` in split order.
+// What float_gemv_row takes from one row to the next, before row `end`.
+inline ScaleRuns float_scales(const Gemm4 &p, int64_t end) { return {p.w, p.w.shift, end * (p.k >> p.w.shift)}; }
+
+// The sum of one row of W, rounded to T, with `x` in the order of split_even_odd.
 template <class T>
 inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x, ScaleRuns &scales) {
     const Gemm4Weight &w = p.w;
@@ -69,12 +72,57 @@ inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x, ScaleRuns
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Columns n0 ... n1 - 1 of the only row; scratch for p.k floats.
+// Rows must be made of 32 weights of one group each.
+inline bool float_gemv_serves(const GemmInt4 &p) {
+    return p.m == 1 && p.k % 32 == 0 && (p.w.group_size % 32 == 0 || p.w.groups == 1);
+}
+
+struct ConvertedScales {
+    float value[kAbsmaxRun];
+};
+
+inline ConvertedScales float_scales(const GemmInt4 &, int64_t) { return {}; }
+
+// The same for integers.
 template <class T>
-inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) {
+inline float float_gemv_row(const GemmInt4 &p, int64_t n, const float *x, ConvertedScales &scales) {
+    const Int4Weight &w = p.w;
+    const uint8_t *bytes = w.packed + n * w.row_bytes;
+    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int64_t j0 = 0; j0 < w.groups; j0 += kAbsmaxRun) {
+        const int64_t groups = j0 + kAbsmaxRun < w.groups ? kAbsmaxRun : w.groups - j0;
+        convert_scales(w, n * w.groups + j0, groups, scales.value);
+        for (int64_t j = 0; j < groups; ++j) {
+            const float *grid = group_grid(w, n * w.groups + j0 + j);
+            const auto table = (__m512)rounded_to<T>(load(grid) * splat(scales.value[j]));
+            const int64_t left = p.k - (j0 + j) * w.group_size;
+            for (int64_t i = left < w.group_size ? left : w.group_size; i > 0; i -= 32) {
+                _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
+                const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
+                const auto high = (F32)_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table);
+                const auto low = (F32)_mm512_permutexvar_ps(pair, table);
+                const F32 even = multiply_add(load(x), high, s0);
+                const F32 odd = multiply_add(load(x + 16), low, s1);
+                s0 = s2;
+                s1 = s3;
+                s2 = even;
+                s3 = odd;
+                bytes += 16;
+                x += 32;
+            }
+        }
+    }
+    float sums[kStrip];
+    sum_lanes(s0, s1, s2, s3, sums);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Columns n0 ... n1 - 1 of the only row; scratch for p.k floats.
+template <class T, class Problem>
+inline void multiply_row(const Problem &p, int64_t n0, int64_t n1, void *scratch) {
     auto *x = static_cast<float *>(scratch);
     split_even_odd(static_cast<const T *>(p.x), p.k, x);
-    ScaleRuns scales(p.w, p.w.shift, n1 * (p.k >> p.w.shift));
+    auto scales = float_scales(p, n1);
     for (int64_t n = n0; n < n1; ++n) {
         float bias;
         const float sum = float_gemv_row<T>(p, n, x, scales);
@@ -86,7 +134,7 @@ inline void multiply_row(const Gemm4 &p, int64_t n0, int64_t n1, void *scratch) 
 #if defined(__AVX512BF16__)
 
 // X in split order (gemm_4bit_split.h), split_length(p.k) values.
-inline void split_row(const Gemm4 &p, Bfloat *out) {
+inline void split_row(const ProductOf4Bits &p, Bfloat *out) {
     for (int64_t i = 0; i < p.k; i += kGroup) {
         __m512i plane[4];
         split_planes(static_cast<const Bfloat *>(p.x) + i, p.k - i, plane);
@@ -97,8 +145,9 @@ inline void split_row(const Gemm4 &p, Bfloat *out) {
 }
 
 // The sum of one row of W with `x` in split order; false if a block is not regular.
-inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, const Bfloat *x, ScaleRuns &scales,
-                     float *sum) {
+template <class Weight>
+inline bool gemv_row(const WeightProduct<Weight> &p, int64_t n, const Split<Weight> &decoder, const Bfloat *x,
+                     typename Split<Weight>::Rows &rows, float *sum) {
     F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
     __m512i plane[4];
     const auto add_products = [&] {
@@ -110,18 +159,18 @@ inline bool gemv_row(const Gemm4 &p, int64_t n, const SplitDecoder &decoder, con
     };
     for (int64_t k0 = 0; k0 < p.k; k0 += kScaleElements) {
         const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
-        const float *scale = scales.at((n * p.k + k0) >> kScaleUnit, length >> kScaleUnit);
-        if (!regular_blocks(scale, length >> kScaleUnit)) {
+        const auto scales = rows.at(n, k0, length);
+        if (!Split<Weight>::regular(scales, length)) {
             return false;
         }
         const uint8_t *bytes = p.w.packed + ((n * p.k + k0) >> 1);
-        for (int64_t g = 0; g < length / kGroup; ++g, bytes += 64, scale += 2) {
+        for (int64_t g = 0; g < length / kGroup; ++g, bytes += 64) {
             _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
-            decoder.decode(_mm512_loadu_si512(bytes), scale, plane);
+            decoder.decode(bytes, scales, g, plane);
             add_products();
         }
         if (length % kGroup != 0) {
-            decoder.decode_half(bytes, scale, plane);
+            decoder.decode_half(bytes, scales, length / kGroup, plane);
             add_products();
         }
     }

@@ -25,41 +25,94 @@ constexpr int64_t kPlaneBytes = 64;                           // 32 weights
 constexpr int32_t kScaleUnit = 6;                             // log2 of the elements that one scale is looked up for
 constexpr int64_t kScaleElements = kAbsmaxRun << kScaleUnit;  // of a row of W whose scales are made at a time
 
-// Rows must be made of whole halves of groups, each of one block.
-inline bool split_serves(const Gemm4 &p) { return p.w.shift >= 6 && p.k % 64 == 0; }
+// What depends on the kind of weight: Split<Weight> has
+//   Scales           what decoding needs besides the bytes, of a row from some element on
+//   Room             for at most kScaleElements of a row
+//   serves(w, k)     whether rows of k elements can be decoded this way
+//   scales(w, n, k0, count, room)   of elements k0 ... of row n, where they lie or made in `room`; k0 and count are
+//                    multiples of 64
+//   Rows(w, end)     the same for one row after the other before row `end`: at(n, k0, count)
+//   regular(scales, count)
+//   Split(w).decode(bytes, scales, g, plane)        group g of 128
+//   Split(w).decode_half(bytes, scales, g, plane)   its first half; the other decodes to zeros
+template <class Weight>
+struct Split;
+
+template <class Weight>
+inline bool split_serves(const WeightProduct<Weight> &p) {
+    return Split<Weight>::serves(p.w, p.k);
+}
 
 inline int64_t split_length(int64_t k) { return (k + kGroup - 1) / kGroup * kGroup; }
 
-// The scales of elements first ... first + count - 1, as scale_run() gives them.
-inline const float *split_scales(const Gemm4Weight &w, int64_t first, int64_t count, float *out) {
-    return scale_run(w, kScaleUnit, first >> kScaleUnit, count >> kScaleUnit, out);
+// The four nibble positions of 32 words as indices, bit 4 set where `upper` says.
+struct SplitIndices {
+    __m512i low = _mm512_set1_epi16(0x0f0f);
+    __m512i upper;
+
+    explicit SplitIndices(__m512i upper_half) : upper(upper_half) {}
+
+    void indices(__m512i bytes, __m512i *plane) const {
+        constexpr int kAndOr = 0xea;  // (a & b) | c
+        plane[0] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), low, upper, kAndOr);
+        plane[1] = _mm512_ternarylogic_epi32(bytes, low, upper, kAndOr);
+        plane[2] = _mm512_srli_epi16(plane[0], 8);
+        plane[3] = _mm512_srli_epi16(plane[1], 8);
+    }
+};
+
+inline __m512i load_half_group(const uint8_t *bytes) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes)));
 }
 
-struct SplitDecoder {
+template <>
+struct Split<Gemm4Weight> : SplitIndices {
+    struct Scales {
+        const float *scale;  // of each 64 elements
+    };
+    struct Room {
+        float scale[kScaleElements / 64];
+    };
     __m512 codes;
-    __m512i low = _mm512_set1_epi16(0x0f0f);
-    __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1);
 
-    explicit SplitDecoder(const float *table) : codes(_mm512_loadu_ps(table)) {}
+    explicit Split(const Gemm4Weight &w)
+        : SplitIndices(_mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1)),
+          codes(_mm512_loadu_ps(w.table)) {}
 
-    // `bytes` of the 128 weights whose halves have the scales `scale[0]` and `scale[1]`.
-    void decode(__m512i bytes, const float *scale, __m512i *plane) const {
-        constexpr int kAndOr = 0xea;  // (a & b) | c
-        const __m512 first = _mm512_mul_ps(codes, _mm512_set1_ps(scale[0]));
-        const __m512 second = _mm512_mul_ps(codes, _mm512_set1_ps(scale[1]));
-        const auto table = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-        const __m512i odd = _mm512_ternarylogic_epi32(bytes, low, upper, kAndOr);
-        const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), low, upper, kAndOr);
-        plane[0] = _mm512_permutexvar_epi16(even, table);
-        plane[1] = _mm512_permutexvar_epi16(odd, table);
-        plane[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
-        plane[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
+    // Rows must be made of whole halves of groups, each of one block.
+    static bool serves(const Gemm4Weight &w, int64_t k) { return w.shift >= 6 && k % 64 == 0; }
+
+    static Scales scales(const Gemm4Weight &w, int64_t n, int64_t k0, int64_t count, Room &room) {
+        return {scale_run(w, kScaleUnit, (n * w.k + k0) >> kScaleUnit, count >> kScaleUnit, room.scale)};
     }
 
-    // The same for a half group; the other half decodes to zeros.
-    void decode_half(const uint8_t *bytes, const float *scale, __m512i *plane) const {
-        const float scales[2] = {scale[0], 0.0f};
-        decode(_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes))), scales, plane);
+    struct Rows {
+        ScaleRuns runs;
+        int64_t k;
+
+        Rows(const Gemm4Weight &w, int64_t end) : runs(w, kScaleUnit, (end * w.k) >> kScaleUnit), k(w.k) {}
+        Scales at(int64_t n, int64_t k0, int64_t count) {
+            return {runs.at((n * k + k0) >> kScaleUnit, count >> kScaleUnit)};
+        }
+    };
+
+    static bool regular(const Scales &scales, int64_t count) { return regular_blocks(scales.scale, count >> 6); }
+
+    void decode_scaled(__m512i bytes, float first, float second, __m512i *plane) const {
+        const __m512 lower = _mm512_mul_ps(codes, _mm512_set1_ps(first));
+        const __m512 higher = _mm512_mul_ps(codes, _mm512_set1_ps(second));
+        const auto table = (__m512i)_mm512_cvtne2ps_pbh(higher, lower);
+        indices(bytes, plane);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            plane[j] = _mm512_permutexvar_epi16(plane[j], table);
+        }
+    }
+    void decode(const uint8_t *bytes, const Scales &scales, int64_t g, __m512i *plane) const {
+        decode_scaled(_mm512_loadu_si512(bytes), scales.scale[2 * g], scales.scale[2 * g + 1], plane);
+    }
+    void decode_half(const uint8_t *bytes, const Scales &scales, int64_t g, __m512i *plane) const {
+        decode_scaled(load_half_group(bytes), scales.scale[2 * g], 0.0f, plane);
     }
 };
 

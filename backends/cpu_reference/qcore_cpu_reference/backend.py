@@ -6,13 +6,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore.backend import ALGORITHMS, OPS, Backend, Description, OptimizerRule, OptimizerTensors, Weight4bit, Weight8bit
+from qcore.backend import (
+    ALGORITHMS,
+    OPS,
+    Backend,
+    Description,
+    OptimizerRule,
+    OptimizerTensors,
+    Weight4bit,
+    Weight8bit,
+    WeightInt4,
+)
 from qcore.errors import InvalidArgument
-from qcore_cpu_reference import blockwise, fourbit, int8, optimizer
+from qcore_cpu_reference import blockwise, fourbit, int4, int8, optimizer
+from qcore_cpu_reference.checks import (
+    FLOATS,
+    block_count,
+    check_blocksize,
+    check_count,
+    check_int8_depth,
+    check_output,
+    check_quant_type,
+    check_threshold,
+    codebook,
+    float_values,
+    integer_values,
+    matrix,
+    write,
+)
 from qcore_cpu_reference.floats import F32, from_float32, to_float32
-
-_MAX_INT8_K = 131_071  # QC-INT8-005
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ReferenceBackend(Backend):
@@ -33,66 +55,69 @@ class ReferenceBackend(Backend):
             library=__file__,
             ops=dict(OPS),
             # The sum is formed in float64, so only the rounding to float32 and that of the bias remain.
-            declarations={"gemm_4bit": {"depth": {"lanes": 2**62, "extra": 2}, "weight_rounding": "float32"}},
+            declarations={
+                op: {"depth": {"lanes": 2**62, "extra": 2}, "weight_rounding": "float32"}
+                for op in ("gemm_4bit", "gemm_int4")
+            },
         )
 
     def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
         op, n = "quantize_blockwise", A.numel()
-        _check_blocksize(op, blocksize)
-        x = _float(op, "A", A, n)
-        table = _codebook(op, code, ascending=True)
-        _output(op, "absmax", absmax, _blocks(n, blocksize), torch.float32)
-        _output(op, "out", out, n, torch.uint8)
+        check_blocksize(op, blocksize)
+        x = float_values(op, "A", A, n)
+        table = codebook(op, code, ascending=True)
+        check_output(op, "absmax", absmax, block_count(n, blocksize), torch.float32)
+        check_output(op, "out", out, n, torch.uint8)
         codes, maxima = blockwise.quantize_blockwise(x, table, blocksize)
-        _write(absmax, torch.from_numpy(maxima))
-        _write(out, torch.from_numpy(codes))
+        write(absmax, torch.from_numpy(maxima))
+        write(out, torch.from_numpy(codes))
 
     def dequantize_blockwise(self, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor) -> None:
         op, n = "dequantize_blockwise", A.numel()
-        _check_blocksize(op, blocksize)
-        codes = _integers(op, "A", A, n, torch.uint8)
-        maxima = _float(op, "absmax", absmax, _blocks(n, blocksize), (torch.float32,))
-        table = _codebook(op, code, ascending=False)
-        _output(op, "out", out, n, *_FLOATS)
-        _write(out, from_float32(blockwise.dequantize_blockwise(codes, maxima, table, blocksize), out.dtype))
+        check_blocksize(op, blocksize)
+        codes = integer_values(op, "A", A, n, torch.uint8)
+        maxima = float_values(op, "absmax", absmax, block_count(n, blocksize), (torch.float32,))
+        table = codebook(op, code, ascending=False)
+        check_output(op, "out", out, n, *FLOATS)
+        write(out, from_float32(blockwise.dequantize_blockwise(codes, maxima, table, blocksize), out.dtype))
 
     def quantize_4bit(self, A: Tensor, quant_type: str, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
         op, n = "quantize_4bit", A.numel()
-        _check_blocksize(op, blocksize)
-        _check_quant_type(op, quant_type)
-        x = _float(op, "A", A, n)
-        _output(op, "absmax", absmax, _blocks(n, blocksize), torch.float32)
-        _output(op, "out", out, (n + 1) // 2, torch.uint8)
+        check_blocksize(op, blocksize)
+        check_quant_type(op, quant_type)
+        x = float_values(op, "A", A, n)
+        check_output(op, "absmax", absmax, block_count(n, blocksize), torch.float32)
+        check_output(op, "out", out, (n + 1) // 2, torch.uint8)
         packed, maxima = fourbit.quantize_4bit(x, quant_type, blocksize)
-        _write(absmax, torch.from_numpy(maxima))
-        _write(out, torch.from_numpy(packed))
+        write(absmax, torch.from_numpy(maxima))
+        write(out, torch.from_numpy(packed))
 
     def dequantize_4bit(self, weight: Weight4bit, *, out: Tensor) -> None:
         values = _decode("dequantize_4bit", weight)
-        _output("dequantize_4bit", "out", out, values.size, *_FLOATS)
-        _write(out, from_float32(values, out.dtype))
+        check_output("dequantize_4bit", "out", out, values.size, *FLOATS)
+        write(out, from_float32(values, out.dtype))
 
     def quantize_absmax(
         self, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor, nested_absmax: Tensor, offset: Tensor
     ) -> None:
         op, n = "quantize_absmax", absmax.numel()
-        _check_blocksize(op, blocksize)
-        maxima = _float(op, "absmax", absmax, n, (torch.float32,))
-        table = _codebook(op, code, ascending=True)
-        _output(op, "out", out, n, torch.uint8)
-        _output(op, "nested_absmax", nested_absmax, _blocks(n, blocksize), torch.float32)
-        _output(op, "offset", offset, 1, torch.float32)
+        check_blocksize(op, blocksize)
+        maxima = float_values(op, "absmax", absmax, n, (torch.float32,))
+        table = codebook(op, code, ascending=True)
+        check_output(op, "out", out, n, torch.uint8)
+        check_output(op, "nested_absmax", nested_absmax, block_count(n, blocksize), torch.float32)
+        check_output(op, "offset", offset, 1, torch.float32)
         codes, nested, mean = blockwise.quantize_absmax(maxima, table, blocksize)
-        _write(out, torch.from_numpy(codes))
-        _write(nested_absmax, torch.from_numpy(nested))
+        write(out, torch.from_numpy(codes))
+        write(nested_absmax, torch.from_numpy(nested))
         offset.fill_(float(mean))
 
     def dequantize_absmax(
         self, A: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, blocksize: int, *, out: Tensor
     ) -> None:
         values = _decode_absmax("dequantize_absmax", A, nested_absmax, code, offset, blocksize)
-        _output("dequantize_absmax", "out", out, values.size, torch.float32)
-        _write(out, torch.from_numpy(values))
+        check_output("dequantize_absmax", "out", out, values.size, torch.float32)
+        write(out, torch.from_numpy(values))
 
     def gemm_4bit(self, A: Tensor, weight: Weight4bit, bias: Tensor | None, *, out: Tensor) -> None:
         op = "gemm_4bit"
@@ -100,53 +125,53 @@ class ReferenceBackend(Backend):
             raise InvalidArgument(f"{op}: weight has shape {weight.shape}, expected (N, K)")
         n, k = weight.shape
         m = out.numel() // n if n else 0
-        x = _float(op, "A", A, m * k if n else A.numel())
+        x = float_values(op, "A", A, m * k if n else A.numel())
         w = _decode(op, weight).reshape(n, k)
-        b = None if bias is None else _float(op, "bias", bias, n, (A.dtype, torch.float32))
-        _output(op, "out", out, m * n, A.dtype)
+        b = None if bias is None else float_values(op, "bias", bias, n, (A.dtype, torch.float32))
+        check_output(op, "out", out, m * n, A.dtype)
         if m and n:
-            _write(out, from_float32(fourbit.gemm_4bit(x.reshape(m, k), w, b), out.dtype))
+            write(out, from_float32(fourbit.gemm_4bit(x.reshape(m, k), w, b), out.dtype))
 
     def int8_quantize_rows(
         self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None
     ) -> None:
         op = "int8_quantize_rows"
-        m, k = _matrix(op, "A", A)
-        x = _float(op, "A", A, m * k).reshape(m, k)
-        _check_threshold(op, threshold)
-        _output(op, "out", out, m * k, torch.int8)
-        _output(op, "row_stats", row_stats, m, torch.float32)
+        m, k = matrix(op, "A", A)
+        x = float_values(op, "A", A, m * k).reshape(m, k)
+        check_threshold(op, threshold)
+        check_output(op, "out", out, m * k, torch.int8)
+        check_output(op, "row_stats", row_stats, m, torch.float32)
         if outlier_cols is None and threshold > 0:
             raise InvalidArgument(f"{op}: outlier_cols is missing, threshold {threshold} needs {k} values")
         if outlier_cols is not None:
-            _output(op, "outlier_cols", outlier_cols, k, torch.uint8)
+            check_output(op, "outlier_cols", outlier_cols, k, torch.uint8)
         codes, stats, columns = int8.quantize_rows(x, threshold)
-        _write(out, torch.from_numpy(codes))
-        _write(row_stats, torch.from_numpy(stats))
+        write(out, torch.from_numpy(codes))
+        write(row_stats, torch.from_numpy(stats))
         if outlier_cols is not None:
-            _write(outlier_cols, torch.from_numpy(columns))
+            write(outlier_cols, torch.from_numpy(columns))
 
     def int8_quantize_cols(self, A: Tensor, threshold: float, *, out: Tensor, col_stats: Tensor) -> None:
         op = "int8_quantize_cols"
-        m, k = _matrix(op, "A", A)
-        x = _float(op, "A", A, m * k).reshape(m, k)
-        _check_threshold(op, threshold)
-        _output(op, "out", out, m * k, torch.int8)
-        _output(op, "col_stats", col_stats, k, torch.float32)
+        m, k = matrix(op, "A", A)
+        x = float_values(op, "A", A, m * k).reshape(m, k)
+        check_threshold(op, threshold)
+        check_output(op, "out", out, m * k, torch.int8)
+        check_output(op, "col_stats", col_stats, k, torch.float32)
         codes, stats = int8.quantize_cols(x, threshold)
-        _write(out, torch.from_numpy(codes))
-        _write(col_stats, torch.from_numpy(stats))
+        write(out, torch.from_numpy(codes))
+        write(col_stats, torch.from_numpy(stats))
 
     def int8_gemm(self, A: Tensor, B: Tensor, *, out: Tensor) -> None:
         product = _int8_product("int8_gemm", A, B)
-        _output("int8_gemm", "out", out, product.size, torch.int32)
-        _write(out, torch.from_numpy(product))
+        check_output("int8_gemm", "out", out, product.size, torch.int32)
+        write(out, torch.from_numpy(product))
 
     def int8_dequantize_gemm(
         self, C: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
     ) -> None:
-        m, n = _matrix("int8_dequantize_gemm", "C", C)
-        c = _integers("int8_dequantize_gemm", "C", C, m * n, torch.int32).reshape(m, n)
+        m, n = matrix("int8_dequantize_gemm", "C", C)
+        c = integer_values("int8_dequantize_gemm", "C", C, m * n, torch.int32).reshape(m, n)
         _write_product("int8_dequantize_gemm", c, row_stats, col_stats, bias, out)
 
     def int8_scaled_gemm(
@@ -157,33 +182,43 @@ class ReferenceBackend(Backend):
 
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         op = "int8_dequantize_rows"
-        m, k = _matrix(op, "A", A)
-        codes = _integers(op, "A", A, m * k, torch.int8).reshape(m, k)
-        stats = _float(op, "row_stats", row_stats, m, (torch.float32,))
-        _output(op, "out", out, m * k, *_FLOATS)
-        _write(out, from_float32(int8.dequantize_rows(codes, stats), out.dtype))
+        m, k = matrix(op, "A", A)
+        codes = integer_values(op, "A", A, m * k, torch.int8).reshape(m, k)
+        stats = float_values(op, "row_stats", row_stats, m, (torch.float32,))
+        check_output(op, "out", out, m * k, *FLOATS)
+        write(out, from_float32(int8.dequantize_rows(codes, stats), out.dtype))
 
     def int8_linear(
         self, A: Tensor, W: Weight8bit, threshold: float, bias: Tensor | None, *, out: Tensor, outliers: Tensor | None
     ) -> None:
         op = "int8_linear"
-        n, k = _matrix(op, "codes", W.codes)
+        n, k = matrix(op, "codes", W.codes)
         m = out.numel() // n if n else A.numel() // max(k, 1)
-        x = _float(op, "A", A, m * k).reshape(m, k)
-        codes = _integers(op, "codes", W.codes, n * k, torch.int8).reshape(n, k)
-        _check_int8_depth(op, k)
-        scales = _float(op, "scales", W.scales, n, (torch.float32,))
-        _check_threshold(op, threshold)
-        addend = None if bias is None else _float(op, "bias", bias, n, (A.dtype, torch.float32))
-        _output(op, "out", out, m * n, A.dtype)
+        x = float_values(op, "A", A, m * k).reshape(m, k)
+        codes = integer_values(op, "codes", W.codes, n * k, torch.int8).reshape(n, k)
+        check_int8_depth(op, k)
+        scales = float_values(op, "scales", W.scales, n, (torch.float32,))
+        check_threshold(op, threshold)
+        addend = None if bias is None else float_values(op, "bias", bias, n, (A.dtype, torch.float32))
+        check_output(op, "out", out, m * n, A.dtype)
         if outliers is None and threshold > 0:
             raise InvalidArgument(f"{op}: outliers is missing, threshold {threshold} needs {k} values")
         if outliers is not None:
-            _output(op, "outliers", outliers, k, torch.uint8)
+            check_output(op, "outliers", outliers, k, torch.uint8)
         t, columns = int8.linear(x, codes, scales, threshold, addend)
-        _write(out, from_float32(t, out.dtype))
+        write(out, from_float32(t, out.dtype))
         if outliers is not None and threshold > 0:
-            _write(outliers, torch.from_numpy(columns))
+            write(outliers, torch.from_numpy(columns))
+
+    def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
+        op, (n, k) = "gemm_int4", weight.shape
+        m = out.numel() // n if n else A.numel() // max(k, 1)
+        x = float_values(op, "A", A, m * k)
+        w = _decode_int4(op, weight)
+        b = None if bias is None else float_values(op, "bias", bias, n, (A.dtype, torch.float32))
+        check_output(op, "out", out, m * n, A.dtype)
+        if m and n:
+            write(out, from_float32(fourbit.gemm_4bit(x.reshape(m, k), w, b), out.dtype))
 
     def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
         stepped = [_step(rule, tensors, i) for i in range(len(tensors.params))]
@@ -194,11 +229,11 @@ class ReferenceBackend(Backend):
 def _step(rule: OptimizerRule, t: OptimizerTensors, i: int) -> optimizer.Stepped:
     op, n = "optimizer_step", t.params[i].numel()
     _check_lists(op, rule, t)
-    param = _float(op, "params", t.params[i], n, (t.params[0].dtype,))
-    grad = _float(op, "grads", t.grads[i], n, (t.grads[0].dtype,))
+    param = float_values(op, "params", t.params[i], n, (t.params[0].dtype,))
+    grad = float_values(op, "grads", t.grads[i], n, (t.grads[0].dtype,))
     if t.compensation:
         with np.errstate(all="ignore"):
-            param = param + _float(op, "compensation", t.compensation[i], n, (param_dtype := t.params[i].dtype,))
+            param = param + float_values(op, "compensation", t.compensation[i], n, (param_dtype := t.params[i].dtype,))
         if param_dtype == torch.float32:
             raise InvalidArgument(f"{op}: compensation is for 16-bit parameters")
     if rule.stochastic and (t.params[i].dtype != torch.bfloat16 or t.compensation):
@@ -214,11 +249,11 @@ def _check_lists(op: str, rule: OptimizerRule, t: OptimizerTensors) -> None:
     lengths = {"grads": count, "state1": count, "state2": count * two, "absmax1": count * coded}
     lengths |= {"absmax2": count * (two and coded)}
     for name, expected in lengths.items():
-        _check_count(op, name, len(getattr(t, name)), expected)
+        check_count(op, name, len(getattr(t, name)), expected)
     for name in ("compensation", "grad_scales"):
-        _check_count(op, name, len(getattr(t, name)) or count, count)
+        check_count(op, name, len(getattr(t, name)) or count, count)
     if rule.stochastic:
-        _check_count(op, "streams", len(t.streams), count)
+        check_count(op, "streams", len(t.streams), count)
 
 
 def _read_states(op: str, rule: OptimizerRule, t: OptimizerTensors, i: int) -> list[optimizer.State]:
@@ -230,13 +265,13 @@ def _read_states(op: str, rule: OptimizerRule, t: OptimizerTensors, i: int) -> l
         row, of_two = (s, rows) if s < rows else (0, 1)
         codes, absmaxes = (t.state1, t.absmax1) if s < rows else (t.state2, t.absmax2)
         if rule.state_bits == 32:
-            values = _float(op, "state", codes[i], of_two * n, (torch.float32,))
+            values = float_values(op, "state", codes[i], of_two * n, (torch.float32,))
             states.append(optimizer.State(values.reshape(of_two, n)[row].copy(), None, second_moment))
             continue
         table = optimizer.table(rule, second_moment)
-        blocks = _blocks(n, optimizer.BLOCK)
-        code = _integers(op, "state", codes[i], of_two * n, torch.uint8).reshape(of_two, n)[row]
-        absmax = _float(op, "absmax", absmaxes[i], of_two * blocks, (torch.float32,)).reshape(of_two, blocks)[row]
+        blocks = block_count(n, optimizer.BLOCK)
+        code = integer_values(op, "state", codes[i], of_two * n, torch.uint8).reshape(of_two, n)[row]
+        absmax = float_values(op, "absmax", absmaxes[i], of_two * blocks, (torch.float32,)).reshape(of_two, blocks)[row]
         values = blockwise.dequantize_blockwise(code, absmax, table, optimizer.BLOCK)
         states.append(optimizer.State(values, table, second_moment))
     return states
@@ -263,10 +298,10 @@ def _write_step(rule: OptimizerRule, t: OptimizerTensors, i: int, step: optimize
         groups.append((t.state2[i], t.absmax2[i] if t.absmax2 else None, step.states[first:]))
     for state, absmax, parts in groups:
         if absmax is None:
-            _write(state, torch.from_numpy(np.concatenate([part.values for part in parts])))
+            write(state, torch.from_numpy(np.concatenate([part.values for part in parts])))
         else:
-            _write(state, torch.from_numpy(np.concatenate([part.codes for part in parts])))
-            _write(absmax, torch.from_numpy(np.concatenate([part.absmax for part in parts])))
+            write(state, torch.from_numpy(np.concatenate([part.codes for part in parts])))
+            write(absmax, torch.from_numpy(np.concatenate([part.absmax for part in parts])))
 
 
 def _write_where(destination: Tensor, changed: Tensor, values: Tensor) -> None:
@@ -276,13 +311,13 @@ def _write_where(destination: Tensor, changed: Tensor, values: Tensor) -> None:
 
 
 def _int8_product(op: str, A: Tensor, B: Tensor) -> int8.I32:
-    m, k = _matrix(op, "A", A)
-    n, k_b = _matrix(op, "B", B)
+    m, k = matrix(op, "A", A)
+    n, k_b = matrix(op, "B", B)
     if k != k_b:
         raise InvalidArgument(f"{op}: A has {k} columns, B has {k_b}; both are (rows, K)")
-    _check_int8_depth(op, k)
-    a = _integers(op, "A", A, m * k, torch.int8).reshape(m, k)
-    b = _integers(op, "B", B, n * k, torch.int8).reshape(n, k)
+    check_int8_depth(op, k)
+    a = integer_values(op, "A", A, m * k, torch.int8).reshape(m, k)
+    b = integer_values(op, "B", B, n * k, torch.int8).reshape(n, k)
     return int8.gemm(a, b)
 
 
@@ -290,116 +325,55 @@ def _write_product(
     op: str, product: int8.I32, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
     m, n = product.shape
-    rows = _float(op, "row_stats", row_stats, m, (torch.float32,))
-    columns = _float(op, "col_stats", col_stats, n, (torch.float32,))
-    b = None if bias is None else _float(op, "bias", bias, n, (out.dtype, torch.float32))
-    _output(op, "out", out, m * n, *_FLOATS)
-    _write(out, from_float32(int8.dequantize_gemm(product, rows, columns, b), out.dtype))
+    rows = float_values(op, "row_stats", row_stats, m, (torch.float32,))
+    columns = float_values(op, "col_stats", col_stats, n, (torch.float32,))
+    b = None if bias is None else float_values(op, "bias", bias, n, (out.dtype, torch.float32))
+    check_output(op, "out", out, m * n, *FLOATS)
+    write(out, from_float32(int8.dequantize_gemm(product, rows, columns, b), out.dtype))
 
 
 def _decode_absmax(op: str, codes: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, blocksize: int) -> F32:
-    _check_blocksize(op, blocksize)
+    check_blocksize(op, blocksize)
     n = codes.numel()
-    values = _integers(op, "absmax", codes, n, torch.uint8)
-    nested = _float(op, "nested_absmax", nested_absmax, _blocks(n, blocksize), (torch.float32,))
-    table = _codebook(op, code, ascending=False)
-    mean = _float(op, "offset", offset, 1, (torch.float32,))[0]
+    values = integer_values(op, "absmax", codes, n, torch.uint8)
+    nested = float_values(op, "nested_absmax", nested_absmax, block_count(n, blocksize), (torch.float32,))
+    table = codebook(op, code, ascending=False)
+    mean = float_values(op, "offset", offset, 1, (torch.float32,))[0]
     return blockwise.dequantize_absmax(values, nested, table, mean, blocksize)
 
 
 def _decode(op: str, weight: Weight4bit) -> F32:
-    _check_blocksize(op, weight.blocksize)
-    _check_quant_type(op, weight.quant_type)
+    check_blocksize(op, weight.blocksize)
+    check_quant_type(op, weight.quant_type)
     numel = int(np.prod(weight.shape, dtype=np.int64))
-    packed = _integers(op, "packed", weight.packed, (numel + 1) // 2, torch.uint8)
-    blocks = _blocks(numel, weight.blocksize)
+    packed = integer_values(op, "packed", weight.packed, (numel + 1) // 2, torch.uint8)
+    blocks = block_count(numel, weight.blocksize)
     if weight.nested_absmax is None:
-        absmax = _float(op, "absmax", weight.absmax, blocks, (torch.float32,))
+        absmax = float_values(op, "absmax", weight.absmax, blocks, (torch.float32,))
     else:
         if weight.nested_code is None or weight.nested_offset is None:
             raise InvalidArgument(f"{op}: a nested weight needs nested_code and nested_offset")
         nested = (weight.nested_absmax, weight.nested_code, weight.nested_offset, weight.nested_blocksize)
         absmax = _decode_absmax(op, weight.absmax, *nested)
-        _check_count(op, "absmax", absmax.size, blocks)
+        check_count(op, "absmax", absmax.size, blocks)
     return fourbit.dequantize_4bit(packed, absmax, weight.quant_type, weight.blocksize, numel)
 
 
-def _blocks(n: int, blocksize: int) -> int:
-    return -(-n // blocksize)
-
-
-def _check_blocksize(op: str, blocksize: int) -> None:
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise InvalidArgument(f"{op}: blocksize is {blocksize}, expected a power of two from 32 to 4096")
-
-
-def _check_quant_type(op: str, quant_type: str) -> None:
-    if quant_type not in fourbit.TABLES:
-        raise InvalidArgument(f"{op}: quant_type is {quant_type!r}, expected 'nf4' or 'fp4'")
-
-
-def _check_int8_depth(op: str, k: int) -> None:
-    if k > _MAX_INT8_K:
-        raise InvalidArgument(f"{op}: K is {k}, int32 sums are exact up to {_MAX_INT8_K}")
-
-
-def _check_threshold(op: str, threshold: float) -> None:
-    if not 0 <= threshold < float("inf"):
-        raise InvalidArgument(f"{op}: threshold is {threshold}, expected a finite value of at least 0")
-
-
-def _check_count(op: str, name: str, count: int, expected: int) -> None:
-    if count != expected:
-        raise InvalidArgument(f"{op}: {name} has {count} values, expected {expected}")
-
-
-def _check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise InvalidArgument(f"{op}: {name} is {tensor.dtype}, expected {expected}")
-
-
-def _check_layout(op: str, name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise InvalidArgument(f"{op}: {name} is not contiguous")
-    if tensor.data_ptr() % tensor.element_size():
-        raise InvalidArgument(f"{op}: {name} at {tensor.data_ptr():#x} is not aligned to {tensor.element_size()} bytes")
-
-
-def _matrix(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
-    if tensor.dim() != 2:
-        raise InvalidArgument(f"{op}: {name} has {tensor.dim()} dimensions, expected 2")
-    return tensor.shape[0], tensor.shape[1]
-
-
-def _float(op: str, name: str, tensor: Tensor, count: int, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> F32:
-    _check_dtype(op, name, tensor, dtypes)
-    _check_layout(op, name, tensor)
-    _check_count(op, name, tensor.numel(), count)
-    return to_float32(tensor).reshape(-1)
-
-
-def _integers(op: str, name: str, tensor: Tensor, count: int, dtype: torch.dtype) -> np.ndarray:
-    _check_dtype(op, name, tensor, (dtype,))
-    _check_layout(op, name, tensor)
-    _check_count(op, name, tensor.numel(), count)
-    return tensor.detach().cpu().numpy().reshape(-1)
-
-
-def _codebook(op: str, code: Tensor, *, ascending: bool) -> F32:
-    table = _float(op, "code", code, 256, (torch.float32,))
-    if not np.isfinite(table).all():
-        raise InvalidArgument(f"{op}: code holds values that are not finite")
-    if ascending and (table[1:] < table[:-1]).any():
-        raise InvalidArgument(f"{op}: code is not in ascending order")
-    return table
-
-
-def _output(op: str, name: str, tensor: Tensor, count: int, *dtypes: torch.dtype) -> None:
-    _check_dtype(op, name, tensor, dtypes)
-    _check_layout(op, name, tensor)
-    _check_count(op, name, tensor.numel(), count)
-
-
-def _write(destination: Tensor, values: Tensor) -> None:
-    destination.copy_(values.reshape(destination.shape))
+def _decode_int4(op: str, weight: WeightInt4) -> F32:
+    n, k = weight.shape
+    g = weight.group_size
+    if g < 1 or (g % 8 and g < k):
+        raise InvalidArgument(f"{op}: group_size is {g}, expected a multiple of 8, or K = {k} or more")
+    groups = block_count(k, g)
+    stride = block_count(k, 2)
+    packed = integer_values(op, "packed", weight.packed, n * stride, torch.uint8).reshape(n, stride)
+    scales = float_values(op, "scales", weight.scales, n * groups).reshape(n, groups)
+    zeros = None
+    if weight.zeros is not None:
+        zeros = integer_values(op, "zeros", weight.zeros, n * groups, torch.uint8).reshape(n, groups)
+    perm = None
+    if weight.perm is not None:
+        perm = integer_values(op, "perm", weight.perm, k, torch.int32)
+        if not np.array_equal(np.sort(perm), np.arange(k)):
+            raise InvalidArgument(f"{op}: perm is no permutation of 0 to {k - 1}")
+    return int4.dequantize(packed, scales, zeros, perm, g, k)

@@ -46,9 +46,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, i
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op == QC_OP_OPTIMIZER_STEP || op == QC_OP_INT8_LINEAR) {
-        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library",
-                    op == QC_OP_OPTIMIZER_STEP ? "optimizer_step" : "int8_linear");
+    if (op >= QC_OP_OPTIMIZER_STEP && op <= QC_OP_GEMM_INT4) {
+        const char *const names[] = {"optimizer_step", "int8_linear", "gemm_int4"};
+        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library", names[op - QC_OP_OPTIMIZER_STEP]);
     }
     if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS) {
         return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_DEQUANTIZE_ROWS, op);
@@ -84,6 +84,7 @@ const qc_api kApi = {
     int8_dequantize_rows,
     nullptr,  // optimizer_step
     nullptr,  // int8_linear
+    nullptr,  // gemm_int4
 };
 
 }  // namespace

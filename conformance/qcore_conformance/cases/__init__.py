@@ -29,6 +29,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
     "optimizer": ("optimizer_step",),
     "int8_linear": ("int8_linear",),
+    "gemm_int4": ("gemm_int4",),
 }
 # Modules that add cases for ops of any family.
 ACROSS = ("frontend", "rejection", "rounding", "counts", "memory", "stress")

@@ -58,9 +58,11 @@ def _unsupported(s: Session) -> None:
 
 
 def _declarations(s: Session) -> None:
-    if not s.backend.supports("gemm_4bit"):
-        raise NotRun("the backend does not serve gemm_4bit")
-    GemmDeclaration.parse(s.description.declarations)
+    products = [op for op in ("gemm_4bit", "gemm_int4") if s.backend.supports(op)]
+    if not products:
+        raise NotRun("the backend serves neither gemm_4bit nor gemm_int4")
+    for op in products:
+        GemmDeclaration.parse(s.description.declarations, op)
     for op in s.description.declarations:
         assert op in OPS, f"a declaration about {op!r}, which is no op"
 
@@ -151,7 +153,7 @@ def cases() -> Iterator[Case]:
         ("description", ("QC-NUM-005",), _description),
         ("ops", ("QC-NUM-005",), _ops),
         ("unsupported-ops", ("QC-NUM-006",), _unsupported),
-        ("declarations", ("QC-GEMM4-002",), _declarations),
+        ("declarations", ("QC-GEMM4-002", "QC-INT4-004"), _declarations),
         ("abi-table", ("QC-NUM-005",), _library(_table)),
         ("abi-describe", ("QC-NUM-006",), _library(_describe)),
         ("abi-last-error-per-thread", ("QC-NUM-006",), _library(_last_error_is_thread_local)),

@@ -55,8 +55,8 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
     """Name -> (op, call, whether ``InvalidDtype`` is due). ``d`` is the device, ``out`` a float32 (4, 6) tensor."""
     import torch
 
-    from qcore.backend import Weight4bit
-    from qcore.ops import blockwise, fourbit, int8
+    from qcore.backend import Weight4bit, WeightInt4
+    from qcore.ops import blockwise, fourbit, int4, int8
     from qcore.ops.int8_linear import int8_linear
 
     def zeros(d: Any, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -75,6 +75,15 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
         return lambda d, out: fourbit.dequantize_4bit(
             weight(d, **{k: v(d) if callable(v) else v for k, v in changes.items()}), torch.float32, out=out
         )
+
+    def int4_product(width: int = 16, **changes: Any) -> _FrontendCall:
+        def call(d: Any, out: Any) -> Any:
+            parts: dict[str, Any] = {"packed": zeros(d, 3, 8, dtype=u8), "scales": zeros(d, 3, 2), "zeros": None}
+            made = {k: v(d) if callable(v) else v for k, v in changes.items()}
+            weight = WeightInt4(**(parts | {"group_size": 8, "shape": (3, 16)} | made))
+            return int4.gemm_int4(zeros(d, 2, width), weight)
+
+        return call
 
     def unsorted(d: Any) -> torch.Tensor:
         return code(d).flip(0)
@@ -226,6 +235,14 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
             lambda d, out: int8_linear(zeros(d, 1, 131_072), zeros(d, 1, 131_072, dtype=i8), zeros(d, 1)),
             False,
         ),
+        "gemm_int4-inner-size": ("gemm_int4", int4_product(15), False),
+        "gemm_int4-group-size-12": ("gemm_int4", int4_product(group_size=12), False),
+        "gemm_int4-group-size-minus-1": ("gemm_int4", int4_product(group_size=-1), False),
+        "gemm_int4-scales-shape": ("gemm_int4", int4_product(scales=lambda d: zeros(d, 2, 3)), False),
+        "gemm_int4-scales-dtype": ("gemm_int4", int4_product(scales=lambda d: zeros(d, 3, 2, dtype=f64)), True),
+        "gemm_int4-zeros-dtype": ("gemm_int4", int4_product(zeros=lambda d: zeros(d, 3, 2)), True),
+        "gemm_int4-packed-shape": ("gemm_int4", int4_product(packed=lambda d: zeros(d, 24, dtype=u8)), False),
+        "gemm_int4-perm-twice": ("gemm_int4", int4_product(perm=lambda d: zeros(d, 16, dtype=torch.int32)), False),
         "int8_dequantize_rows-stats": (
             "int8_dequantize_rows",
             lambda d, out: int8.int8_dequantize_rows(zeros(d, 2, 8, dtype=i8), zeros(d, 3)),

@@ -114,7 +114,7 @@ def _argument_cases(op: str, argument: Argument, call: CCall) -> Iterator[tuple[
         yield f"{name}-misaligned", _refuse(op, name, shift=1)
     if argument.kind == "weight":
         yield "w-null", _refuse(op, name)
-        yield from _weight_cases(op, call)
+        yield from _int4_cases(op) if op == "gemm_int4" else _weight_cases(op, call)
     if argument.kind in ("optimizer", "tensors"):
         yield f"{name}-null", _refuse(op, name)
         yield from _optimizer_cases(op) if argument.kind == "optimizer" else _tensor_list_cases(op)
@@ -138,6 +138,18 @@ def _weight_cases(op: str, call: CCall) -> Iterator[tuple[str, Callable[[Session
         yield f"w.{field}={bad}", _refuse(op, field, fields={field: bad}, options=nested)
     for field in ("nested_absmax", "nested_code", "nested_offset"):
         yield f"w.{field}-misaligned", _refuse(op, field, fields={field: ("shift", 2)}, options=nested)
+
+
+def _int4_cases(op: str) -> Iterator[tuple[str, Callable[[Session], None]]]:
+    for field, bad in (
+        ("packed", 0), ("scales", 0), ("group_size", 0), ("group_size", -64), ("group_size", 12), ("scale_dtype", -1),
+        ("scale_dtype", 3), ("layout", 7), ("n", 4), ("k", 95), ("n", -1),
+    ):  # fmt: skip
+        yield f"w.{field}={bad}", _refuse(op, field, fields={field: bad})
+    yield "w.scales-misaligned", _refuse(op, "scales", fields={"scales": ("shift", 1)})
+    ordered = {"nested": True}
+    yield "w.perm-misaligned", _refuse(op, "perm", fields={"perm": ("shift", 2)}, options=ordered)
+    yield "w.perm-without-workspace", _refuse(op, "workspace", value=0, options=ordered)
 
 
 def _optimizer_cases(op: str) -> Iterator[tuple[str, Callable[[Session], None]]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.backend import OPS, Backend, Description, OptimizerTensors, Weight4bit, get_backend
+from qcore.backend import OPS, Backend, Description, OptimizerTensors, Weight4bit, WeightInt4, get_backend
 from qcore.errors import InvalidArgument
 from qcore_conformance.model import Outcome
 from qcore_conformance.mutants.mutant import mutant
@@ -43,7 +43,8 @@ class AnyOp(Backend):
 
 def _through(name: str) -> Callable[..., None]:
     def method(self: AnyOp, *args: Any, **kwargs: Any) -> None:
-        parts = [part for arg in args for part in (vars(arg).values() if isinstance(arg, Weight4bit) else [arg])]
+        weights = (Weight4bit, WeightInt4)
+        parts = [part for arg in args for part in (vars(arg).values() if isinstance(arg, weights) else [arg])]
         inputs = [part for part in parts if isinstance(part, Tensor)]
         outputs = [value for value in kwargs.values() if isinstance(value, Tensor)]
         for lists in (vars(arg) for arg in args if isinstance(arg, OptimizerTensors)):

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qcore import codebooks
-from qcore.backend import Backend, Description, OptimizerRule, OptimizerTensors, Weight4bit, Weight8bit, get_backend
+from qcore.backend import (
+    Backend,
+    Description,
+    OptimizerRule,
+    OptimizerTensors,
+    Weight4bit,
+    Weight8bit,
+    WeightInt4,
+    get_backend,
+)
 
 F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
@@ -44,7 +53,7 @@ class Steps(Backend):
     name = "steps"
     device_types = frozenset({"cpu"})
     declarations: ClassVar[Mapping[str, Any]] = {
-        "gemm_4bit": {"depth": {"lanes": 1, "extra": 8}, "weight_rounding": "float32"}
+        op: {"depth": {"lanes": 1, "extra": 8}, "weight_rounding": "float32"} for op in ("gemm_4bit", "gemm_int4")
     }
 
     def __init__(self) -> None:
@@ -188,6 +197,38 @@ class Steps(Backend):
     def add_bias(self, y: F32, bias: F32, dtype: torch.dtype) -> F32:
         return y + bias
 
+    def store_product(self, x: F32, w: F32, bias: Tensor | None, out: Tensor) -> None:
+        y = self.sum_products(x, w)
+        self.store(y if bias is None else self.add_bias(y, self.load(bias), out.dtype), out)
+
+    # Integers in groups (QC-INT4-001 to QC-INT4-004)
+
+    def int4_codes(self, weight: WeightInt4) -> NDArray[np.int16]:
+        codes = self.unpack(weight.packed.numpy().reshape(-1)).reshape(weight.shape[0], -1)
+        return codes[:, : weight.shape[1]].astype(np.int16)
+
+    def int4_groups(self, weight: WeightInt4) -> NDArray[np.intp]:
+        return np.arange(weight.shape[1]) // weight.group_size
+
+    def int4_zeros(self, weight: WeightInt4) -> NDArray[np.int16]:
+        if weight.zeros is None:
+            return np.full(weight.scales.shape, 8, np.int16)
+        return weight.zeros.numpy().astype(np.int16)
+
+    def int4_scales(self, weight: WeightInt4) -> F32:
+        return self.load(weight.scales).reshape(weight.scales.shape)
+
+    def int4_order(self, values: F32, perm: NDArray[np.int32]) -> F32:
+        ordered = np.empty_like(values)
+        ordered[:, perm] = values
+        return ordered
+
+    def int4_weights(self, weight: WeightInt4, dtype: torch.dtype, rows: int) -> F32:
+        group = self.int4_groups(weight)
+        difference = self.int4_codes(weight) - self.int4_zeros(weight)[:, group]
+        values = difference.astype(np.float32) * self.int4_scales(weight)[:, group]
+        return values if weight.perm is None else self.int4_order(values, weight.perm.numpy())
+
     # LLM.int8() (QC-INT8-001 to QC-INT8-008)
 
     def outliers(self, x: F32, threshold: float) -> Bools:
@@ -285,12 +326,9 @@ class Steps(Backend):
     @np.errstate(all="ignore")
     def gemm_4bit(self, A: Tensor, weight: Weight4bit, bias: Tensor | None, *, out: Tensor) -> None:
         self.reference.gemm_4bit(A, weight, bias, out=out)
-        n, k = weight.shape
-        if not out.numel():
-            return
-        x = self.load(A).reshape(-1, k) if k else np.zeros((out.numel() // n, 0), np.float32)
-        y = self.sum_products(x, self.gemm_weights(weight, A.dtype, len(x)))
-        self.store(y if bias is None else self.add_bias(y, self.load(bias), out.dtype), out)
+        if out.numel():
+            x = self.load(A).reshape(out.numel() // weight.shape[0], weight.shape[1])
+            self.store_product(x, self.gemm_weights(weight, A.dtype, len(x)), bias, out)
 
     @np.errstate(all="ignore")
     def int8_quantize_rows(
@@ -359,3 +397,10 @@ class Steps(Backend):
         self.store(self.add_outliers(t, x, w, self.outlier_columns(outlier)), out)
         if outliers is not None and threshold > 0:
             self.store(outlier.any(axis=0).astype(np.uint8), outliers)
+
+    @np.errstate(all="ignore")
+    def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
+        self.reference.gemm_int4(A, weight, bias, out=out)
+        if out.numel():
+            x = self.load(A).reshape(out.numel() // weight.shape[0], weight.shape[1])
+            self.store_product(x, self.int4_weights(weight, A.dtype, len(x)), bias, out)

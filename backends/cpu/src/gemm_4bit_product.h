@@ -1,0 +1,182 @@
+// gemm_4bit and gemm_int4: which of the ways to compute a product this instruction set takes for a shape. Only the
+// kernel files of both include it.
+//  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
+//  - the same with bfloat16 products, gemm_4bit_gemv.h (one row) and gemm_4bit_amx.h (tiles): bfloat16 only, and only
+//    where no denormal can arise, since those instructions flush them. Rows and columns where one can are computed
+//    again in float32.
+#ifndef QCORE_CPU_GEMM_4BIT_PRODUCT_H
+#define QCORE_CPU_GEMM_4BIT_PRODUCT_H
+
+#include "gemm_4bit_amx.h"
+#include "qcore_backend.h"
+
+namespace qcore::cpu::QC_ISA {
+
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Bytes for multiply_in_float; float_gemv_serves also depends on the weight, which workspace() does not know.
+inline int64_t float_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
+    const int64_t row = p.m == 1 ? p.k * static_cast<int64_t>(sizeof(float)) : 0;
+    return max64(DotScratch<InFloat<float>>::bytes(rows), row);
+}
+
+// In float32, from values of T: right for every value.
+template <class T, class Problem>
+void multiply_in_float(const Problem &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch) {
+#if defined(__AVX512BW__)
+    if (float_gemv_serves(p)) {
+        multiply_row<T>(p, n0, n1, scratch);
+        return;
+    }
+#endif
+    multiply_by_dots<InFloat<T>>(p, row0, rows, n0, n1, scratch, [](int64_t, int64_t) {});
+}
+
+#if defined(__AVX512BF16__)
+
+constexpr int64_t kFlagBytes = kProductRows;  // the packed X starts with a byte for each row: is it irregular?
+
+// Whether a row of X holds a non-zero value below 2^-76 (regular_block).
+inline bool irregular_row(const Bfloat *x, int64_t k) {
+    constexpr int kExponent = (127 - 76) << 7;
+    const __m512i least = _mm512_set1_epi16(kExponent - 1);
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i one = _mm512_set1_epi16(1);
+    __mmask32 found = 0;
+    for (int64_t i = 0; i < k; i += 32) {
+        const auto valid = static_cast<__mmask32>(k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1);
+        const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(valid, x + i), magnitude);
+        found |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(bits, one), least);  // zero wraps round to the top
+    }
+    return found != 0;
+}
+
+#if defined(__AMX_BF16__)
+inline bool by_tiles(const ProductOf4Bits &p) { return p.dtype == QC_BF16 && p.m > 1 && p.k > 0; }
+#endif
+
+template <class Problem>
+int64_t packed_bytes(const Problem &p, int64_t rows) {
+    if (p.dtype != QC_BF16) {
+        return 0;
+    }
+#if defined(__AMX_BF16__)
+    if (p.m > 1 && p.k > 0) {
+        return kFlagBytes + bf16_x_tile_bytes(p, rows);
+    }
+#endif
+    return round_up(rows, 64);
+}
+
+template <class Problem>
+void pack(const Problem &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
+    const Bfloat *x = static_cast<const Bfloat *>(p.x) + row0 * p.k;
+    auto *flags = static_cast<uint8_t *>(packed);
+    const int64_t end = (group + 1) * kPackedRows < rows ? (group + 1) * kPackedRows : rows;
+    for (int64_t r = group * kPackedRows; r < end; ++r) {
+        flags[r] = irregular_row(x + r * p.k, p.k);
+    }
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        pack_bf16_x_tiles(p, x, rows, group, flags + kFlagBytes);
+    }
+#endif
+}
+
+template <class Weight>
+int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t columns) {
+    const int64_t exact = float_scratch_bytes(p, rows);
+    if (p.dtype != QC_BF16) {
+        return exact;
+    }
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        return max64(exact, bf16_tile_scratch_bytes<Weight>(rows, columns));
+    }
+#endif
+    (void)columns;
+    return max64(exact, DotScratch<InBf16>::bytes(rows));
+}
+
+template <class Weight>
+void multiply_bf16(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+                   const void *packed, void *scratch) {
+    const auto *flags = static_cast<const uint8_t *>(packed);
+    const auto again = [&](int64_t first_row, int64_t some_rows, int64_t first, int64_t end) {
+        multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, first, end, scratch);
+    };
+    if (p.m == 1 && split_serves(p) && flags[0] == 0) {
+        auto *x = static_cast<Bfloat *>(scratch);
+        const Split<Weight> decoder(p.w);
+        typename Split<Weight>::Rows w_rows(p.w, n1);
+        split_row(p, x);
+        for (int64_t n = n0; n < n1; ++n) {
+            float sum, bias;
+            if (gemv_row(p, n, decoder, x, w_rows, &sum)) {
+                load_bias(p, n, 1, &bias);
+                finish_row(p, &sum, &bias, 1, static_cast<Bfloat *>(p.out) + n);
+            } else {
+                again(0, 1, n, n + 1);
+                split_row(p, x);
+            }
+        }
+        return;
+    }
+    const auto odd_panel = [&](int64_t first, int64_t end) { again(0, rows, first, end); };
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        multiply_bf16_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+    } else
+#endif
+        multiply_by_dots<InBf16>(p, row0, rows, n0, n1, scratch, odd_panel);
+    for (int64_t r = 0; r < rows;) {
+        int64_t end = r;
+        while (end < rows && flags[end] != 0) {
+            ++end;
+        }
+        if (end > r) {
+            again(r, end - r, n0, n1);
+        }
+        r = end + 1;
+    }
+}
+
+#else
+
+template <class Problem>
+int64_t packed_bytes(const Problem &, int64_t) {
+    return 0;
+}
+
+template <class Problem>
+void pack(const Problem &, int64_t, int64_t, int64_t, void *) {}
+
+template <class Weight>
+int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t) {
+    return float_scratch_bytes(p, rows);
+}
+
+template <class Problem>
+void multiply_bf16(const Problem &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *, void *scratch) {
+    multiply_in_float<Bfloat>(p, row0, rows, n0, n1, scratch);
+}
+
+#endif
+
+template <class Problem>
+void multiply(const Problem &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed, void *scratch) {
+    switch (p.dtype) {
+        case QC_F32:
+            multiply_in_float<float>(p, row0, rows, n0, n1, scratch);
+            break;
+        case QC_F16:
+            multiply_in_float<Half>(p, row0, rows, n0, n1, scratch);
+            break;
+        default:
+            multiply_bf16(p, row0, rows, n0, n1, packed, scratch);
+    }
+}
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif  // QCORE_CPU_GEMM_4BIT_PRODUCT_H
