@@ -28,8 +28,10 @@
 #include "simt/device.h"
 #elif defined(__CUDACC__)
 #include "device_cuda.cuh"
+#elif defined(__HIP__)
+#include "device_hip.cuh"
 #else
-#error "portable.cuh: define QC_TARGET_SIMT, or compile with nvcc"
+#error "portable.cuh: define QC_TARGET_SIMT, or compile with nvcc or as HIP"
 #endif
 
 #endif  // QCORE_KERNELS_PORTABLE_CUH
