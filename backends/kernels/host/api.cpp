@@ -39,51 +39,35 @@ qc_status describe(int32_t device, const char **json) {
     });
 }
 
-// No op needs scratch.
-qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
+qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                    int64_t *bytes) {
     Arguments arguments("workspace", device, Arguments::Starts::nothing);
     arguments.count("m", m).count("n", n).count("k", k);
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op == QC_OP_OPTIMIZER_STEP || op == QC_OP_INT8_LINEAR) {
-        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library",
-                    op == QC_OP_OPTIMIZER_STEP ? "optimizer_step" : "int8_linear");
-    }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_DEQUANTIZE_ROWS, op);
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_LINEAR, op);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
+    }
+    if (op == QC_OP_OPTIMIZER_STEP) {
+        return optimizer_step_workspace(m, n, bytes);
+    }
+    if (op == QC_OP_INT8_LINEAR) {
+        return int8_linear_workspace(device, dtype, m, n, k, bytes);
     }
     *bytes = 0;
     return QC_OK;
 }
 
 const qc_api kApi = {
-    sizeof(qc_api),
-    QC_ABI_MAJOR,
-    QC_ABI_MINOR,
-    kBackendName,
-    last_error,
-    device_count,
-    describe,
-    workspace,
-    quantize_blockwise,
-    dequantize_blockwise,
-    quantize_4bit,
-    dequantize_4bit,
-    quantize_absmax,
-    dequantize_absmax,
-    gemm_4bit,
-    int8_quantize_rows,
-    int8_quantize_cols,
-    int8_gemm,
-    int8_dequantize_gemm,
-    int8_scaled_gemm,
-    int8_dequantize_rows,
-    nullptr,  // optimizer_step
-    nullptr,  // int8_linear
+    sizeof(qc_api),       QC_ABI_MAJOR,       QC_ABI_MINOR,    kBackendName,         last_error,
+    device_count,         describe,           workspace,       quantize_blockwise,   dequantize_blockwise,
+    quantize_4bit,        dequantize_4bit,    quantize_absmax, dequantize_absmax,    gemm_4bit,
+    int8_quantize_rows,   int8_quantize_cols, int8_gemm,       int8_dequantize_gemm, int8_scaled_gemm,
+    int8_dequantize_rows, optimizer_step,     int8_linear,
 };
 
 }  // namespace
