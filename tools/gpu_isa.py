@@ -46,8 +46,8 @@ class Kernel:
         Bytes of a block.
     waves : int
         That one SIMD (AMD) or multiprocessor (NVIDIA) can hold at once, by registers and shared memory.
-    instructions, loads16, loads, matrix, dots : int
-        In the code: all; loads of global memory of 16 bytes; all of those; matrix units; dot products.
+    instructions, loads16, stores16, loads, matrix, dots : int
+        In the code: all; loads and stores of global memory of 16 bytes; all loads of it; matrix units; dot products.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Kernel:
     waves: int
     instructions: int
     loads16: int
+    stores16: int
     loads: int
     matrix: int
     dots: int
@@ -146,6 +147,7 @@ def _kernels_of_object(target: str, path: str) -> Iterator[Kernel]:
             TARGETS[target].waves(registers, shared, threads),
             len(lines),
             sum(re.match(r"\w+_load_(dwordx4|b128)\b", line) is not None for line in loads),
+            sum(re.match(r"(global|flat|buffer)_store_(dwordx4|b128)\b", line) is not None for line in lines),
             len(loads),
             sum(re.match(r"v_(mfma|wmma)_", line) is not None for line in lines),
             sum(re.match(r"v_dot4", line) is not None for line in lines),
@@ -200,6 +202,7 @@ def nvidia_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
             TARGETS[plain].waves(said["REG"], shared, threads),
             len(lines),
             sum(".128" in line.split()[0] for line in loads),
+            sum(re.match(r"STG\S*\.128", line) is not None for line in lines),
             len(loads),
             sum(re.match(r"(HMMA|IMMA)\b", line) is not None for line in lines),
             sum(re.match(r"(IDP|IDP4A)\b", line) is not None for line in lines),
