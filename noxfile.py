@@ -6,6 +6,7 @@ land in build/reports.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -117,14 +118,18 @@ def _sanitized(session: nox.Session) -> tuple[str, dict[str, str]]:
     configure = ["-S", "backends/cpu", "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}"]
     _tool(session, "cmake", *configure, "-DCMAKE_BUILD_TYPE=None", "-DQCORE_CPU_PROBE=OFF")
     _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
+    return str(folder / "libqcore_cpu.so"), _asan(session)
+
+
+def _asan(session: nox.Session) -> dict[str, str]:
+    """The environment of a process that loads a library with AddressSanitizer."""
     # Both have to be there before torch: ASan allocates for everybody, and it looks for C++'s throw when it starts. The
     # interpreter's own leaks are none of our business.
     runtimes = [
         session.run("g++", f"-print-file-name={name}", external=True, silent=True).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    env = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
-    return str(folder / "libqcore_cpu.so"), env
+    return {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 @nox.session
@@ -198,16 +203,96 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the wheels and the source distribution into dist/; `-- cuda` adds the CUDA backend's wheel."""
-    if "cuda" in session.posargs and shutil.which("nvcc") is None:
-        session.error("nvcc was not found: install the CUDA toolkit, 12.8 or newer, and put its bin/ on the PATH")
+    """Build the wheels and the source distribution into dist/; `-- cuda` and `-- hip` add those backends' wheels."""
+    unknown = set(session.posargs) - {"cuda", "hip"}
+    if unknown:
+        session.error(f"build: {', '.join(sorted(unknown))}: expected cuda, hip, or both")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     wheel = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist")
     _python(session, *wheel, ".")
     _python(session, *wheel, "./backends/cpu")
     if "cuda" in session.posargs:
+        _require_nvcc(session)
         _python(session, *wheel, "./backends/cuda")
+    if "hip" in session.posargs:
+        _python(session, *wheel, "./backends/hip", CMAKE_ARGS=" ".join(_hip_options(session)))
     _tool(session, "hatchling", "build", "-t", "sdist")
+
+
+def _require_nvcc(session: nox.Session) -> None:
+    if shutil.which("nvcc") is None:
+        session.error("nvcc was not found: install the CUDA toolkit, 12.8 or newer, and put its bin/ on the PATH")
+
+
+def _hip_options(session: nox.Session) -> list[str]:
+    """What CMake needs for HIP: ROCm where ROCM_PATH says so, else Debian's clang and the gathered headers."""
+    rocm = os.environ.get("ROCM_PATH")
+    if rocm:
+        return [f"-DQCORE_HIP_ROOT={rocm}", f"-DCMAKE_CXX_COMPILER={rocm}/llvm/bin/clang++"]
+    folder = ROOT / "build" / "hip-toolchain"
+    _python(session, "tools/hip_toolchain.py", str(folder))
+    return [f"-DQCORE_HIP_ROOT={folder}", "-DCMAKE_CXX_COMPILER=clang++-19"]
+
+
+def _gpu_library(session: nox.Session, backend: str, *options: str) -> Path:
+    """The library of backends/cuda or backends/hip, built in build/; a second run compiles what has changed."""
+    folder = ROOT / "build" / backend
+    _tool(session, "cmake", "-S", f"backends/{backend}", "-B", str(folder), "-G", "Ninja", *options)
+    _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
+    return folder / f"libqcore_{backend}.so"
+
+
+def _cuobjdump(session: nox.Session) -> str:
+    """The folder of NVIDIA's tools that read machine code, out of the package index."""
+    folder = ROOT / "build" / "nvidia-tools"
+    if not folder.is_dir():
+        packages = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
+        _python(session, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages)
+    found = next(folder.rglob("cuobjdump"), None)
+    if found is None:
+        session.error(f"no cuobjdump under {folder}; remove the folder and try again")
+    return str(found.parent)
+
+
+HIP_TARGETS = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201")
+CUDA_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+@nox.session
+def isa(session: nox.Session) -> None:
+    """Build both GPU libraries, check their machine code, and that they load without a GPU; `-- hip`, `-- cuda` one."""
+    backends = session.posargs or ["hip", "cuda"]
+    libraries: dict[str, Path] = {}
+    path = os.environ["PATH"]
+    if "hip" in backends:
+        libraries["hip"] = _gpu_library(session, "hip", *_hip_options(session))
+    if "cuda" in backends:
+        _require_nvcc(session)
+        libraries["cuda"] = _gpu_library(session, "cuda")
+        path = f"{_cuobjdump(session)}{os.pathsep}{path}"
+    expected = (*(HIP_TARGETS if "hip" in backends else ()), *(CUDA_TARGETS if "cuda" in backends else ()))
+    out = "docs/results" if len(libraries) == 2 else str(REPORTS / "isa")
+    chosen = [str(library) for library in libraries.values()]
+    _python(session, "tools/gpu_isa.py", *chosen, "--expect", ",".join(expected), "--out", out, PATH=path)
+    where = {f"QCORE_{backend.upper()}_LIBRARY": str(library) for backend, library in libraries.items()}
+    root = next((option.partition("=")[2] for option in _hip_options(session) if "HIP_ROOT" in option), "")
+    tests = [f"backends/{backend}/tests" for backend in libraries]
+    _pytest(session, "gpu-builds", *tests, QCORE_HIP_ROOT=root, **where)
+
+
+@nox.session
+def simt_asan(session: nox.Session) -> None:
+    """Run the conformance suite on the GPU kernels, emulated under ASan and UBSan with waves of 32 and of 64."""
+    folder = ROOT / "build" / "simt-asan"
+    flags = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    configure = ["-S", "backends/kernels/simt", "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}"]
+    _tool(session, "cmake", *configure, "-DCMAKE_BUILD_TYPE=None")
+    _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
+    for wave, schedule in ((32, "random:2"), (64, "reversed")):
+        library = str(folder / f"libqcore_simt{wave}.so")
+        _conformance(
+            session, library, f"simt{wave}-asan", *session.posargs, QCORE_SIMT_SCHEDULE=schedule, **_asan(session)
+        )
 
 
 @nox.session

@@ -12,6 +12,8 @@
 #define QC_DEVICE __device__ __forceinline__
 #define QC_CONSTANT static __device__ constexpr
 #define QC_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Without a copy in local memory: reads by index come from the constant bank.
+#define QC_PARAMETER(Type) const __grid_constant__ Type
 #define QC_SHARED(Type, name)                                               \
     static_assert(std::is_trivial<Type>::value && sizeof(Type) <= 48 << 10, \
                   "shared memory: a plain struct of at most 48 KiB");       \
@@ -20,6 +22,7 @@
 namespace qcore::gpu {
 
 inline constexpr int kWave = 32;
+inline constexpr int kParameterBytes = 32764;  // since CUDA 12.1, from compute capability 7.0
 
 using Vector16 = uint4;
 using Vector8 = uint2;
@@ -45,6 +48,8 @@ QC_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 QC_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 QC_DEVICE float round_to_even(float x) { return rintf(x); }
 QC_DEVICE float magnitude(float x) { return fabsf(x); }
+QC_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+QC_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 
 QC_DEVICE Vector16 load16(const void *address) { return *static_cast<const uint4 *>(address); }
 QC_DEVICE Vector16 load16_once(const void *address) { return __ldcs(static_cast<const uint4 *>(address)); }

@@ -6,6 +6,7 @@
 #include "host/arguments.h"
 #include "host/ops.h"
 #include "host/queue.h"
+#include "int8_parts.h"
 #include "product.cuh"
 #include "scale.cuh"
 
@@ -49,6 +50,25 @@ struct Scaled {
     QC_DEVICE void operator()(int64_t m_index, int64_t n_index, int32_t sum) const {
         out[m_index * n + n_index] =
             from_float<T>(scaled_sum<T>(sum, row_stats[m_index], col_stats[n_index], bias, n_index));
+    }
+};
+
+// QC-INT8-010: the columns in their order, products and sums each rounded.
+template <class T>
+struct ScaledWithOutliers {
+    Scaled<T> scaled;
+    OutlierTerms<T> terms;
+    QC_DEVICE void operator()(int64_t m_index, int64_t n_index, int32_t sum) const {
+        const float col_stat = scaled.col_stats[n_index];
+        float t = scaled_sum<T>(sum, scaled.row_stats[m_index], col_stat, scaled.bias, n_index);
+        const int32_t count = terms.list->count;
+        for (int32_t j = 0; j < count; ++j) {
+            const int64_t column = terms.list->column[j];
+            const float w = j < terms.expanded ? terms.weights[j * scaled.n + n_index]
+                                               : int8_weight(terms.b[n_index * terms.k + column], col_stat);
+            t = t + to_float(terms.a[m_index * terms.k + column]) * w;
+        }
+        scaled.out[m_index * scaled.n + n_index] = from_float<T>(t);
     }
 };
 
@@ -108,7 +128,27 @@ Activations<int8_t> activations_of(uintptr_t a, int64_t m, int64_t k) {
     return {pointer<const int8_t>(a), m, k, k % 16 == 0 && aligned(a, 16)};
 }
 
+template <class T>
+Scaled<T> scaled_of(uintptr_t out, int64_t n, const float *row_stats, uintptr_t col_stats, int32_t bias_dtype,
+                    uintptr_t bias) {
+    return {pointer<T>(out), n, row_stats, pointer<const float>(col_stats), bias_view<T>(bias_dtype, bias)};
+}
+
 }  // namespace
+
+qc_status linear_product(Queue &queue, const LinearProduct &p) {
+    const Factor b = factor_of(p.b, p.n, p.k);
+    const Activations<int8_t> a = activations_of(reinterpret_cast<uintptr_t>(p.codes), p.m, p.k);
+    return with_dtype(p.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        const Scaled<T> scaled = scaled_of<T>(p.out, p.n, p.row_stats, p.col_stats, p.bias_dtype, p.bias);
+        if (p.list == nullptr) {
+            return run(queue, b, a, scaled);
+        }
+        const OutlierTerms<T> terms = {p.list, pointer<const T>(p.a), b.b, p.weights, p.expanded, p.k};
+        return run(queue, b, a, ScaledWithOutliers<T>{scaled, terms});
+    });
+}
 
 qc_status int8_gemm(int32_t device, uintptr_t stream, int64_t m, int64_t n, int64_t k, uintptr_t a, uintptr_t b,
                     uintptr_t out, uintptr_t, int64_t) {
@@ -141,9 +181,8 @@ qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int6
         Queue queue(kOp, device, stream);
         return with_dtype(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            const Scaled<T> finish = {pointer<T>(out), n, pointer<const float>(row_stats),
-                                      pointer<const float>(col_stats), bias_view<T>(bias_dtype, bias)};
-            return run(queue, factor_of(b, n, k), activations_of(a, m, k), finish);
+            return run(queue, factor_of(b, n, k), activations_of(a, m, k),
+                       scaled_of<T>(out, n, pointer<const float>(row_stats), col_stats, bias_dtype, bias));
         });
     });
 }

@@ -10,6 +10,7 @@
 #include "host/arguments.h"
 #include "host/ops.h"
 #include "host/queue.h"
+#include "int8_parts.h"
 #include "reduce.cuh"
 
 namespace qcore::gpu {
@@ -90,11 +91,40 @@ rows_kernel(const T *a, int64_t m, int64_t k, float threshold, int team, int8_t 
     }
 }
 
-// Zeros every row of the outlier columns (QC-INT8-003).
+// Zeros every row of the outlier columns (QC-INT8-003). With a list: also notes them there, in ascending order; every
+// block counts those of the columns before its own.
 QC_KERNEL(kThreads)
-clear_columns_kernel(const uint8_t *outlier_cols, int64_t m, int64_t k, int8_t *out) {
-    const int64_t column = block_index_x() * kThreads + thread_index();
-    if (column < k && outlier_cols[column] != 0) {
+clear_columns_kernel(const uint8_t *outlier_cols, int64_t m, int64_t k, int8_t *out, OutlierColumns *list) {
+    struct Shared {
+        int32_t before[kThreads];
+        uint8_t flag[kThreads];
+    };
+    QC_SHARED(Shared, shared);
+    const int64_t first = block_index_x() * kThreads, column = first + thread_index();
+    const bool outlier = column < k && outlier_cols[column] != 0;
+    if (list != nullptr && block_index_y() == 0) {
+        int32_t before = 0;
+        for (int64_t i = thread_index(); i < first; i += kThreads) {
+            before += outlier_cols[i];
+        }
+        shared.before[thread_index()] = before;
+        shared.flag[thread_index()] = outlier ? 1 : 0;
+        block_barrier();
+        const bool counts = thread_index() == kThreads - 1 && first + kThreads >= k;
+        if (outlier || counts) {
+            int32_t place = 0;
+            for (int i = 0; i < kThreads; ++i) {
+                place += shared.before[i] + (i < thread_index() ? shared.flag[i] : 0);
+            }
+            if (outlier) {
+                list->column[place] = static_cast<int32_t>(column);
+            }
+            if (counts) {
+                list->count = place + (outlier ? 1 : 0);
+            }
+        }
+    }
+    if (outlier) {
         for (int64_t row = block_index_y(); row < m; row += block_count_y()) {
             out[row * k + column] = 0;
         }
@@ -168,6 +198,31 @@ column_codes_kernel(const T *a, int64_t m, int64_t k, float threshold, const flo
 
 }  // namespace
 
+qc_status quantize_rows(Queue &queue, int32_t dtype, uintptr_t a, int64_t m, int64_t k, float threshold, int8_t *out,
+                        float *row_stats, uint8_t *outlier_cols, OutlierColumns *list) {
+    qc_status status = QC_OK;
+    if (outlier_cols != nullptr && k > 0) {
+        status = queue.zero(outlier_cols, k);
+    }
+    if (status != QC_OK || m == 0) {
+        return status;
+    }
+    const int team = k <= kRowOfWave ? kWave : kThreads;
+    const bool rows_aligned = k % 8 == 0;
+    status = with_dtype(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        return queue.launch(rows_kernel<T, kWave>, {queue.resident_blocks(m, kThreads / team)}, kThreads,
+                            pointer<const T>(a), m, k, threshold, team, out, row_stats, outlier_cols,
+                            rows_aligned && aligned(a, 16),
+                            rows_aligned && aligned(reinterpret_cast<uintptr_t>(out), 8));
+    });
+    if (status != QC_OK || threshold == 0.0f || k == 0) {
+        return status;
+    }
+    return queue.launch(clear_columns_kernel, {ceil_div(k, kThreads), std::min<int64_t>(m, kClearedAtOnce)}, kThreads,
+                        outlier_cols, m, k, out, list);
+}
+
 qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,
                              float threshold, uintptr_t out, uintptr_t row_stats, uintptr_t outlier_cols) {
     constexpr char kOp[] = "int8_quantize_rows";
@@ -183,27 +238,8 @@ qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, ui
             return arguments.status();
         }
         Queue queue(kOp, device, stream);
-        qc_status status = QC_OK;
-        if (outlier_cols != 0 && k > 0) {
-            status = queue.zero(pointer<void>(outlier_cols), k);
-        }
-        if (status != QC_OK || m == 0) {
-            return status;
-        }
-        const int team = k <= kRowOfWave ? kWave : kThreads;
-        const bool rows_aligned = k % 8 == 0;
-        status = with_dtype(dtype, [&](auto type) {
-            using T = typename decltype(type)::type;
-            return queue.launch(rows_kernel<T, kWave>, {queue.resident_blocks(m, kThreads / team)}, kThreads,
-                                pointer<const T>(a), m, k, threshold, team, pointer<int8_t>(out),
-                                pointer<float>(row_stats), pointer<uint8_t>(outlier_cols),
-                                rows_aligned && aligned(a, 16), rows_aligned && aligned(out, 8));
-        });
-        if (status != QC_OK || threshold == 0.0f || k == 0) {
-            return status;
-        }
-        return queue.launch(clear_columns_kernel, {ceil_div(k, kThreads), std::min<int64_t>(m, kClearedAtOnce)},
-                            kThreads, pointer<const uint8_t>(outlier_cols), m, k, pointer<int8_t>(out));
+        return quantize_rows(queue, dtype, a, m, k, threshold, pointer<int8_t>(out), pointer<float>(row_stats),
+                             pointer<uint8_t>(outlier_cols), nullptr);
     });
 }
 

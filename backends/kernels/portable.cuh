@@ -12,6 +12,9 @@
 //   load16, load16_once, load8_once, load4_once, store16, store8, store4
 //                                 one memory operation at an aligned address; "once" is not worth a place in a cache
 //   magnitude, round_to_even, multiply_add, bits_to_float, float_to_bits
+//   square_root(float), square_root(double)   IEEE's: rounded to nearest
+//   QC_PARAMETER(T) name          a large struct as a kernel's parameter, of which it may index the arrays; all
+//                                 parameters of a kernel together: at most kParameterBytes
 //
 // Everything else is C++. Contraction is off: a product and a sum are fused only by multiply_add, where
 // a clause leaves that open (QC-NUM-001). A
@@ -28,8 +31,10 @@
 #include "simt/device.h"
 #elif defined(__CUDACC__)
 #include "device_cuda.cuh"
+#elif defined(__HIP__)
+#include "device_hip.cuh"
 #else
-#error "portable.cuh: define QC_TARGET_SIMT, or compile with nvcc"
+#error "portable.cuh: define QC_TARGET_SIMT, or compile with nvcc or as HIP"
 #endif
 
 #endif  // QCORE_KERNELS_PORTABLE_CUH

@@ -1,10 +1,10 @@
 // Y[M,N] = X[M,K] W[N,K]^T on matrix units: the part that is the same whether W holds 4-bit codes or int8.
 //
 // Memory picture. W is the A operand: 16 of its rows a wave, from memory by 16-byte loads, once for up to 64 rows of X.
-// Four lanes share a row; each takes a stretch of its own, next to the others', so that a wave reads 64 neighbouring
-// bytes of each row and all of them end in registers (matrix.cuh says why a permuted depth is allowed). X is the B
-// operand and small: its 16-byte loads come from L1 and L2. Nothing passes through shared memory but the sums at the
-// end. Up to 8 rows of X cost what one costs.
+// The four lanes of a row (two with WMMA) each take a stretch of their own, next to the others', so that a wave reads
+// 64 (32) neighbouring bytes of each row and all of them end in registers (matrix.cuh says why a permuted depth is
+// allowed). X is the B operand and small: its 16-byte loads come from L1 and L2. Nothing passes through shared memory
+// but the sums at the end. Up to 8 rows of X cost what one costs.
 //
 // A block has eight waves. With few rows of X they share out the depth of the same 16 rows of W (KW of them), so that
 // enough loads are in flight when N is small; with many, they take different rows of W and share X in L1. Sums of the
@@ -83,8 +83,8 @@ QC_DEVICE void multiply(const Weights &weights, const Activations<T> &x, int64_t
     const int64_t block_row = block_index_x() * kRowWaves * kRowsOfTile;
     const int64_t row = block_row + wave / KW * kRowsOfTile;
     for (int64_t first = block_index_y() * kColumns; first < x.m; first += block_count_y() * kColumns) {
-        Sum c[C][4] = {};
-        const int64_t step = int64_t{4} * Weights::kStretch;
+        Sum c[C][Unit::kSums] = {};
+        const int64_t step = int64_t{Unit::kGroups} * Weights::kStretch;
         int64_t at = wave % KW * step + Unit::group(lane) * Weights::kStretch;
         typename Weights::Stretch next[Unit::kRowsPerLane];
 #pragma unroll
@@ -111,15 +111,15 @@ QC_DEVICE void multiply(const Weights &weights, const Activations<T> &x, int64_t
                 for (int i = 0; i < C; ++i) {
                     const int64_t column = first + i * Unit::kColumns + Unit::column(lane);
                     const Vector16 b = x.template load<Aligned>(column, at + piece * kPiece);
-                    Unit::multiply_add(c[i], a[0], Slice{b.x, b.y});
-                    Unit::multiply_add(c[i], a[1], Slice{b.z, b.w});
+                    const Slice slices[2] = {{b.x, b.y}, {b.z, b.w}};
+                    multiply_add_pair<Unit>(c[i], a, slices);
                 }
             }
         }
 #pragma unroll
         for (int i = 0; i < C; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < Unit::kSums; ++j) {
                 sums.value[wave][i * Unit::kColumns + Unit::c_column(lane, j)][Unit::c_row(lane, j)] = c[i][j];
             }
         }

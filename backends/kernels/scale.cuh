@@ -34,6 +34,9 @@ QC_DEVICE float scaled_sum(int32_t sum, float row_stat, float col_stat, const Bi
     return bias.any() ? t + bias.at(n) : t;
 }
 
+// The weight that a code stands for (QC-INT8-008).
+QC_DEVICE float int8_weight(int8_t code, float stat) { return static_cast<float>(code) * stat * 0x1.020408p-7f; }
+
 }  // namespace qcore::gpu
 
 #endif  // QCORE_KERNELS_SCALE_CUH

@@ -6,11 +6,14 @@ set(QCORE_KERNEL_SOURCES
     ${KERNELS}/fourbit.cu
     ${KERNELS}/gemm_4bit.cu
     ${KERNELS}/int8_gemm.cu
+    ${KERNELS}/int8_linear.cu
     ${KERNELS}/int8_quantize.cu
-    ${KERNELS}/int8_scale.cu)
+    ${KERNELS}/int8_scale.cu
+    ${KERNELS}/optimizer.cu)
 set(QCORE_HOST_SOURCES
     ${KERNELS}/host/api.cpp
-    ${KERNELS}/host/arguments.cpp)
+    ${KERNELS}/host/arguments.cpp
+    ${KERNELS}/host/optimizer_job.cpp)
 
 # The ABI header: the repository's own, or the copy that an sdist carries.
 find_path(QCORE_INCLUDE qcore_backend.h

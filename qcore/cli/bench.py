@@ -18,6 +18,7 @@ from qcore.bench.measure import Effort
 from qcore.bench.report import KIND, SCHEMA, Load, Report, Result, machine, now, write_json
 from qcore.bench.run import ROWS, SHAPES, Selection, known_ops, parse_shape, plan, require_native, run
 from qcore.bench.workload import DTYPES
+from qcore.cli.bench_gpu import gpu_command
 from qcore.cli.bench_tables import print_report
 from qcore.cli.console import console
 
@@ -30,6 +31,9 @@ _LOOP_BYTES, _QUICK_LOOP_BYTES = 256 << 20, 32 << 20
 @click.group("bench")
 def command() -> None:
     """Measure how fast qcore is on this machine."""
+
+
+command.add_command(gpu_command)
 
 
 @command.command("cpu")

@@ -8,6 +8,7 @@
 
 #include "architectures.h"
 #include "host/arguments.h"
+#include "host/capabilities.h"
 
 #ifndef QC_CUDA_ARCHITECTURES
 #error "QC_CUDA_ARCHITECTURES: the compute capabilities of this build as text, such as \"75 80 90a\""
@@ -21,8 +22,8 @@ namespace {
 
 struct Device {
     std::string name;
-    int capability = 0;  // 90 for 9.0
-    int processors = 0;
+    int capability = 0;   // 90 for 9.0
+    int threads = 0;      // that run at once
     std::string refusal;  // why this build does not run there, or ""
 };
 
@@ -79,7 +80,7 @@ Machine look() {
         } else {
             device.name = properties.name;
             device.capability = 10 * properties.major + properties.minor;
-            device.processors = properties.multiProcessorCount;
+            device.threads = properties.multiProcessorCount * properties.maxThreadsPerMultiProcessor;
             if (!runs_on(QC_CUDA_ARCHITECTURES, device.capability)) {
                 device.refusal = refusal_of(properties);
             }
@@ -159,13 +160,12 @@ std::string device_fields(int32_t device) {
 }
 
 int blocks_at_once(int32_t device) {
-    constexpr int kBlocksOfProcessor = 8;  // of 256 threads: 2048 are what one holds
-    return kBlocksOfProcessor * machine().devices[static_cast<size_t>(device)].processors;
+    constexpr int kThreadsOfBlock = 256;
+    return machine().devices[static_cast<size_t>(device)].threads / kThreadsOfBlock;
 }
 
 bool has_matrix_unit(int32_t device, int32_t dtype) {
-    const int capability = machine().devices[static_cast<size_t>(device)].capability;
-    return capability >= (dtype == QC_BF16 ? 80 : 75);
+    return takes(nvidia_capability(machine().devices[static_cast<size_t>(device)].capability), dtype);
 }
 
 }  // namespace qcore::gpu

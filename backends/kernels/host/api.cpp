@@ -39,22 +39,27 @@ qc_status describe(int32_t device, const char **json) {
     });
 }
 
-// No op needs scratch.
-qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
+qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                    int64_t *bytes) {
     Arguments arguments("workspace", device, Arguments::Starts::nothing);
     arguments.count("m", m).count("n", n).count("k", k);
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op >= QC_OP_OPTIMIZER_STEP && op <= QC_OP_GEMM_INT4) {
-        const char *const names[] = {"optimizer_step", "int8_linear", "gemm_int4"};
-        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library", names[op - QC_OP_OPTIMIZER_STEP]);
+    if (op == QC_OP_GEMM_INT4) {
+        return fail(QC_UNSUPPORTED, "workspace: gemm_int4 is not served by this library");
     }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_DEQUANTIZE_ROWS, op);
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_LINEAR, op);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
+    }
+    if (op == QC_OP_OPTIMIZER_STEP) {
+        return optimizer_step_workspace(m, n, bytes);
+    }
+    if (op == QC_OP_INT8_LINEAR) {
+        return int8_linear_workspace(device, dtype, m, n, k, bytes);
     }
     *bytes = 0;
     return QC_OK;
@@ -82,8 +87,8 @@ const qc_api kApi = {
     int8_dequantize_gemm,
     int8_scaled_gemm,
     int8_dequantize_rows,
-    nullptr,  // optimizer_step
-    nullptr,  // int8_linear
+    optimizer_step,
+    int8_linear,
     nullptr,  // gemm_int4
 };
 

@@ -11,6 +11,9 @@
 #include "../weight4bit.cuh"
 #include "arguments.h"
 #include "device.h"
+#if !defined(QC_TARGET_SIMT)
+#include "runtime.h"
+#endif
 
 namespace qcore::gpu {
 
@@ -37,7 +40,7 @@ class Queue {
 #else
         const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
         kernel<<<blocks, static_cast<unsigned>(threads), 0, runtime_stream()>>>(static_cast<Parameters>(arguments)...);
-        return checked(cudaGetLastError());
+        return checked(runtime::last_error());
 #endif
     }
 
@@ -47,7 +50,7 @@ class Queue {
         std::memset(address, 0, static_cast<size_t>(bytes));
         return QC_OK;
 #else
-        return checked(cudaMemsetAsync(address, 0, static_cast<size_t>(bytes), runtime_stream()));
+        return checked(runtime::zero(address, static_cast<size_t>(bytes), runtime_stream()));
 #endif
     }
 
@@ -70,11 +73,11 @@ class Queue {
     static constexpr int64_t kMaxBlocks = (1LL << 31) - 1;
 
 #if !defined(QC_TARGET_SIMT)
-    cudaStream_t runtime_stream() const { return reinterpret_cast<cudaStream_t>(stream_); }
-    qc_status checked(cudaError_t error) const {
-        return error == cudaSuccess
+    runtime::Stream runtime_stream() const { return reinterpret_cast<runtime::Stream>(stream_); }
+    qc_status checked(runtime::Error error) const {
+        return error == runtime::kSuccess
                    ? QC_OK
-                   : fail(QC_DEVICE_ERROR, "%s: %s: %s", op_, cudaGetErrorName(error), cudaGetErrorString(error));
+                   : fail(QC_DEVICE_ERROR, "%s: %s: %s", op_, runtime::name(error), runtime::text(error));
     }
 #endif
 

@@ -13,6 +13,7 @@
 #define QC_DEVICE inline
 #define QC_CONSTANT static constexpr
 #define QC_KERNEL(threads) void
+#define QC_PARAMETER(Type) const Type
 #define QC_SHARED(Type, name)                                                                  \
     static_assert(std::is_trivial<Type>::value && sizeof(Type) <= ::qcore::simt::kSharedBytes, \
                   "shared memory: a plain struct of at most 48 KiB");                          \
@@ -24,6 +25,7 @@ namespace qcore::gpu {
 #error "QC_WAVE_SIZE: 32 or 64"
 #endif
 inline constexpr int kWave = QC_WAVE_SIZE;
+inline constexpr int kParameterBytes = 1280;  // less than any GPU's, so that lists of tensors take several launches
 
 struct alignas(16) Vector16 {
     uint32_t x, y, z, w;
@@ -85,6 +87,8 @@ QC_DEVICE uint32_t float_to_bits(float value) {
 QC_DEVICE float multiply_add(float a, float b, float c) { return a * b + c; }
 QC_DEVICE float round_to_even(float x) { return std::nearbyint(x); }
 QC_DEVICE float magnitude(float x) { return std::fabs(x); }
+QC_DEVICE float square_root(float x) { return std::sqrt(x); }
+QC_DEVICE double square_root(double x) { return std::sqrt(x); }
 
 QC_DEVICE Vector16 load16(const void *address) {
     Vector16 value;

@@ -1,5 +1,5 @@
-// The matrix units of ../matrix.cuh in plain C++: each lane shows its slices to the wave, then adds up its own four
-// sums.
+// The matrix units of ../matrix.cuh in plain C++: each lane shows its slices to the wave, then adds up its
+// own sums.
 #ifndef QCORE_SIMT_MATRIX_H
 #define QCORE_SIMT_MATRIX_H
 
@@ -32,7 +32,7 @@ struct MatrixUnit : MatrixLayout<W> {
     using Layout = MatrixLayout<W>;
     using Sum = typename SumOf<T>::type;
 
-    static void multiply_add(Sum (&c)[4], const Slice (&a)[Layout::kRowsPerLane], Slice b,
+    static void multiply_add(Sum (&c)[Layout::kSums], const Slice (&a)[Layout::kRowsPerLane], Slice b,
                              int site = __builtin_LINE()) {
         struct Operands {
             SliceNumbers<T> a[Layout::kRowsPerLane];
@@ -45,9 +45,9 @@ struct MatrixUnit : MatrixLayout<W> {
         mine.b = SliceNumbers<T>(b);
         const int lane = simt::thread_index() % W;
         const Shown<Operands> wave = show_wave(mine, site);
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < Layout::kSums; ++i) {
             const int row = Layout::c_row(lane, i), column = Layout::c_column(lane, i);
-            for (int group = 0; group < 4; ++group) {
+            for (int group = 0; group < Layout::kGroups; ++group) {
                 const SliceNumbers<T> &x = wave[Layout::lane_of_row(row, group)].a[Layout::index_of_row(row)];
                 const SliceNumbers<T> &y = wave[Layout::lane_of_column(column, group)].b;
                 for (int j = 0; j < SliceNumbers<T>::kCount; ++j) {

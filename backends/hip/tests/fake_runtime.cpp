@@ -1,0 +1,124 @@
+// A HIP runtime for tests: says of itself what FAKE_HIP tells it, and notes what is launched.
+//
+//   FAKE_HIP=100                     hipGetDeviceCount answers that error
+//   FAKE_HIP=gfx906:64,gfx1100:32    these devices, with these wave sizes
+//   FAKE_HIP_LAUNCH=9                a launch answers that error
+#include <hip/hip_runtime_api.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Fake {
+    hipError_t error = hipSuccess;
+    std::vector<std::pair<std::string, int>> devices;
+};
+
+const Fake &fake() {
+    static const Fake made = [] {
+        Fake read;
+        const char *text = std::getenv("FAKE_HIP");
+        std::istringstream entries(text != nullptr ? text : "");
+        for (std::string entry; std::getline(entries, entry, ',');) {
+            const size_t colon = entry.find(':');
+            if (colon == std::string::npos) {
+                read.error = static_cast<hipError_t>(std::stoi(entry));
+            } else {
+                read.devices.emplace_back(entry.substr(0, colon), std::stoi(entry.substr(colon + 1)));
+            }
+        }
+        return read;
+    }();
+    return made;
+}
+
+hipError_t last = hipSuccess;
+std::map<const void *, std::string> kernels;
+struct {
+    dim3 blocks, threads;
+    size_t shared;
+    hipStream_t stream;
+} call;
+
+}  // namespace
+
+extern "C" {
+
+hipError_t hipGetDeviceCount(int *count) {
+    if (fake().error != hipSuccess) {
+        last = fake().error;  // and leaves the count unwritten, as the runtime does
+        return last;
+    }
+    *count = static_cast<int>(fake().devices.size());
+    return hipSuccess;
+}
+#if !defined(FAKE_HIP_OLD)
+hipError_t hipGetDevicePropertiesR0600(hipDeviceProp_tR0600 *properties, int device) {
+    const auto &[arch, wave] = fake().devices[static_cast<size_t>(device)];
+    std::memset(properties, 0, sizeof *properties);
+    std::snprintf(properties->name, sizeof properties->name, "Fake %s", arch.c_str());
+    std::snprintf(properties->gcnArchName, sizeof properties->gcnArchName, "%s:sramecc+:xnack-", arch.c_str());
+    properties->warpSize = wave;
+    properties->multiProcessorCount = 4;
+    properties->maxThreadsPerMultiProcessor = 2048;
+    return hipSuccess;
+}
+#endif
+hipError_t hipGetDevice(int *device) {
+    *device = std::getenv("FAKE_HIP_CURRENT") != nullptr ? std::atoi(std::getenv("FAKE_HIP_CURRENT")) : 0;
+    return hipSuccess;
+}
+hipError_t hipDriverGetVersion(int *version) {
+    *version = 60241134;
+    return hipSuccess;
+}
+hipError_t hipRuntimeGetVersion(int *version) { return hipDriverGetVersion(version); }
+hipError_t hipGetLastError() {
+    const hipError_t error = last;
+    last = hipSuccess;
+    return error;
+}
+const char *hipGetErrorName(hipError_t error) {
+    return error == hipErrorInvalidConfiguration ? "hipErrorInvalidConfiguration" : "hipErrorOther";
+}
+const char *hipGetErrorString(hipError_t) { return "a fake error"; }
+hipError_t hipMemsetAsync(void *, int, size_t bytes, hipStream_t) {
+    std::printf("memset %zu\n", bytes);
+    return hipSuccess;
+}
+hipError_t hipLaunchKernel(const void *kernel, dim3 blocks, dim3 threads, void **, size_t, hipStream_t stream) {
+    if (const char *error = std::getenv("FAKE_HIP_LAUNCH")) {
+        last = static_cast<hipError_t>(std::atoi(error));
+        return last;
+    }
+    std::printf("launch %s %u %u stream %p\n", kernels[kernel].c_str(), blocks.x, threads.x,
+                static_cast<void *>(stream));
+    return hipSuccess;
+}
+hipError_t __hipPushCallConfiguration(dim3 blocks, dim3 threads, size_t shared, hipStream_t stream) {
+    call = {blocks, threads, shared, stream};
+    return hipSuccess;
+}
+hipError_t __hipPopCallConfiguration(dim3 *blocks, dim3 *threads, size_t *shared, hipStream_t *stream) {
+    *blocks = call.blocks;
+    *threads = call.threads;
+    *shared = call.shared;
+    *stream = call.stream;
+    return hipSuccess;
+}
+void **__hipRegisterFatBinary(const void *) {
+    static void *handle = nullptr;
+    return &handle;
+}
+void __hipRegisterFunction(void **, const void *host, char *, const char *name, unsigned, void *, void *, void *,
+                           void *, int *) {
+    kernels[host] = name;
+}
+void __hipUnregisterFatBinary(void **) {}
+}

@@ -1,0 +1,109 @@
+"""The performance model of the GPU kernels against figures worked out by hand; ``qcore bench gpu`` without a GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcore.bench.gpu import devices, model
+from qcore.bench.gpu.measure import build
+from qcore.cli.main import run
+
+H100, RTX4090 = devices.gpu("h100"), devices.gpu("rtx4090")
+
+
+def test_a_decode_step_on_an_h100_by_hand() -> None:
+    """4096 x 4096: 8,388,608 bytes of codes, 262,144 scales of 4 bytes, 8,192 bytes of X; 8,192 written."""
+    work = model.gemm_4bit(1, 4096, 4096)
+    assert work.read == 8_388_608 + 1_048_576 + 8_192 == 9_445_376
+    assert work.written == 8_192
+    assert work.operations == 33_554_432
+    expected = model.predict(work, H100)
+    assert expected.floor == pytest.approx(9_453_568 / 3.35e12) == pytest.approx(2.8220e-6, rel=1e-4)
+    # 6 instructions for each of 16,777,216 weights at 33.5e12 a second: 3.0049 us; memory 3.1355 us at 90 %.
+    assert expected.predicted == pytest.approx(3.1355e-6 + 2e-6, rel=1e-4)
+    assert expected.bound == "memory"
+
+
+def test_a_prefill_on_an_rtx_4090_by_hand() -> None:
+    """2048 rows: 68,719,476,736 operations, 416 us at the public rate; 32 decodings of the weight."""
+    work = model.gemm_4bit(2048, 4096, 4096)
+    assert work.passes == 32
+    expected = model.predict(work, RTX4090)
+    assert expected.floor == pytest.approx(68_719_476_736 / 165.2e12) == pytest.approx(415.98e-6, rel=1e-4)
+    # Products at 70 %: 594.25 us; decoding 32 * 6 * 16,777,216 / 41.3e12 = 78.0 us; memory less. One launch.
+    assert expected.predicted == pytest.approx(596.25e-6, rel=1e-4)
+    assert expected.bound == "product"
+
+
+def test_a_weight_beyond_the_cache_is_read_in_every_pass() -> None:
+    work = model.gemm_4bit(128, 8192, 28672)  # 132 MB of weight; the RTX 4090's cache holds 72 MiB
+    small_cache = model.predict(replace(work, operations=0, instructions=0), RTX4090).predicted
+    large_cache = model.predict(replace(work, operations=0, instructions=0), replace(RTX4090, cache=1 << 30)).predicted
+    assert small_cache - large_cache == pytest.approx(132_120_576 / (1.008e12 * 0.9))
+
+
+def test_an_elementwise_op_by_hand() -> None:
+    """dequantize_4bit of 4096 x 4096: 9,437,184 bytes in, 33,554,432 out: 12.83 us at 3.35 TB/s."""
+    work = next(work for work in model.elementwise(4096, 4096) if work.op == "dequantize_4bit")
+    assert (work.read, work.written) == (9_437_184, 33_554_432)
+    assert model.predict(work, H100).floor == pytest.approx(12.833e-6, rel=1e-4)
+
+
+def test_an_optimizer_step_by_hand() -> None:
+    """8-bit AdamW: 4 + 4 + 1 + 1 bytes read and 4 + 1 + 1 written an element, and two scales in 256 both ways."""
+    work = model.adamw(8, 1024, 1024)
+    assert work.read == 1024 * 1024 * 10 + 2 * 4 * 4096
+    assert work.written == 1024 * 1024 * 6 + 2 * 4 * 4096
+
+
+@pytest.mark.parametrize("known", devices.GPUS, ids=lambda known: known.key)
+def test_no_prediction_beats_the_floor(known: devices.Gpu) -> None:
+    for work in model.workloads():
+        expected = model.predict(work, known)
+        assert not expected.predicted <= expected.floor, work.label
+        assert expected.predicted < 100 * expected.floor + 10e-6, work.label
+
+
+def test_every_figure_names_its_vendors_page() -> None:
+    for known in devices.GPUS:
+        vendor = "nvidia.com" if known.arch.startswith("sm_") else "amd.com"
+        assert any(vendor in source for source in known.sources)
+
+
+def test_drivers_names_are_recognised() -> None:
+    assert devices.gpu_named("NVIDIA H100 80GB HBM3") is H100
+    assert devices.gpu_named("NVIDIA GeForce RTX 4090") is RTX4090
+    assert devices.gpu_named("AMD Radeon RX 7900 XTX") is devices.gpu("rx7900xtx")
+    assert devices.gpu_named("AMD Instinct MI300X") is devices.gpu("mi300x")
+    assert devices.gpu_named("NVIDIA A100-SXM4-80GB") is None
+
+
+def test_what_is_measured_is_what_is_modelled() -> None:
+    """Every workload's call can be made and run; here on the CPU, at a small size."""
+    for work in model.workloads(((128, 256),), (3,)):
+        build(work, torch.device("cpu"))()
+
+
+def test_without_a_gpu_it_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "model.json"
+    arguments = ["--device-model", "mi300x", "--shape", "4096x4096", "--m", "1", "--json", str(path)]
+    assert run(["bench", "gpu", *arguments]) == 0
+    assert "Not yet measured" in capsys.readouterr().out
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["model"]["key"] == "mi300x"
+    first = report["results"][0]
+    assert first["workload"] == "gemm_4bit nf4 bf16 M=1 N=4096 K=4096"
+    assert first["measured"] == "not yet measured"
+    assert first["floor"] == pytest.approx(9_453_568 / 5.3e12)
+
+
+def test_an_unknown_model_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "gpu", "--device-model", "h1000"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean h100?" in said
+    assert "rx9070xt" in said

@@ -1,0 +1,181 @@
+"""What is asked of the machine code of every GPU kernel, and what a target gives: registers, shared memory, waves.
+
+Register files and limits: the vendors' ISA documents and programming guides (CDNA2, CDNA3, RDNA2, RDNA3, RDNA4; the
+compute-capability tables of CUDA). A breach is a sentence; ``breaches`` finds all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gpu_isa import Kernel
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target; a group is what shares its registers among waves: a SIMD of AMD's, a multiprocessor of NVIDIA's.
+
+    Attributes
+    ----------
+    registers : int
+        Of a lane's width, in a group: what `registers of a thread * waves` may come to.
+    granule : int
+        Registers of a thread are given out in multiples of this.
+    most : int
+        Waves of a group.
+    shared, sharing : int
+        Bytes of shared memory, and the groups that share them.
+    reserved_shared : int
+        Bytes of a block that the driver keeps for itself; part of what NVIDIA's tools report.
+    """
+
+    wave: int
+    registers: int
+    granule: int
+    most: int
+    shared: int
+    sharing: int
+    matrix: bool = True
+    reserved_shared: int = 0
+
+    def waves(self, registers: int, shared: int, threads: int) -> int:
+        """Waves of a group that fit at once, in whole blocks where shared memory is short."""
+        given = max(1, -(-registers // self.granule)) * self.granule
+        by_registers = min(self.most, self.registers // given)
+        waves_of_block = max(1, threads // self.wave)
+        if shared == 0:
+            return by_registers
+        return min(by_registers, self.shared // shared * waves_of_block // self.sharing)
+
+
+_CDNA = Target(64, 512, 8, 8, 64 << 10, 4)
+_RDNA2 = Target(32, 1024, 16, 16, 128 << 10, 4, matrix=False)
+_RDNA3 = Target(32, 1536, 24, 16, 128 << 10, 4)
+
+
+def _nvidia(threads: int, shared_kib: int, reserved: int) -> Target:
+    return Target(32, 65536 // 32, 8, threads // 32, shared_kib << 10, 1, reserved_shared=reserved)
+
+
+TARGETS = {
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+    "gfx1030": _RDNA2,
+    "gfx1100": _RDNA3,
+    "gfx1201": _RDNA3,
+    "sm_75": _nvidia(1024, 64, 0),
+    "sm_80": _nvidia(2048, 164, 1024),
+    "sm_86": _nvidia(1536, 100, 1024),
+    "sm_89": _nvidia(1536, 100, 1024),
+    "sm_90": _nvidia(2048, 228, 1024),
+    "sm_100": _nvidia(2048, 228, 1024),
+    "sm_120": _nvidia(1536, 100, 1024),
+}
+
+# Kernels whose floor is memory: they need many waves and wide loads. Of the others, products keep a block on every
+# group and use the matrix units.
+_PRODUCT = re.compile(r"(matrix|int8)_kernel<")
+# What these read, or write, comes eight elements at a time, and those are 16 bytes and more.
+_READS_WIDE = re.compile(r"(quantize|plain|rows|column_|dequantize_gemm|step|squares)")
+_WRITES_WIDE = re.compile(r"(dequantize_(4bit|blockwise|rows|gemm)|step)_kernel")
+_SHARE_MEMORY, _SHARE_PRODUCT = 0.5, 0.25  # of the waves that a group can hold
+# Scalars that were parked in lanes of vector registers: an instruction each way, no memory.
+_MOST_SCALAR_SPILLS = 16
+_PARKED = {("gfx1030", "int8_kernel"): 200}  # 4 x 16 sums a lane without matrix units
+
+
+def breaches(kernels: Iterable[Kernel]) -> list[str]:
+    """Every rule that a kernel breaks."""
+    return [f"{kernel.target} {kernel.name}: {text}" for kernel in kernels for text in _breaches_of(kernel)]
+
+
+def _breaches_of(kernel: Kernel) -> Iterable[str]:
+    target = TARGETS[kernel.target]
+    product = _PRODUCT.match(kernel.name) is not None
+    if kernel.spills or kernel.scratch:
+        yield f"{kernel.spills} spilled registers, {kernel.scratch} bytes of scratch; expected none"
+    most_parked = _PARKED.get((kernel.target, kernel.name.partition("<")[0]), _MOST_SCALAR_SPILLS)
+    if kernel.scalar_spills > most_parked:
+        yield f"{kernel.scalar_spills} scalar registers parked, expected at most {most_parked}"
+    least = max(1, int(target.most * (_SHARE_PRODUCT if product else _SHARE_MEMORY)))
+    if kernel.waves < least:
+        yield f"{kernel.waves} waves at once, expected {least} ({kernel.registers} registers, {kernel.shared} bytes)"
+    if product:
+        yield from _breaches_of_product(kernel, target)
+    if _READS_WIDE.match(kernel.name) and kernel.loads16 == 0:
+        yield f"no 16-byte load among {kernel.loads}"
+    if _WRITES_WIDE.match(kernel.name) and kernel.stores16 == 0:
+        yield "no 16-byte store"
+
+
+def _breaches_of_product(kernel: Kernel, target: Target) -> Iterable[str]:
+    aligned = kernel.name.endswith("true>")
+    int8 = kernel.name.startswith("int8_kernel")
+    if aligned and kernel.loads16 == 0 and not _never_launched(kernel):
+        yield f"no 16-byte load among {kernel.loads}"
+    units = kernel.matrix if target.matrix else kernel.dots if int8 else 1
+    if units == 0 and not _never_launched(kernel):
+        yield "no instruction of the matrix units"
+
+
+def _never_launched(kernel: Kernel) -> bool:
+    """Compiled because every target compiles the same source, but no host launches it (capabilities.h)."""
+    sixteen_bits = kernel.name.startswith("matrix_kernel")
+    return (kernel.target == "gfx1030" and sixteen_bits) or (
+        kernel.target == "sm_75" and sixteen_bits and "BFloat16" in kernel.name
+    )
+
+
+_HEAD = (
+    "Made by `tools/gpu_isa.py` from the libraries that `nox -s isa` builds; [the figures of every instance]"
+    "(gpu-isa.json). Compiled only: none of it is a measurement. Registers are of a thread; waves are how many a "
+    "SIMD (AMD) or a multiprocessor (NVIDIA) can hold at once; loads and stores of 16 bytes and matrix instructions "
+    "(dot products on gfx10) are counted in the code. A range is over the instances of a template."
+)
+
+
+def summary(kernels: Sequence[Kernel]) -> str:
+    """The table as a page: for each family of kernels and each target, the ranges over its instances."""
+    lines = [
+        "# Machine code of the GPU kernels",
+        "",
+        _HEAD,
+        "",
+    ]
+    for target in TARGETS:
+        mine = [kernel for kernel in kernels if kernel.target == target]
+        if not mine:
+            continue
+        wave, most = TARGETS[target].wave, TARGETS[target].most
+        lines += [
+            f"## {target}",
+            "",
+            f"Waves of {wave}, at most {most}.",
+            "",
+            "| kernel | instances | registers | spilled | scalars spilled | shared | waves | loads | stores | matrix |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for family in sorted({kernel.name.partition("<")[0] for kernel in mine}):
+            several = [kernel for kernel in mine if kernel.name.partition("<")[0] == family]
+            cells = (
+                _range(kernel.registers for kernel in several),
+                _range(kernel.spills for kernel in several),
+                _range(kernel.scalar_spills for kernel in several),
+                _range(kernel.shared for kernel in several),
+                _range(kernel.waves for kernel in several),
+                _range(kernel.loads16 for kernel in several),
+                _range(kernel.stores16 for kernel in several),
+                _range(kernel.matrix + kernel.dots for kernel in several),
+            )
+            lines.append(f"| `{family}` | {len(several)} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(values)
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
