@@ -17,27 +17,27 @@ WEIGHT_ROUNDINGS = ("float32", "compute")
 
 @dataclass(frozen=True)
 class GemmDeclaration:
-    """What a backend declares about ``gemm_4bit``: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002)."""
+    """What a backend declares of a 4-bit product: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002, QC-GEMM4-009)."""
 
     lanes: int
     extra: int
     weight_rounding: str
 
     @classmethod
-    def parse(cls, declarations: Mapping[str, Any]) -> GemmDeclaration:
-        """Read ``declarations["gemm_4bit"]``; ``AssertionError`` says what is missing or wrong."""
-        said = declarations.get("gemm_4bit")
+    def parse(cls, declarations: Mapping[str, Any], op: str = "gemm_4bit") -> GemmDeclaration:
+        """Read ``declarations[op]``; ``AssertionError`` says what is missing or wrong."""
+        said = declarations.get(op)
         assert isinstance(said, Mapping), (
-            "gemm_4bit: the backend declares nothing about it; describe() needs declarations "
-            '{"gemm_4bit": {"depth": {"lanes": ..., "extra": ...}, "weight_rounding": "float32" or "compute"}}'
+            f"{op}: the backend declares nothing about it; describe() needs declarations "
+            f'{{"{op}": {{"depth": {{"lanes": ..., "extra": ...}}, "weight_rounding": "float32" or "compute"}}}}'
         )
         depth = said.get("depth")
-        assert isinstance(depth, Mapping), f"gemm_4bit: declared depth is {depth!r}, expected lanes and extra"
+        assert isinstance(depth, Mapping), f"{op}: declared depth is {depth!r}, expected lanes and extra"
         lanes, extra = depth.get("lanes"), depth.get("extra")
-        assert type(lanes) is int and lanes >= 1, f"gemm_4bit: declared lanes {lanes!r}, expected an integer >= 1"
-        assert type(extra) is int and extra >= 0, f"gemm_4bit: declared extra {extra!r}, expected an integer >= 0"
+        assert type(lanes) is int and lanes >= 1, f"{op}: declared lanes {lanes!r}, expected an integer >= 1"
+        assert type(extra) is int and extra >= 0, f"{op}: declared extra {extra!r}, expected an integer >= 0"
         rounding = said.get("weight_rounding")
-        assert rounding in WEIGHT_ROUNDINGS, f"gemm_4bit: weight_rounding {rounding!r}, expected {WEIGHT_ROUNDINGS}"
+        assert rounding in WEIGHT_ROUNDINGS, f"{op}: weight_rounding {rounding!r}, expected {WEIGHT_ROUNDINGS}"
         return cls(lanes, extra, rounding)
 
     def depth(self, k: int) -> int:

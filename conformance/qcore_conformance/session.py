@@ -117,6 +117,11 @@ class Session:
         """What the backend declares about ``gemm_4bit``."""
         return GemmDeclaration.parse(self.description.declarations)
 
+    @property
+    def gemm_transposed(self) -> GemmDeclaration:
+        """What the backend declares about ``gemm_4bit_transposed``."""
+        return GemmDeclaration.parse(self.description.declarations, "gemm_4bit_transposed")
+
     def record(self, ratio: float) -> None:
         """Note an error over its bound; the largest of a case goes into the report."""
         self.worst = ratio if self.worst is None else max(self.worst, ratio)

@@ -46,12 +46,13 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t, int64_t m, i
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op == QC_OP_OPTIMIZER_STEP || op == QC_OP_INT8_LINEAR) {
-        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library",
-                    op == QC_OP_OPTIMIZER_STEP ? "optimizer_step" : "int8_linear");
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_4BIT_TRANSPOSED) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_GEMM_4BIT_TRANSPOSED, op);
     }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_DEQUANTIZE_ROWS) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_DEQUANTIZE_ROWS, op);
+    if (op > QC_OP_INT8_DEQUANTIZE_ROWS) {
+        constexpr const char *kNames[] = {"optimizer_step", "int8_linear", "gemm_4bit_transposed"};
+        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library",
+                    kNames[op - QC_OP_INT8_DEQUANTIZE_ROWS - 1]);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
@@ -84,6 +85,7 @@ const qc_api kApi = {
     int8_dequantize_rows,
     nullptr,  // optimizer_step
     nullptr,  // int8_linear
+    nullptr,  // gemm_4bit_transposed
 };
 
 }  // namespace

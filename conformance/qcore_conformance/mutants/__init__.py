@@ -8,13 +8,24 @@ field adds one.
 
 from __future__ import annotations
 
-from qcore_conformance.mutants import blocks, eightbit, fourbit, gemm, int8, int8_linear, memory, optimizer, rounding
+from qcore_conformance.mutants import (
+    blocks,
+    eightbit,
+    fourbit,
+    gemm,
+    gemm_transposed,
+    int8,
+    int8_linear,
+    memory,
+    optimizer,
+    rounding,
+)
 from qcore_conformance.mutants.mutant import Mutant, registered
 from qcore_conformance.mutants.steps import Steps
 
 __all__ = ["Mutant", "Steps", "all_mutants"]
 
-_MODULES = (rounding, blocks, eightbit, fourbit, gemm, int8, int8_linear, optimizer, memory)
+_MODULES = (rounding, blocks, eightbit, fourbit, gemm, gemm_transposed, int8, int8_linear, optimizer, memory)
 
 
 def all_mutants() -> tuple[Mutant, ...]:
