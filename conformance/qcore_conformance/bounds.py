@@ -17,7 +17,7 @@ WEIGHT_ROUNDINGS = ("float32", "compute")
 
 @dataclass(frozen=True)
 class GemmDeclaration:
-    """What a backend declares about a product: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002, QC-INT4-004)."""
+    """What a backend declares of a product: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002, -009, QC-INT4-004)."""
 
     lanes: int
     extra: int

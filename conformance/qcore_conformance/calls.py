@@ -116,6 +116,19 @@ def gemm_4bit(s: Session, x: Floats, weight: Weight, bias: Floats | None = None,
     return r["out"]
 
 
+def gemm_4bit_transposed(s: Session, y: Floats, weight: Weight, *, prepared: bool = False) -> Floats:
+    """``prepared`` goes through ``prepare_gemm_4bit_transposed``."""
+
+    def invoke(b: Any, t: dict[str, Any]) -> None:
+        if prepared:
+            b.prepare_gemm_4bit_transposed(weight.bind(t))(t["Y"], t["out"])
+        else:
+            b.gemm_4bit_transposed(t["Y"], weight.bind(t), out=t["out"])
+
+    outputs = {"out": _form((y.shape[0], weight.shape[1]), y.dtype)}
+    return s.call("gemm_4bit_transposed", {"Y": y} | weight.inputs(), outputs, invoke)["out"]
+
+
 def int8_quantize_rows(s: Session, a: Floats, threshold: float, *, want_columns: bool = True) -> Rows:
     """Without ``want_columns`` the optional output is absent; it comes back as zeros."""
     m, k = a.shape

@@ -285,6 +285,14 @@ def valid_call(
         return CCall(op, inputs, {"out": ((m, cols), dtype)}, arguments, (m, cols, k))
     if op == "gemm_int4":
         return _int4_call(rng, dtype, product, ordered=nested)
+    if op == "gemm_4bit_transposed":
+        y = generators.values("normal", rng, m * cols, dtype).reshape(m, cols)
+        arguments = (
+            kind, count("m", m), count("n", cols), count("k", k), ptr("a"), _weight(cols * k, nested, 0),
+            ptr("out", "out"), Argument("workspace", "workspace"), Argument("workspace_bytes", "workspace_bytes"),
+        )  # fmt: skip
+        inputs = {"a": y} | _weight_inputs(rng, cols * k, nested)
+        return CCall(op, inputs, {"out": ((m, k), dtype)}, arguments, (m, cols, k))
     if op == "optimizer_step":
         return _optimizer_call(rng)
     return _int8_call(op, rng, dtype, m, cols, k)

@@ -203,6 +203,15 @@ def workloads(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
             [y],
             2 * m * n,
         )
+    y, x = normal(rows, size), empty(rows, size)
+    add(
+        "gemm_4bit_transposed",
+        f"nf4 M={rows}",
+        lambda y=y, x=x: b.gemm_4bit_transposed(y, weight, out=x),
+        [packed, scales, y],
+        [x],
+        2 * rows * n,
+    )
     q, stats, columns = empty(size, size, kind=i8), empty(size, kind=f32), empty(size, kind=u8)
     add(
         "int8_quantize_rows",

@@ -93,6 +93,13 @@ def _gemm_4bit(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample
         yield lambda s, x=x, w=w, bias=bias: (calls.gemm_4bit(s, x, w, bias),)
 
 
+def _gemm_4bit_transposed(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
+    for i, (m, n, k) in enumerate(sizes.products):
+        w = random_weight(rng, ("nf4", "fp4")[i % 2], 64, (n, k), 256 if i % 3 == 2 else 0)
+        y = generators.values("normal", rng, m * n, dtype).reshape(m, n)
+        yield lambda s, y=y, w=w: (calls.gemm_4bit_transposed(s, y, w),)
+
+
 def _int8_quantize_rows(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
     for m, k in sizes.matrices:
         a = generators.values("normal", rng, m * k, dtype).reshape(m, k)
@@ -178,6 +185,7 @@ _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] 
     "quantize_absmax": _quantize_absmax,
     "dequantize_absmax": _dequantize_absmax,
     "gemm_4bit": _gemm_4bit,
+    "gemm_4bit_transposed": _gemm_4bit_transposed,
     "int8_quantize_rows": _int8_quantize_rows,
     "int8_quantize_cols": _int8_quantize_cols,
     "int8_gemm": _int8_gemm,

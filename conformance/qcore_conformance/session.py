@@ -122,6 +122,11 @@ class Session:
         """What the backend declares about ``gemm_int4``."""
         return GemmDeclaration.parse(self.description.declarations, "gemm_int4")
 
+    @property
+    def gemm_transposed(self) -> GemmDeclaration:
+        """What the backend declares about ``gemm_4bit_transposed``."""
+        return GemmDeclaration.parse(self.description.declarations, "gemm_4bit_transposed")
+
     def record(self, ratio: float) -> None:
         """Note an error over its bound; the largest of a case goes into the report."""
         self.worst = ratio if self.worst is None else max(self.worst, ratio)

@@ -17,7 +17,7 @@ from torch import Tensor
 from qcore.backend.abi import constants as QC
 from qcore.backend.abi import ffi
 from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
-from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8
+from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8, PreparedTransposed
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
 from qcore.backend.weights import Weight4bit, Weight8bit, WeightInt4
 from qcore.errors import (
@@ -273,6 +273,27 @@ class CffiBackend(Backend):
                 check(status)
 
         # The struct holds bare addresses: the tensors behind them live as long as the prepared call.
+        gemm.weight = weight  # type: ignore[attr-defined]
+        return gemm
+
+    def gemm_4bit_transposed(self, A: Tensor, weight: Weight4bit, *, out: Tensor) -> None:
+        self.prepare_gemm_4bit_transposed(weight)(A, out)
+
+    def prepare_gemm_4bit_transposed(self, weight: Weight4bit) -> PreparedTransposed:
+        if self._functions["gemm_4bit_transposed"] is None:
+            raise self._unsupported("gemm_4bit_transposed")
+        packed = _pack(weight)
+        n, k = weight.shape
+
+        def gemm(A: Tensor, out: Tensor) -> None:
+            device, stream = self._where(A)
+            dtype, m = _DTYPES[A.dtype], out.numel() // k if k else 0
+            sizes = (m, n, k)
+            _scratch, *workspace = self._workspace(QC.QC_OP_GEMM_4BIT_TRANSPOSED, device, stream, dtype, *sizes, A)
+            pointers = (_ptr(A), packed, _ptr(out))
+            self._call("gemm_4bit_transposed", device, stream, dtype, *sizes, *pointers, *workspace)
+
+        # As in prepare_gemm_4bit: only addresses are held.
         gemm.weight = weight  # type: ignore[attr-defined]
         return gemm
 

@@ -34,6 +34,7 @@ OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backen
     "optimizer_step": 1,
     "int8_linear": 1,
     "gemm_int4": 1,
+    "gemm_4bit_transposed": 1,
 }
 
 
@@ -55,6 +56,7 @@ class Description:
 
 # (A[M,K], bias[N] or None, out[M,N]) -> None; everything about the weight was checked and packed when it was made.
 PreparedGemm = Callable[[Tensor, "Tensor | None", Tensor], None]
+PreparedTransposed = Callable[[Tensor, Tensor], None]  # (A[M,N], out[M,K]), likewise
 PreparedInt8 = Callable[[Tensor, float, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
@@ -100,6 +102,13 @@ class Backend(ABC):
     def prepare_gemm_4bit(self, weight: Weight4bit) -> PreparedGemm:
         """Pack a weight once; the result costs one short call per forward pass."""
         return lambda A, bias, out: self.gemm_4bit(A, weight, bias, out=out)
+
+    def gemm_4bit_transposed(self, A: Tensor, weight: Weight4bit, *, out: Tensor) -> None:
+        raise self._unsupported("gemm_4bit_transposed")
+
+    def prepare_gemm_4bit_transposed(self, weight: Weight4bit) -> PreparedTransposed:
+        """As :meth:`prepare_gemm_4bit`."""
+        return lambda A, out: self.gemm_4bit_transposed(A, weight, out=out)
 
     def int8_quantize_rows(
         self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None

@@ -8,13 +8,12 @@
  *  - Addresses (uintptr_t) are device addresses, aligned to their element type; 0 where an argument is optional.
  *  - Arrays are contiguous, row-major. Counts are int64_t and not negative. Inputs and outputs do not overlap.
  *  - Arguments are checked first: on any status but QC_OK nothing has been written (asynchronous faults excepted).
- *  - It never synchronises, allocates device memory, or changes the current device. It is re-entrant. It can be
- *    captured in a CUDA or HIP graph. Scratch comes from the caller, at an address that is a multiple of 64;
- *    workspace() says how much.
+ *  - It never synchronises, allocates device memory, or changes the current device. It is re-entrant, can be
+ *    captured in a CUDA or HIP graph, and no exception leaves it. Scratch comes from the caller, at an address that
+ *    is a multiple of 64; workspace() says how much.
  *  - `device` is the index of the device, 0 on a host; the caller of an op makes it current first, where the runtime
  *    has a current device. `stream` is the CUDA or HIP stream; on a host it is the largest number of threads that the
  *    call may use, 0 for the library's own choice.
- *  - No exception leaves it.
  */
 #ifndef QCORE_BACKEND_H
 #define QCORE_BACKEND_H
@@ -42,8 +41,7 @@ typedef int32_t qc_status;
 #define QC_F16 1
 #define QC_BF16 2
 
-/* formats of 4-bit weights (QC-NF4-001, QC-FP4-001) */
-#define QC_NF4 0
+#define QC_NF4 0 /* formats of 4-bit weights (QC-NF4-001, QC-FP4-001) */
 #define QC_FP4 1
 
 /* ops, for workspace() */
@@ -63,6 +61,7 @@ typedef int32_t qc_status;
 #define QC_OP_OPTIMIZER_STEP 13
 #define QC_OP_INT8_LINEAR 14
 #define QC_OP_GEMM_INT4 15
+#define QC_OP_GEMM_4BIT_TRANSPOSED 16
 
 /* A 4-bit tensor. With nested_absmax == 0, absmax is float[blocks]; else it is uint8_t[blocks] and the nested
  * fields decode it (QC-NEST-003). The struct lives on the host, is filled once per weight and may be kept. */
@@ -133,10 +132,8 @@ typedef struct qc_api {
     uint16_t abi_minor;
     const char *name; /* "cpu", "cuda", ... */
 
-    /* Text of the last error of this thread; "" if none. */
-    const char *(*last_error)(void);
-    /* Number of devices; QC_NO_DEVICE with the reason and the fix in last_error(). */
-    qc_status (*device_count)(int32_t *count);
+    const char *(*last_error)(void);           /* text of the last error of this thread; "" if none */
+    qc_status (*device_count)(int32_t *count); /* QC_NO_DEVICE with the reason and the fix in last_error() */
     /* JSON (UTF-8) that stays valid while the library is loaded: "name", "arch", "driver", "runtime", "torch_device"
      * ("cpu", "cuda"), and "declarations": {"gemm_4bit": {"depth": {"lanes", "extra"}, "weight_rounding"}, ...};
      * d(K) = ceil(K / lanes) + extra (QC-GEMM4-002). {op: {"deterministic": false}} admits QC-NUM-007's exception. */
@@ -206,6 +203,10 @@ typedef struct qc_api {
     qc_status (*gemm_int4)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
                            uintptr_t a, const qc_weight_int4 *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out,
                            uintptr_t workspace, int64_t workspace_bytes);
+    /* QC-GEMM4-008..012: a[m,n], w (numel = n*k) -> out[m,k] = a w; a and out in dtype. */
+    qc_status (*gemm_4bit_transposed)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                      uintptr_t a, const qc_weight_4bit *w, uintptr_t out, uintptr_t workspace,
+                                      int64_t workspace_bytes);
 } qc_api;
 
 /* The library's only export. NULL if it cannot serve this major version. */

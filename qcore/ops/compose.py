@@ -37,6 +37,10 @@ _RECIPES: Mapping[str, tuple[tuple[str, ...], str]] = {
         "dequantize_4bit to float32, then torch.matmul in float32: slow (QC-GEMM4-001 to -003)",
     ),
     "gemm_int4": ((), "torch's own operations, which decode to float32, then torch.matmul: slow (QC-INT4-002 to -004)"),
+    "gemm_4bit_transposed": (
+        ("dequantize_4bit",),
+        "dequantize_4bit to the dtype of A, then torch.matmul, whose settings decide how it sums (QC-GEMM4-008)",
+    ),
 }
 
 
@@ -171,3 +175,11 @@ def _multiply(A: Tensor, decoded: Tensor, bias: Tensor | None, out: Tensor) -> N
     if bias is not None:
         product += bias.float()
     out.copy_(product.view(out.shape))
+
+
+def gemm_4bit_transposed(backend: Backend, A: Tensor, weight: Weight4bit, *, out: Tensor) -> None:
+    """The product over weights decoded to the dtype of ``A``, once a call."""
+    _announce(backend, "gemm_4bit_transposed")
+    decoded = torch.empty(weight.shape, dtype=A.dtype, device=A.device)
+    dequantize_4bit(backend, weight, out=decoded)
+    torch.matmul(A, decoded, out=out)

@@ -15,13 +15,14 @@ from torch import Tensor
 from qcore.backend.interface import Weight4bit
 from qcore.backend.registry import backend_for
 from qcore.ops import compose, validate
-from qcore.ops.gradient import Factor, bias_gradient, input_gradient, product
+from qcore.ops.gradient import Factor, bias_gradient, product
 from qcore.ops.library import register, register_autograd, traced
 from qcore.ops.prepared import HasAbsmax, PreparedGemm4bit
 from qcore.ops.weight4bit import (
     checked_weight,
     checked_weight_values,
     planned_product,
+    planned_transposed,
     weight_arguments,
     weight_from_arguments,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "gemm_4bit",
+    "gemm_4bit_transposed",
     "prepare_gemm_4bit",
     "quantize_4bit",
     "quantize_absmax",
@@ -244,7 +246,30 @@ def gemm_4bit(A: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tens
     def run(A: Tensor, bias: Tensor | None) -> Tensor:
         return _gemm(A, weight, bias)
 
-    return product(A, bias, Factor(weight, run, dequantize_4bit))
+    return product(A, bias, Factor(weight, run, gemm_4bit_transposed))
+
+
+def gemm_4bit_transposed(A: Tensor, weight: Weight4bit) -> Tensor:
+    """``A @ W`` with a 4-bit weight (QC-GEMM4-008 to -012), the gradient of :func:`gemm_4bit`; differentiable in ``A``.
+
+    Parameters
+    ----------
+    A : Tensor
+        float32, float16 or bfloat16, ``(..., N)``.
+    weight : Weight4bit
+        Of shape ``(N, K)``.
+
+    Returns
+    -------
+    Tensor
+        ``(..., K)`` in the dtype of ``A``.
+    """
+    validate.tensor("gemm_4bit_transposed", "A", A)
+
+    def run(A: Tensor, _: Tensor | None) -> Tensor:
+        return _gemm_transposed(A, weight)
+
+    return product(A, None, Factor(weight, run, gemm_4bit, transposed=True))
 
 
 def prepare_gemm_4bit(
@@ -285,7 +310,7 @@ def prepare_gemm_4bit(
             self._gemm = prepare_gemm_4bit(lambda: state.weight(param), packed=param, state=state)
         return self._gemm(x, bias)
     """
-    return PreparedGemm4bit(weight, packed, state, dequantize_4bit)
+    return PreparedGemm4bit(weight, packed, state, gemm_4bit_transposed)
 
 
 def _gemm(A: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
@@ -309,20 +334,55 @@ def _gemm_fake(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
     return planned_product(A, checked_weight("gemm_4bit", weight_from_arguments(*parts)), bias)
 
 
-def _gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, packed, absmax, quant_type, blocksize, shape, nested_absmax, nested_code, nested_offset, nested = inputs
+def _gemm_transposed(A: Tensor, weight: Weight4bit) -> Tensor:
+    weight = checked_weight_values("gemm_4bit_transposed", weight)
+    out = planned_transposed(A, weight)
+    backend, A = backend_for(A.device), validate.readable(A)
+    if backend.supports("gemm_4bit_transposed"):
+        backend.gemm_4bit_transposed(A, weight, out=out)
+    else:
+        compose.gemm_4bit_transposed(backend, A, weight, out=out)
+    return out
+
+
+def _gemm_transposed_kernel(A: Tensor, *parts: Any) -> Tensor:
+    return _gemm_transposed(A, weight_from_arguments(*parts))
+
+
+def _gemm_transposed_fake(A: Tensor, *parts: Any) -> Tensor:
+    return planned_transposed(A, checked_weight("gemm_4bit_transposed", weight_from_arguments(*parts)))
+
+
+def _keep_weight(ctx: Any, parts: tuple[Any, ...]) -> None:
+    packed, absmax, quant_type, blocksize, shape, nested_absmax, nested_code, nested_offset, nested = parts
     ctx.save_for_backward(packed, absmax, nested_absmax, nested_code, nested_offset)
     ctx.meta = (quant_type, blocksize, tuple(shape), nested)
+
+
+def _kept_weight(ctx: Any) -> tuple[Any, ...]:
+    packed, absmax, *nested_parts = ctx.saved_tensors
+    quant_type, blocksize, shape, nested = ctx.meta
+    return (packed, absmax, quant_type, blocksize, shape, *nested_parts, nested)
+
+
+def _gemm_transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep_weight(ctx, inputs[1:])
+
+
+def _gemm_transposed_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return torch.ops.qcore.gemm_4bit(gradient, None, *_kept_weight(ctx)), *([None] * 9)
+
+
+def _gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, *parts = inputs
+    _keep_weight(ctx, tuple(parts))
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gemm_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    packed, absmax, *nested_parts = ctx.saved_tensors
-    quant_type, blocksize, shape, nested = ctx.meta
-    parts = (packed, absmax, quant_type, blocksize, shape, *nested_parts, nested)
     d_A = d_bias = None
     if ctx.needs_input_grad[0]:
-        d_A = input_gradient(gradient, torch.ops.qcore.dequantize_4bit(*parts, gradient.dtype))
+        d_A = torch.ops.qcore.gemm_4bit_transposed(gradient, *_kept_weight(ctx))
     if ctx.needs_input_grad[1]:
         d_bias = bias_gradient(gradient, ctx.bias_dtype)
     return d_A, d_bias, *([None] * 9)
@@ -348,3 +408,5 @@ register(
 )
 register("gemm_4bit", f"(Tensor A, Tensor? bias, {_WEIGHT}) -> Tensor", _gemm_kernel, _gemm_fake)
 register_autograd("gemm_4bit", _gemm_setup, _gemm_backward)
+register("gemm_4bit_transposed", f"(Tensor A, {_WEIGHT}) -> Tensor", _gemm_transposed_kernel, _gemm_transposed_fake)
+register_autograd("gemm_4bit_transposed", _gemm_transposed_setup, _gemm_transposed_backward)

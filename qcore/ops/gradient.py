@@ -1,7 +1,9 @@
-"""The gradient of ``gemm_4bit``: ``dX = dY W`` and ``dbias = sum dY``; the weight is frozen.
+"""The gradient of ``gemm_4bit``: ``dX = dY W``, which is ``gemm_4bit_transposed``, and ``dbias = sum dY``.
 
-Eager calls use :class:`Product`, a short call; functorch transforms use :class:`FunctorchProduct`; tracers see
-``torch.ops.qcore.gemm_4bit``, registered with the same formula in ``fourbit.py``.
+The weight is frozen. The gradient of ``gemm_4bit_transposed`` is ``gemm_4bit``.
+
+Eager calls use :class:`Product`, a short call; functorch transforms use :class:`FunctorchProduct`; tracers see the
+registered ops, which have the same formulas in ``fourbit.py``.
 """
 
 from __future__ import annotations
@@ -21,21 +23,17 @@ from qcore.ops.weight4bit import weight_arguments
 
 
 class Factor(NamedTuple):
-    """What a recorded product is made of: the weight, how to multiply by it, how to read it back."""
+    """What a recorded product is made of: the weight, how to multiply by it, how a gradient comes back through it."""
 
     weight: Weight4bit
     multiply: Callable[[Tensor, Tensor | None], Tensor]
-    decode: Callable[[Weight4bit, torch.dtype], Tensor]
+    back: Callable[[Tensor, Weight4bit], Tensor]
+    transposed: bool = False  # A W, without a bias, in place of A W^T
 
 
 def wanted(A: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd has to record this product."""
     return torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
-
-
-def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """``dY @ W``, ``weight`` decoded in the dtype of ``gradient``."""
-    return gradient @ weight
 
 
 def bias_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +42,7 @@ def bias_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """``apply(A, bias, factor)``: ``factor.multiply(A, bias)`` forward, a product with the decoded weight back."""
+    """``apply(A, bias, factor)``: ``factor.multiply(A, bias)`` forward, ``factor.back`` back."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
@@ -57,7 +55,7 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         wants_A, wants_bias, _ = ctx.needs_input_grad
         factor = ctx.factor
-        d_A = input_gradient(gradient, factor.decode(factor.weight, gradient.dtype)) if wants_A else None
+        d_A = factor.back(gradient, factor.weight) if wants_A else None
         d_bias = bias_gradient(gradient, ctx.bias_dtype) if wants_bias else None
         return d_A, d_bias, None
 
@@ -99,7 +97,11 @@ def product(A: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
         transformed = FunctorchProduct.apply(A, bias, inner)  # type: ignore[no-untyped-call]
         return cast(Tensor, transformed)
     if traced(A, weight.packed, weight.absmax, bias):
-        return cast(Tensor, torch.ops.qcore.gemm_4bit(A, bias, *weight_arguments(weight)))
+        parts = weight_arguments(weight)
+        ops = torch.ops.qcore
+        return cast(
+            Tensor, ops.gemm_4bit_transposed(A, *parts) if factor.transposed else ops.gemm_4bit(A, bias, *parts)
+        )
     if wanted(A, bias):
         return record(A, bias, factor)
     return factor.multiply(A, bias)

@@ -16,7 +16,7 @@ from qcore.backend.registry import backend_for
 from qcore.backend.weights import WeightInt4
 from qcore.errors import InvalidArgument
 from qcore.ops import compose, validate
-from qcore.ops.gradient import bias_gradient, input_gradient
+from qcore.ops.gradient import bias_gradient
 from qcore.ops.library import register, register_autograd, traced
 
 _OP = "gemm_int4"
@@ -172,7 +172,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         group_size, shape = ctx.meta
         weight = WeightInt4(packed, scales, zeros, group_size, shape, perm)
-        d_A = input_gradient(gradient, dequantize_int4(weight, gradient.dtype))
+        d_A = gradient @ dequantize_int4(weight, gradient.dtype)
     if ctx.needs_input_grad[1]:
         d_bias = bias_gradient(gradient, ctx.bias_dtype)
     return d_A, d_bias, *([None] * 6)

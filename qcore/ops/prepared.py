@@ -57,17 +57,17 @@ class PreparedGemm4bit:
     whoever holds it prepares it again.
     """
 
-    __slots__ = ("_decode", "_load", "_packed", "_packed_address", "_ready", "_state")
+    __slots__ = ("_back", "_load", "_packed", "_packed_address", "_ready", "_state")
 
     def __init__(
         self,
         weight: Weight4bit | Callable[[], Weight4bit],
         packed: Tensor | None,
         state: HasAbsmax | None,
-        decode: Callable[[Weight4bit, torch.dtype], Tensor],
+        back: Callable[[Tensor, Weight4bit], Tensor],
     ) -> None:
         self._load: Callable[[], Weight4bit] = weight if callable(weight) else lambda: weight
-        self._decode = decode
+        self._back = back
         first = self._load()
         self._packed = first.packed if packed is None else packed
         # Asked for in every call: a parameter's own data_ptr goes through __torch_function__, three times as long.
@@ -91,7 +91,7 @@ class PreparedGemm4bit:
             backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
         )
         addresses = (self._packed_address(), self._state.absmax.data_ptr())
-        factor = Factor(weight, self._run_any, self._decode)
+        factor = Factor(weight, self._run_any, self._back)
         return _Ready(selected, backend, prepare(weight), *addresses, device, factor, None, None, (), None, 0)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -126,7 +126,7 @@ class PreparedGemm4bit:
 
     def _traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """A tracer has to see where the weight comes from, not the copy of its address that was prepared."""
-        return product(x, bias, Factor(self._load(), self._run_any, self._decode))
+        return product(x, bias, Factor(self._load(), self._run_any, self._back))
 
     def _slow(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the short path leaves out: modes, transforms, other layouts, a changed weight or backend."""

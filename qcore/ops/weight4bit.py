@@ -64,10 +64,10 @@ def weight_arguments(weight: Weight4bit) -> tuple[Any, ...]:
     )
 
 
-def require_matrix(weight: Weight4bit) -> None:
-    """``gemm_4bit`` takes weights of two dimensions."""
+def require_matrix(weight: Weight4bit, op: str = "gemm_4bit") -> None:
+    """The products take weights of two dimensions."""
     if len(weight.shape) != 2:
-        raise InvalidArgument(f"gemm_4bit: weight has shape {tuple(weight.shape)}, needs (out_features, in_features)")
+        raise InvalidArgument(f"{op}: weight has shape {tuple(weight.shape)}, needs (out_features, in_features)")
 
 
 def planned_product(A: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
@@ -81,6 +81,18 @@ def planned_product(A: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tenso
     validate.bias(op, bias, n, A.dtype)
     validate.device(op, "A", A.device, [("weight", weight.packed), ("bias", bias)])
     return torch.empty((*A.shape[:-1], n), dtype=A.dtype, device=A.device)
+
+
+def planned_transposed(A: Tensor, weight: Weight4bit) -> Tensor:
+    """The output of ``gemm_4bit_transposed`` on checked weights, allocated; raises where ``A`` does not fit."""
+    op = "gemm_4bit_transposed"
+    validate.floats(op, "A", A)
+    require_matrix(weight, op)
+    n, k = weight.shape
+    if A.dim() == 0 or A.shape[-1] != n:
+        raise InvalidArgument(f"{op}: A has shape {tuple(A.shape)}, weight of shape {(n, k)} needs (..., {n})")
+    validate.device(op, "A", A.device, [("weight", weight.packed)])
+    return torch.empty((*A.shape[:-1], k), dtype=A.dtype, device=A.device)
 
 
 def weight_from_arguments(

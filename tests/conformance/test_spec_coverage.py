@@ -184,14 +184,8 @@ def test_the_interface_has_a_method_for_every_op(op: str) -> None:
 
 
 def test_the_interface_has_no_op_beyond_the_table() -> None:
-    others = {
-        "describe",
-        "supports",
-        "prepare_gemm_4bit",
-        "prepare_gemm_int4",
-        "prepare_int8_linear",
-        "prepare_optimizer_step",
-    }
+    prepared = {"gemm_4bit", "gemm_4bit_transposed", "gemm_int4", "int8_linear", "optimizer_step"}
+    others = {"describe", "supports", *(f"prepare_{op}" for op in prepared)}
     public = {name for name, _ in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_")}
     assert public - others == set(OPS)
 

@@ -91,13 +91,17 @@ def weight_of(n: int, k: int, quant_type: str = "nf4", nested: bool = False, see
     return replace(weight, absmax=codes, **parts)
 
 
-def assert_close(y: Tensor, x: Tensor, weight: Weight4bit, bias: Tensor | None) -> None:
-    """QC-GEMM4-004 with the spec's ceiling of the chain depth and weights rounded to the dtype of x."""
+def assert_close(y: Tensor, x: Tensor, weight: Weight4bit, bias: Tensor | None, transposed: bool = False) -> None:
+    """QC-GEMM4-004 with the spec's ceiling of the chain depth and weights rounded to the dtype of x.
+
+    ``transposed``: ``y`` is ``x @ w`` (QC-GEMM4-009).
+    """
     w = torch.from_numpy(decoded(weight))
+    w = w.t() if transposed else w
     exact, size = x.double() @ w.t(), x.double().abs() @ w.t().abs()
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    depth, u, u_out = weight.shape[1] + 8, 2.0**-24, ROUNDING[y.dtype]
+    depth, u, u_out = w.shape[1] + 8, 2.0**-24, ROUNDING[y.dtype]
     a = (depth * u / (1 - depth * u) + u + (0 if y.dtype == torch.float32 else u_out)) * size
     assert y.shape == exact.shape
     assert not bool((~((y.double() - exact).abs() <= a + u_out * (exact.abs() + a))).any())

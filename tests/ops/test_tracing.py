@@ -55,6 +55,7 @@ def arguments(op: str) -> tuple[Any, ...]:
         "quantize_absmax": (absmax, DYNAMIC, 256),
         "dequantize_absmax": (nested[0], nested[1], DYNAMIC, nested[2], 256),
         "gemm_4bit": (random(2, 3, 64), random(12), *weight),
+        "gemm_4bit_transposed": (random(2, 3, 12), *weight),
         "int8_quantize_rows": (random(2, 3, 40), 1.5),
         "int8_quantize_cols": (random(6, 40), 1.5),
         "int8_gemm": (codes(2, 3, 40), codes(12, 40)),

@@ -57,7 +57,8 @@ std::string description() {
            ", \"arch\": " + json_string(architecture() + " " + isa_name(isa_choice().isa)) +
            ", \"driver\": \"\", \"runtime\": " + json_string(threading_description()) +
            ", \"torch_device\": \"cpu\", \"declarations\": {\"gemm_4bit\": " + gemm_4bit_declaration() +
-           ", \"gemm_int4\": " + gemm_4bit_declaration() + "}}";
+           ", \"gemm_int4\": " + gemm_4bit_declaration() + ", \"gemm_4bit_transposed\": " +
+           gemm_4bit_transposed_declaration() + "}}";
 }
 
 qc_status device_count(int32_t *count) {
@@ -94,8 +95,8 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_INT4) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_GEMM_INT4, op);
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_4BIT_TRANSPOSED) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_GEMM_4BIT_TRANSPOSED, op);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
@@ -115,6 +116,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     }
     if (op == QC_OP_INT8_LINEAR) {
         return int8_linear_workspace(stream, dtype, m, n, k, bytes);
+    }
+    if (op == QC_OP_GEMM_4BIT_TRANSPOSED) {
+        return gemm_4bit_transposed_workspace(stream, dtype, m, n, k, bytes);
     }
     return QC_OK;
 }
@@ -144,6 +148,7 @@ constexpr qc_api kApi = {
     optimizer_step,
     int8_linear,
     gemm_int4,
+    gemm_4bit_transposed,
 };
 
 }  // namespace

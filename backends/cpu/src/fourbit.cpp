@@ -65,9 +65,10 @@ qc_status dequantize_4bit(int32_t device, uintptr_t stream, int32_t dtype, const
         }
         const auto dequantize = fourbit_kernels().dequantize[dtype][w->format];
         const BlockScales scales = scales_of(*w);
+        const bool past_caches = writes_past_caches(out, w->numel * dtype_size(dtype));
         prefer_huge_pages(out, w->numel * dtype_size(dtype));
         for_blocks(w->numel, w->blocksize, stream, [&](int64_t first, int64_t last) {
-            dequantize(pointer<const uint8_t>(w->packed), scales, w->numel, w->blocksize, first, last,
+            dequantize(pointer<const uint8_t>(w->packed), scales, w->numel, w->blocksize, first, last, past_caches,
                        pointer<void>(out));
         });
         return qc_status{QC_OK};

@@ -55,7 +55,7 @@ inline float scale_of(const BlockScales &scales, int64_t block) {
            scales.nested_offset;
 }
 
-template <class T>
+template <bool kPastCaches, class T>
 void dequantize_blocks(const float *table, const uint8_t *packed, const BlockScales &scales, int64_t n,
                        int64_t blocksize, int64_t first, int64_t last, T *out) {
     constexpr int kStep = 32;
@@ -64,13 +64,13 @@ void dequantize_blocks(const float *table, const uint8_t *packed, const BlockSca
         const NibbleTable<T> decoder(table, scale_of(scales, block));
         int64_t i = block * blocksize;
         for (; i + kStep <= end; i += kStep) {
-            decoder.decode(packed + i / 2, out + i);
+            decoder.template decode<kPastCaches>(packed + i / 2, out + i);
         }
         if (i < end) {  // the tail of the last block
             uint8_t codes[kStep / 2] = {};
             T values[kStep];
             std::memcpy(codes, packed + i / 2, static_cast<size_t>((end - i + 1) / 2));
-            decoder.decode(codes, values);
+            decoder.template decode<false>(codes, values);
             std::memcpy(out + i, values, static_cast<size_t>(end - i) * sizeof(T));
         }
     }
@@ -78,9 +78,17 @@ void dequantize_blocks(const float *table, const uint8_t *packed, const BlockSca
 
 template <class T, int kFormat>
 void dequantize(const uint8_t *packed, const BlockScales &scales, int64_t n, int64_t blocksize, int64_t first,
-                int64_t last, void *out) {
-    dequantize_blocks(kFormat == 0 ? QC_NF4_TABLE : QC_FP4_TABLE, packed, scales, n, blocksize, first, last,
-                      static_cast<T *>(out));
+                int64_t last, bool past_caches, void *out) {
+    const float *table = kFormat == 0 ? QC_NF4_TABLE : QC_FP4_TABLE;
+    T *values = static_cast<T *>(out);
+    if (past_caches) {
+        dequantize_blocks<true>(table, packed, scales, n, blocksize, first, last, values);
+#if defined(__AVX2__)
+        _mm_sfence();  // such stores are in no order with others: whoever is told of the end must see them
+#endif
+    } else {
+        dequantize_blocks<false>(table, packed, scales, n, blocksize, first, last, values);
+    }
 }
 
 }  // namespace

@@ -17,12 +17,12 @@ struct BlockScales {
 };
 
 // Each works on the blocks from `first` to `last` - 1 of n elements; arrays start at block 0. By dtype (QC_F32 ...)
-// and format (QC_NF4, QC_FP4).
+// and format (QC_NF4, QC_FP4). past_caches (pages.h) needs an `out` that is aligned to kPastCachesAlign.
 struct FourbitKernels {
     void (*quantize[3][2])(const void *a, int64_t n, int64_t blocksize, int64_t first, int64_t last, float *absmax,
                            uint8_t *out);
     void (*dequantize[3][2])(const uint8_t *packed, const BlockScales &scales, int64_t n, int64_t blocksize,
-                             int64_t first, int64_t last, void *out);
+                             int64_t first, int64_t last, bool past_caches, void *out);
 };
 
 namespace portable {

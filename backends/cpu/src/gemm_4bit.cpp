@@ -5,9 +5,9 @@
 #include "abi.h"
 #include "dispatch.h"
 #include "gemm_4bit_kernels.h"
+#include "gemm_4bit_weight.h"
 #include "ops.h"
 #include "product.h"
-#include "qcore_codebooks.h"
 
 namespace qcore::cpu {
 namespace {
@@ -24,26 +24,6 @@ const Gemm4Kernels &kernels() {
 #endif
     });
     return selected;
-}
-
-int32_t log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }
-
-Gemm4Weight weight_of(const qc_weight_4bit &w, int64_t k) {
-    Gemm4Weight weight = {};
-    weight.k = k;
-    weight.packed = pointer<const uint8_t>(w.packed);
-    weight.shift = log2_of(w.blocksize);
-    weight.table = w.format == QC_NF4 ? QC_NF4_TABLE : QC_FP4_TABLE;
-    if (w.nested_absmax == 0) {
-        weight.absmax = pointer<const float>(w.absmax);
-        return weight;
-    }
-    weight.codes = pointer<const uint8_t>(w.absmax);
-    weight.nested_absmax = pointer<const float>(w.nested_absmax);
-    weight.nested_code = pointer<const float>(w.nested_code);
-    weight.nested_offset = w.numel > 0 ? *pointer<const float>(w.nested_offset) : 0.0f;
-    weight.nested_shift = log2_of(w.nested_blocksize);
-    return weight;
 }
 
 // d(K) = ceil(K / lanes) + 8 covers every path of a level (QC-GEMM4-002): a vector of L lanes takes K / L steps, its
@@ -113,7 +93,7 @@ qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         p.x = pointer<const void>(a);
         p.bias = pointer<const void>(bias);
         p.out = pointer<void>(out);
-        p.w = weight_of(*w, k);
+        p.w = gemm_4bit_weight(*w, k);
         const int64_t threads = thread_limit(stream);
         const ProductPlan plan(p, kernels(), nanoseconds_of_4bits, threads);
         return run_product(kOp, p, kernels(), plan, threads, workspace, workspace_bytes);

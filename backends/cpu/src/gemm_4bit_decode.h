@@ -175,6 +175,21 @@ inline __m512i bf16_table(__m512 table, float absmax) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
 }
 
+// Whether a row of X holds a non-zero value below 2^-76 (regular_block).
+inline bool irregular_row(const Bfloat *x, int64_t k) {
+    constexpr int kExponent = (127 - 76) << 7;
+    const __m512i least = _mm512_set1_epi16(kExponent - 1);
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i one = _mm512_set1_epi16(1);
+    __mmask32 found = 0;
+    for (int64_t i = 0; i < k; i += 32) {
+        const auto valid = static_cast<__mmask32>(k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1);
+        const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(valid, x + i), magnitude);
+        found |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(bits, one), least);  // zero wraps round to the top
+    }
+    return found != 0;
+}
+
 inline bool regular_blocks(const float *absmax, int64_t count) {
     const __m512 least = _mm512_set1_ps(0x1p-28f);
     __mmask16 odd = 0;

@@ -36,21 +36,6 @@ void multiply_in_float(const Problem &p, int64_t row0, int64_t rows, int64_t n0,
 
 constexpr int64_t kFlagBytes = kProductRows;  // the packed X starts with a byte for each row: is it irregular?
 
-// Whether a row of X holds a non-zero value below 2^-76 (regular_block).
-inline bool irregular_row(const Bfloat *x, int64_t k) {
-    constexpr int kExponent = (127 - 76) << 7;
-    const __m512i least = _mm512_set1_epi16(kExponent - 1);
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
-    const __m512i one = _mm512_set1_epi16(1);
-    __mmask32 found = 0;
-    for (int64_t i = 0; i < k; i += 32) {
-        const auto valid = static_cast<__mmask32>(k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1);
-        const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(valid, x + i), magnitude);
-        found |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(bits, one), least);  // zero wraps round to the top
-    }
-    return found != 0;
-}
-
 #if defined(__AMX_BF16__)
 inline bool by_tiles(const ProductOf4Bits &p) { return p.dtype == QC_BF16 && p.m > 1 && p.k > 0; }
 #endif

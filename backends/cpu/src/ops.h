@@ -38,6 +38,13 @@ qc_status gemm_int4_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_
 qc_status gemm_int4(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
                     const qc_weight_int4 *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t workspace,
                     int64_t workspace_bytes);
+// gemm_4bit_transposed.cpp
+std::string gemm_4bit_transposed_declaration();
+qc_status gemm_4bit_transposed_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                         int64_t *bytes);
+qc_status gemm_4bit_transposed(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                               uintptr_t a, const qc_weight_4bit *w, uintptr_t out, uintptr_t workspace,
+                               int64_t workspace_bytes);
 
 // int8.cpp
 qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,

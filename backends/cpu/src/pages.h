@@ -10,6 +10,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace qcore::cpu {
@@ -31,6 +32,28 @@ inline void prefer_huge_pages(uintptr_t address, int64_t bytes) {
 #else
     (void)address;
     (void)bytes;
+#endif
+}
+
+inline constexpr int64_t kPastCachesAlign = 64;
+
+// Whether `bytes` bytes from `address` on are better written past the caches: more than a share of the last cache
+// holds, so that they are read before they are written and written back soon after, twice the traffic; and with pages
+// already, since new ones have just been zeroed in the caches.
+inline bool writes_past_caches(uintptr_t address, int64_t bytes) {
+#ifdef __linux__
+    constexpr int64_t kLarge = 16 << 20;
+    if (bytes < kLarge || address % kPastCachesAlign != 0) {
+        return false;
+    }
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    unsigned char resident = 0;
+    const uintptr_t middle = (address + static_cast<uintptr_t>(bytes) / 2) / page * page;
+    return mincore(reinterpret_cast<void *>(middle), page, &resident) == 0 && (resident & 1) != 0;
+#else
+    (void)address;
+    (void)bytes;
+    return false;
 #endif
 }
 

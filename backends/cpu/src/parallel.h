@@ -35,7 +35,9 @@ void parallel_for(int64_t n_chunks, int64_t max_threads, const Function &functio
         [](const void *context, int64_t chunk) { (*static_cast<const Function *>(context))(chunk); }, &function);
 }
 
-// A blockwise op over n elements: function(first, last) for runs of whole blocks, about kChunkElements each.
+// A blockwise op over n elements: function(first, last) for runs of whole blocks, about kChunkElements each. Threads
+// take runs from as many regions in turn: were they neighbours, they would meet in each new huge page of a fresh output
+// (pages.h), and the kernel would zero it for both.
 inline constexpr int64_t kChunkElements = 65536;
 
 template <class Function>
@@ -43,9 +45,13 @@ void for_blocks(int64_t n, int64_t blocksize, uintptr_t stream, const Function &
     const int64_t blocks = n / blocksize + (n % blocksize != 0);
     const int64_t run = blocksize < kChunkElements ? kChunkElements / blocksize : 1;
     const int64_t chunks = blocks / run + (blocks % run != 0);
-    parallel_for(chunks, chunks > 1 ? thread_limit(stream) : 1, [&](int64_t chunk) {
-        const int64_t first = chunk * run;
-        function(first, blocks - first < run ? blocks : first + run);
+    const int64_t threads = chunks > 1 ? thread_limit(stream) : 1;
+    const int64_t region = chunks / threads + (chunks % threads != 0);
+    parallel_for(region * threads, threads, [&](int64_t turn) {
+        const int64_t first = (turn % threads * region + turn / threads) * run;
+        if (first < blocks) {
+            function(first, blocks - first < run ? blocks : first + run);
+        }
     });
 }
 

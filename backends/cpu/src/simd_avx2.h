@@ -159,6 +159,16 @@ class CodebookCodes {
     const Codebook &book_;
 };
 
+// A vector to memory; past the caches `out` is aligned to it.
+template <bool kPastCaches>
+inline void put(void *out, Int v) {
+    if constexpr (kPastCaches) {
+        _mm256_stream_si256(reinterpret_cast<__m256i *>(out), v);
+    } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), v);
+    }
+}
+
 // The table is scaled and rounded once a block; each element is then looked up in registers.
 template <class T>
 class NibbleTable {
@@ -178,6 +188,7 @@ class NibbleTable {
             second_ = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
         }
     }
+    template <bool kPastCaches>
     void decode(const uint8_t *codes, T *out) const {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes));
         const __m128i low_nibble = _mm_set1_epi8(15);
@@ -191,7 +202,7 @@ class NibbleTable {
                 const Float low = _mm256_permutevar8x32_ps(_mm256_castsi256_ps(first_), code);
                 const Float high = _mm256_permutevar8x32_ps(_mm256_castsi256_ps(second_), code);
                 const Float upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // sign bit: code >= 8
-                _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(low, high, upper));
+                put<kPastCaches>(out + 8 * i, _mm256_castps_si256(_mm256_blendv_ps(low, high, upper)));
             }
         } else {
             // unpack works within 128-bit lanes: 0..7 and 16..23 below, 8..15 and 24..31 above.
@@ -200,9 +211,8 @@ class NibbleTable {
             const Int high = _mm256_shuffle_epi8(second_, code);
             const Int a = _mm256_unpacklo_epi8(low, high);
             const Int b = _mm256_unpackhi_epi8(low, high);
-            __m256i *to = reinterpret_cast<__m256i *>(out);
-            _mm256_storeu_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
-            _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(a, b, 0x31));
+            put<kPastCaches>(out, _mm256_permute2x128_si256(a, b, 0x20));
+            put<kPastCaches>(out + 16, _mm256_permute2x128_si256(a, b, 0x31));
         }
     }
 

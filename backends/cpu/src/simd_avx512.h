@@ -192,6 +192,16 @@ class CodebookCodes {
     const Codebook &book_;
 };
 
+// A vector to memory; past the caches `out` is aligned to it.
+template <bool kPastCaches>
+inline void put(void *out, Int v) {
+    if constexpr (kPastCaches) {
+        _mm512_stream_si512(reinterpret_cast<__m512i *>(out), v);
+    } else {
+        _mm512_storeu_si512(out, v);
+    }
+}
+
 // The table is scaled and rounded once a block; each element is then one permute.
 template <class T>
 class NibbleTable {
@@ -204,6 +214,7 @@ class NibbleTable {
             table_ = _mm512_broadcast_i64x4(std_half(scaled));
         }
     }
+    template <bool kPastCaches>
     void decode(const uint8_t *codes, T *out) const {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes));
         if constexpr (sizeof(T) == 4) {
@@ -211,13 +222,13 @@ class NibbleTable {
             for (int i = 0; i < 2; ++i) {
                 const Int wide = _mm512_cvtepu8_epi64(i == 0 ? bytes : _mm_srli_si128(bytes, 8));
                 const Int index = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
-                _mm512_storeu_si512(out + 16 * i, _mm512_permutexvar_epi32(index, table_));
+                put<kPastCaches>(out + 16 * i, _mm512_permutexvar_epi32(index, table_));
             }
         } else {
             // 32-bit lanes, the same way; vpermw reads 5 bits, and the two halves of its table are equal.
             const Int wide = _mm512_cvtepu8_epi32(bytes);
             const Int index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
-            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table_));
+            put<kPastCaches>(out, _mm512_permutexvar_epi16(index, table_));
         }
     }
 

@@ -137,6 +137,7 @@ class NibbleTable {
             table_[i] = from_float<T>(table[i] * scale);
         }
     }
+    template <bool>
     void decode(const uint8_t *codes, T *out) const {
         for (int i = 0; i < 16; ++i) {
             out[2 * i] = table_[codes[i] >> 4];

@@ -57,7 +57,7 @@ class ReferenceBackend(Backend):
             # The sum is formed in float64, so only the rounding to float32 and that of the bias remain.
             declarations={
                 op: {"depth": {"lanes": 2**62, "extra": 2}, "weight_rounding": "float32"}
-                for op in ("gemm_4bit", "gemm_int4")
+                for op in ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4")
             },
         )
 
@@ -131,6 +131,18 @@ class ReferenceBackend(Backend):
         check_output(op, "out", out, m * n, A.dtype)
         if m and n:
             write(out, from_float32(fourbit.gemm_4bit(x.reshape(m, k), w, b), out.dtype))
+
+    def gemm_4bit_transposed(self, A: Tensor, weight: Weight4bit, *, out: Tensor) -> None:
+        op = "gemm_4bit_transposed"
+        if len(weight.shape) != 2:
+            raise InvalidArgument(f"{op}: weight has shape {weight.shape}, expected (N, K)")
+        n, k = weight.shape
+        m = out.numel() // k if k else 0
+        x = float_values(op, "A", A, m * n if k else A.numel())
+        w = _decode(op, weight).reshape(n, k)
+        check_output(op, "out", out, m * k, A.dtype)
+        if m and k:
+            write(out, from_float32(fourbit.gemm_4bit_transposed(x.reshape(m, n), w), out.dtype))
 
     def int8_quantize_rows(
         self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None

@@ -63,3 +63,9 @@ def gemm_4bit(x: F32, weight: F32, bias: F32 | None) -> F32:
     with np.errstate(all="ignore"):
         y = (x.astype(np.float64) @ weight.astype(np.float64).T).astype(np.float32)
         return y if bias is None else y + bias
+
+
+def gemm_4bit_transposed(x: F32, weight: F32) -> F32:
+    """QC-GEMM4-009 before the last rounding: the sum in float64, rounded once to float32."""
+    with np.errstate(all="ignore"):
+        return (x.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)

@@ -46,11 +46,12 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op == QC_OP_GEMM_INT4) {
-        return fail(QC_UNSUPPORTED, "workspace: gemm_int4 is not served by this library");
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_4BIT_TRANSPOSED) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_GEMM_4BIT_TRANSPOSED, op);
     }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_LINEAR, op);
+    if (op > QC_OP_INT8_LINEAR) {
+        constexpr const char *kNames[] = {"gemm_int4", "gemm_4bit_transposed"};
+        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library", kNames[op - QC_OP_INT8_LINEAR - 1]);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
@@ -90,6 +91,7 @@ const qc_api kApi = {
     optimizer_step,
     int8_linear,
     nullptr,  // gemm_int4
+    nullptr,  // gemm_4bit_transposed
 };
 
 }  // namespace

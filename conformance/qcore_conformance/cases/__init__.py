@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "fourbit": ("quantize_4bit", "dequantize_4bit"),
     "absmax": ("quantize_absmax", "dequantize_absmax"),
     "gemm_4bit": ("gemm_4bit",),
+    "gemm_4bit_transposed": ("gemm_4bit_transposed",),
     "int8": (
         "int8_quantize_rows",
         "int8_quantize_cols",

@@ -170,6 +170,11 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
         "dequantize_4bit-blocksize-100": ("dequantize_4bit", dequantized(blocksize=100), False),
         "dequantize_4bit-shape": ("dequantize_4bit", dequantized(shape=(4, 7)), False),
         "gemm_4bit-inner-size": ("gemm_4bit", lambda d, out: fourbit.gemm_4bit(zeros(d, 2, 5), weight(d), None), False),
+        "gemm_4bit_transposed-outer-size": (
+            "gemm_4bit_transposed",
+            lambda d, out: fourbit.gemm_4bit_transposed(zeros(d, 2, 5), weight(d)),
+            False,
+        ),
         "gemm_4bit-bias-length": (
             "gemm_4bit",
             lambda d, out: fourbit.gemm_4bit(zeros(d, 2, 6), weight(d), zeros(d, 5)),

@@ -131,7 +131,7 @@ def _weight_cases(op: str, call: CCall) -> Iterator[tuple[str, Callable[[Session
     ):  # fmt: skip
         yield f"w.{field}={bad}", _refuse(op, field, fields={field: bad})
     yield "w.absmax-misaligned", _refuse(op, "absmax", fields={"absmax": ("shift", 2)})
-    if op == "gemm_4bit":
+    if op in ("gemm_4bit", "gemm_4bit_transposed"):
         yield "w.numel-too-large", _refuse(op, "numel", fields={"numel": 5 * 96 + 1})
     nested = {"nested": True}
     for field, bad in (("nested_code", 0), ("nested_offset", 0), ("nested_blocksize", 0), ("nested_blocksize", 100)):

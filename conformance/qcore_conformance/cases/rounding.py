@@ -65,6 +65,13 @@ def _gemm(s: Session, wanted: Floats, dtype: str) -> None:
     expect_floats("Y", y, weight.decoded(dtype).reshape(1, -1), zero_sign=False)
 
 
+def _gemm_transposed(s: Session, wanted: Floats, dtype: str) -> None:
+    """N = 1 and Y = 1, so that X is the weight, rounded once (QC-GEMM4-010)."""
+    weight = _ones(wanted, "nf4", (1, wanted.size * 32))
+    x = calls.gemm_4bit_transposed(s, rounded([[1.0]], dtype), weight)
+    expect_floats("X", x, weight.decoded(dtype).reshape(1, -1), zero_sign=False)
+
+
 def _dequantize_gemm(s: Session, wanted: Floats, dtype: str) -> None:
     """A sum of 0 leaves the bias."""
     c, one = np.zeros((2, wanted.size), np.int32), f32(np.ones(wanted.size))
@@ -99,6 +106,7 @@ _CHECKS = {
     "dequantize_blockwise": (_blockwise, "QC-Q8-005"),
     "dequantize_4bit": (_fourbit, "QC-4BIT-003"),
     "gemm_4bit": (_gemm, "QC-GEMM4-005"),
+    "gemm_4bit_transposed": (_gemm_transposed, "QC-GEMM4-010"),
     "int8_dequantize_gemm": (_dequantize_gemm, "QC-INT8-006"),
     "int8_scaled_gemm": (_scaled_gemm, "QC-INT8-007"),
     "int8_dequantize_rows": (_dequantize_rows, "QC-INT8-008"),

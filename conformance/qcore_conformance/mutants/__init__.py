@@ -14,6 +14,7 @@ from qcore_conformance.mutants import (
     fourbit,
     gemm,
     gemm_int4,
+    gemm_transposed,
     int8,
     int8_linear,
     memory,
@@ -25,7 +26,19 @@ from qcore_conformance.mutants.steps import Steps
 
 __all__ = ["Mutant", "Steps", "all_mutants"]
 
-_MODULES = (rounding, blocks, eightbit, fourbit, gemm, int8, int8_linear, gemm_int4, optimizer, memory)
+_MODULES = (
+    rounding,
+    blocks,
+    eightbit,
+    fourbit,
+    gemm,
+    gemm_transposed,
+    int8,
+    int8_linear,
+    gemm_int4,
+    optimizer,
+    memory,
+)
 
 
 def all_mutants() -> tuple[Mutant, ...]:

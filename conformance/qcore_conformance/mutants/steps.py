@@ -53,7 +53,8 @@ class Steps(Backend):
     name = "steps"
     device_types = frozenset({"cpu"})
     declarations: ClassVar[Mapping[str, Any]] = {
-        op: {"depth": {"lanes": 1, "extra": 8}, "weight_rounding": "float32"} for op in ("gemm_4bit", "gemm_int4")
+        op: {"depth": {"lanes": 1, "extra": 8}, "weight_rounding": "float32"}
+        for op in ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4")
     }
 
     def __init__(self) -> None:
@@ -194,6 +195,13 @@ class Steps(Backend):
     def sum_products(self, x: F32, w: F32) -> F32:
         return (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float32)
 
+    def transposed_weights(self, weight: Weight4bit) -> F32:
+        return self.decode_4bit(weight).reshape(weight.shape)
+
+    def sum_rows(self, y: F32, w: F32) -> F32:
+        """The transposed product (QC-GEMM4-009)."""
+        return (y.astype(np.float64) @ w.astype(np.float64)).astype(np.float32)
+
     def add_bias(self, y: F32, bias: F32, dtype: torch.dtype) -> F32:
         return y + bias
 
@@ -329,6 +337,15 @@ class Steps(Backend):
         if out.numel():
             x = self.load(A).reshape(out.numel() // weight.shape[0], weight.shape[1])
             self.store_product(x, self.gemm_weights(weight, A.dtype, len(x)), bias, out)
+
+    @np.errstate(all="ignore")
+    def gemm_4bit_transposed(self, A: Tensor, weight: Weight4bit, *, out: Tensor) -> None:
+        self.reference.gemm_4bit_transposed(A, weight, out=out)
+        n, k = weight.shape
+        if not out.numel():
+            return
+        y = self.load(A).reshape(-1, n) if n else np.zeros((out.numel() // k, 0), np.float32)
+        self.store(self.sum_rows(y, self.transposed_weights(weight)), out)
 
     @np.errstate(all="ignore")
     def int8_quantize_rows(

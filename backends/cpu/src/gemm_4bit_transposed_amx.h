@@ -1,0 +1,337 @@
+// gemm_4bit_transposed for bfloat16 on AMX tiles. Only kernel files include it.
+//
+// A tile of X is sixteen of its rows by 64 bytes, as they lie in memory; a tile of W sixteen pairs of its rows by
+// sixteen columns (gemm_4bit_pairs.h). Regular rows and panels only, as in gemm_4bit_amx.h.
+//
+// Memory picture: a panel, 64 columns of 512 rows of W, is decoded into 64 KiB of scratch (L2), a pair of its tile
+// columns at a time is held in L1 and meets every tile of X of that span, four tiles of sums in registers. Meanwhile,
+// a few pairs of rows between two tile products, the next panel is decoded into other 64 KiB: the tile unit keeps its
+// pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in scratch between spans
+// (L2), so that X is read once for a slice, and a line of W is used up while it is in L2.
+#ifndef QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
+#define QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
+
+#include "gemm_4bit_pairs.h"
+#include "tiles.h"
+
+#if defined(__AMX_BF16__)
+
+namespace qcore::cpu::QC_ISA {
+
+constexpr int64_t kPairTile = 32;   // rows of W of a tile
+constexpr int64_t kMostSpan = 512;  // rows of W at a time, at most
+constexpr int64_t kPairPanelBytes = kMostSpan * kPairColumns * 2;
+constexpr int64_t kPairSumBytes = 512 << 10;  // of a slice, about
+
+// Rows of W at a time: few enough for two panels in L1 where decoding is the greater part of the work.
+inline int64_t transposed_span(int64_t rows) { return rows <= 2 * kTile ? 128 : kMostSpan; }
+
+inline int64_t transposed_groups(int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+// Rows of a tile of X and of sums: sixteen, unless X has fewer.
+inline int64_t transposed_tile_rows(int64_t rows) { return rows < kTile ? rows : kTile; }
+
+inline int64_t transposed_slice(int64_t rows, int64_t columns) {
+    const int64_t most = kPairSumBytes / (transposed_groups(rows) * kTileBytes) * kTile / kPairColumns * kPairColumns;
+    const int64_t limit = most < kScaleColumns * kPairColumns ? most : kScaleColumns * kPairColumns;
+    const int64_t wanted = (columns + kPairColumns - 1) / kPairColumns * kPairColumns;
+    return wanted < limit ? wanted : limit;
+}
+
+inline int64_t transposed_tile_bytes(int64_t rows, int64_t k) {
+    return (k + kPairTile - 1) / kPairTile * transposed_groups(rows) * transposed_tile_rows(rows) * kTileRowBytes;
+}
+
+inline int64_t transposed_scratch_bytes(int64_t rows, int64_t columns) {
+    return 2 * kPairPanelBytes + kMostSpan * kScaleColumns * static_cast<int64_t>(sizeof(float)) +
+           transposed_slice(rows, columns) / kTile * transposed_groups(rows) * kTileBytes;
+}
+
+// Tiles of X lie by span, which begins at k0, then by group of sixteen rows, then along k. `count`: tiles along k in
+// it.
+inline int64_t transposed_x_tile(int64_t k0, int64_t groups, int64_t tile_rows, int64_t group, int64_t count) {
+    return (k0 / kPairTile * groups + group * count) * tile_rows * kTileRowBytes;
+}
+
+// Tiles along k in the span that begins at k0.
+inline int64_t transposed_span_tiles(int64_t k, int64_t k0, int64_t span) {
+    const int64_t left = k - k0 < span ? k - k0 : span;
+    return (left + kPairTile - 1) / kPairTile;
+}
+
+// Packs group `group` of the `rows` rows from `x` on, k elements each.
+inline void pack_transposed_x(const Bfloat *x, int64_t rows, int64_t k, int64_t group, uint8_t *tiles) {
+    const int64_t groups = transposed_groups(rows);
+    const int64_t height = transposed_tile_rows(rows);
+    const int64_t span = transposed_span(rows);
+    for (int64_t k0 = 0; k0 < k; k0 += span) {
+        const int64_t count = transposed_span_tiles(k, k0, span);
+        uint8_t *out = tiles + transposed_x_tile(k0, groups, height, group, count);
+        for (int64_t i = 0; i < height; ++i) {
+            const int64_t row = group * kTile + i;
+            for (int64_t t = 0; t < count; ++t) {
+                const int64_t first = k0 + t * kPairTile;
+                const int64_t left = row >= rows ? 0 : k - first;
+                const auto valid = static_cast<__mmask32>(left >= kPairTile ? 0xffffffffu : (1u << left) - 1);
+                const __m512i v = _mm512_maskz_loadu_epi16(valid, x + row * k + first);
+                _mm512_storeu_si512(out + (t * height + i) * kTileRowBytes, v);
+            }
+        }
+    }
+}
+
+// sums += tiles of X * tiles of W over `count` tiles along k; kTwo: two groups of rows of X, else one. meanwhile() is
+// called once a step.
+template <bool kTwo, class Meanwhile>
+inline void multiply_pair_tiles(const uint8_t *x, int64_t x_tile_bytes, const uint8_t *x2, const uint8_t *w,
+                                int64_t w_stride, int64_t count, bool first, uint8_t *upper, uint8_t *lower,
+                                const Meanwhile &meanwhile) {
+    const uint8_t *w2 = w + w_stride;
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (kTwo) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, upper, 64);
+        _tile_loadd(1, lower, 64);
+        if (kTwo) {
+            _tile_loadd(2, upper + kTileBytes, 64);
+            _tile_loadd(3, lower + kTileBytes, 64);
+        }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        for (int64_t line = 0; line < kTileBytes; line += 64) {
+            _mm_prefetch(x + (t + 1) * x_tile_bytes + line, _MM_HINT_T0);
+            if (kTwo) {
+                _mm_prefetch(x2 + (t + 1) * x_tile_bytes + line, _MM_HINT_T0);
+            }
+        }
+        _tile_loadd(6, w + t * kTileBytes, 64);
+        _tile_loadd(4, x + t * x_tile_bytes, 64);
+        Bf16Tiles::add<0>();
+        _tile_loadd(7, w2 + t * kTileBytes, 64);
+        Bf16Tiles::add<1>();
+        if (kTwo) {
+            _tile_loadd(5, x2 + t * x_tile_bytes, 64);
+            Bf16Tiles::add<2>();
+            Bf16Tiles::add<3>();
+        }
+        meanwhile();
+    }
+    _tile_stored(0, upper, 64);
+    _tile_stored(1, lower, 64);
+    if (kTwo) {
+        _tile_stored(2, upper + kTileBytes, 64);
+        _tile_stored(3, lower + kTileBytes, 64);
+    }
+}
+
+// The same for one group of rows of X and all four columns of tiles of a panel: four sums in turn, which hides how long
+// one takes.
+template <class Meanwhile>
+inline void multiply_one_group(const uint8_t *x, int64_t x_tile_bytes, const uint8_t *w, int64_t w_stride,
+                               int64_t count, bool first, uint8_t *sums, const Meanwhile &meanwhile) {
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + kTileBytes, 64);
+        _tile_loadd(2, sums + 2 * kTileBytes, 64);
+        _tile_loadd(3, sums + 3 * kTileBytes, 64);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        const uint8_t *w_tile = w + t * kTileBytes;
+        _tile_loadd(4, x + t * x_tile_bytes, 64);
+        _tile_loadd(5, w_tile, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, w_tile + w_stride, 64);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, w_tile + 2 * w_stride, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, w_tile + 3 * w_stride, 64);
+        _tile_dpbf16ps(3, 4, 5);
+        meanwhile();
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + kTileBytes, 64);
+    _tile_stored(2, sums + 2 * kTileBytes, 64);
+    _tile_stored(3, sums + 3 * kTileBytes, 64);
+}
+
+// Columns n0 ... n1 - 1 of `rows` rows; odd_panel(first, end) is called for columns that are not regular.
+class TransposedTiles {
+   public:
+    TransposedTiles(const Gemm4Transposed &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const uint8_t *x,
+                    void *scratch)
+        : p_(p),
+          row0_(row0),
+          rows_(rows),
+          n0_(n0),
+          n1_(n1),
+          span_(transposed_span(rows)),
+          groups_(transposed_groups(rows)),
+          height_(transposed_tile_rows(rows)),
+          x_(x),
+          panels_(static_cast<uint8_t *>(scratch)),
+          scales_(reinterpret_cast<float *>(panels_ + 2 * kPairPanelBytes)),
+          sums_(reinterpret_cast<uint8_t *>(scales_ + kMostSpan * kScaleColumns)),
+          decoder_(p) {}
+
+    template <class OddPanel>
+    void run(const OddPanel &odd_panel) {
+        TileConfig config;
+        for (int tile = 0; tile < (groups_ > 1 ? 6 : 5); ++tile) {  // sums and X
+            config.rows[tile] = static_cast<uint8_t>(height_);
+        }
+        load_tile_config(config);
+        const int64_t slice = transposed_slice(rows_, n1_ - n0_);
+        for (first_ = n0_; first_ < n1_; first_ += slice) {
+            end_ = first_ + slice < n1_ ? first_ + slice : n1_;
+            multiply_slice();
+            for (int64_t n = first_; n < end_; n += kPairColumns) {
+                if ((odd_ >> ((n - first_) / kPairColumns) & 1) == 0) {
+                    finish(n);
+                }
+            }
+            for (int64_t n = first_; odd_ != 0; n += kPairColumns, odd_ >>= 1) {
+                if ((odd_ & 1) != 0) {
+                    odd_panel(n, n + kPairColumns < end_ ? n + kPairColumns : end_);
+                }
+            }
+        }
+        _tile_release();
+    }
+
+   private:
+    // The panel that is being decoded.
+    struct Target {
+        int64_t k0, n;
+        int64_t row, end;  // the next pair of rows, and where the last tile ends
+        int64_t ahead;     // bytes that a row of W is fetched ahead
+        uint8_t *out;
+    };
+
+    // Of a column of tiles of a panel.
+    int64_t column_bytes() const { return span_ / kPairTile * kTileBytes; }
+
+    void begin(int64_t item, int64_t panels) {
+        const int64_t panel = item % panels;
+        target_.k0 = item / panels * span_;
+        target_.n = first_ + panel * kPairColumns;
+        target_.row = 0;
+        target_.end = transposed_span_tiles(p_.k, target_.k0, span_) * kPairTile;
+        target_.out = panels_ + (item & 1) * kPairPanelBytes;
+        const int64_t rows = p_.k - target_.k0 < span_ ? p_.k - target_.k0 : span_;
+        if (panel == 0) {
+            odd_ |= decoder_.prepare(target_.k0, rows, first_, end_, scales_);
+        }
+        // What the panel after the next will read: its lines hold two panels each, the last two of a slice lead to the
+        // first of the next span.
+        const bool wraps = target_.n + 2 * kPairColumns >= end_;
+        target_.ahead = wraps ? (span_ * p_.n + first_ - target_.n) / 2 : kPairColumns;
+    }
+
+    void decode_pairs(int64_t pairs) {
+        // Copies, which the compiler keeps in registers: a store to scratch might change any member.
+        const PairDecoder decoder = decoder_;
+        const Target target = target_;
+        const int64_t k = p_.k;
+        const int64_t panel = (target.n - first_) / kPairColumns;
+        const int64_t end = target.row + 2 * pairs < target.end ? target.row + 2 * pairs : target.end;
+        const int64_t stride = column_bytes();
+        bool regular = true;
+        for (int64_t row = target.row; row < end; row += 2) {
+            uint8_t *out = target.out + row / 2 * kTileRowBytes;
+            __m512i v[kPairVectors] = {};
+            if (target.k0 + row < k) {
+                regular &= decoder.decode(target.k0 + row, target.n, panel, target.ahead, v);
+            }
+            for (int j = 0; j < kPairVectors; ++j) {
+                _mm512_store_si512(out + j * stride, v[j]);
+            }
+        }
+        odd_ |= static_cast<uint32_t>(!regular) << panel;
+        target_.row = end;
+    }
+
+    void multiply_slice() {
+        odd_ = 0;
+        const int64_t panels = (end_ - first_ + kPairColumns - 1) / kPairColumns;
+        const int64_t items = (p_.k + span_ - 1) / span_ * panels;
+        begin(0, panels);
+        decode_pairs(span_ / 2);
+        for (int64_t item = 0; item < items; ++item) {
+            const int64_t k0 = item / panels * span_;
+            const int64_t count = transposed_span_tiles(p_.k, k0, span_);
+            const uint8_t *w = panels_ + (item & 1) * kPairPanelBytes;
+            int64_t pairs = 0;  // of the next panel, a step
+            if (item + 1 < items) {
+                begin(item + 1, panels);
+                const int64_t steps = groups_ > 1 ? 2 * ((groups_ + 1) / 2) * count : count;
+                pairs = (target_.end / 2 + steps - 1) / steps;
+            }
+            const auto meanwhile = [&] { decode_pairs(pairs); };
+            asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
+            if (groups_ == 1) {
+                multiply_one_group(x_ + transposed_x_tile(k0, 1, height_, 0, count), height_ * kTileRowBytes, w,
+                                   column_bytes(), count, k0 == 0, sums_ + item % panels * kPairVectors * kTileBytes,
+                                   meanwhile);
+            }
+            for (int64_t tile = 0; tile < kPairVectors && groups_ > 1; tile += 2) {
+                const uint8_t *w_tiles = w + tile * column_bytes();
+                for (int64_t group = 0; group < groups_; group += 2) {
+                    uint8_t *upper = sums_ + ((item % panels * kPairVectors + tile) * groups_ + group) * kTileBytes;
+                    uint8_t *lower = upper + groups_ * kTileBytes;
+                    const uint8_t *x = x_ + transposed_x_tile(k0, groups_, height_, group, count);
+                    const int64_t bytes = height_ * kTileRowBytes;
+                    if (group + 1 < groups_) {
+                        multiply_pair_tiles<true>(x, bytes, x + count * bytes, w_tiles, column_bytes(), count, k0 == 0,
+                                                  upper, lower, meanwhile);
+                    } else {
+                        multiply_pair_tiles<false>(x, bytes, x, w_tiles, column_bytes(), count, k0 == 0, upper, lower,
+                                                   meanwhile);
+                    }
+                }
+            }
+            if (item + 1 < items) {
+                decode_pairs(span_ / 2);
+            }
+        }
+    }
+
+    // The columns from n on, of all rows.
+    void finish(int64_t n) {
+        const int64_t count = end_ - n < kPairColumns ? end_ - n : kPairColumns;
+        Bfloat *y = static_cast<Bfloat *>(p_.out) + row0_ * p_.n + n;
+        for (int64_t row = 0; row < rows_; ++row) {
+            const float *sums[kPairVectors];
+            for (int64_t j = 0; j < kPairVectors; ++j) {
+                const int64_t tile = ((n - first_) / 16 + j) * groups_ + row / kTile;
+                sums[j] = reinterpret_cast<const float *>(sums_ + tile * kTileBytes + row % kTile * kTileRowBytes);
+            }
+            finish_pairs(decoder_.split(), sums, count, y + row * p_.n);
+        }
+    }
+
+    const Gemm4Transposed &p_;
+    int64_t row0_, rows_, n0_, n1_, span_, groups_, height_;
+    const uint8_t *x_;
+    uint8_t *panels_;
+    float *scales_;
+    uint8_t *sums_;
+    PairDecoder decoder_;
+    Target target_ = {};
+    int64_t first_ = 0, end_ = 0;  // columns of the slice
+    uint32_t odd_ = 0;             // a bit for each panel of the slice
+};
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif
+#endif  // QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
