@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from qcore.backend.abi import constants as QC
 from qcore.backend.abi import ffi
 from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
 from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8, PreparedTransposed
+from qcore.backend.library import open_library
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
 from qcore.backend.weights import Weight4bit, Weight8bit, WeightInt4
 from qcore.errors import (
@@ -42,49 +42,6 @@ _ERRORS: dict[int, type[Exception]] = {
 }
 
 
-def _open(name: str, path: Path) -> tuple[Any, Any]:
-    """Load the library; returns it (to keep it loaded) and its table, checked as far as a table can be."""
-    where = f"backend {name!r}: {path}"
-    if not path.is_file():
-        raise BackendUnavailable(f"{where}: no such file")
-    if _is_truncated(path):
-        raise BackendUnavailable(f"{where}: cannot be loaded: the file is truncated; install it again")
-    try:
-        library = ffi.dlopen(str(path), os.RTLD_NOW | os.RTLD_LOCAL)
-        api = library.qcore_backend_open(QC.QC_ABI_MAJOR)
-    except OSError as error:
-        raise BackendUnavailable(f"{where}: cannot be loaded: {error}") from error
-    except (AttributeError, getattr(ffi, "error", AttributeError)) as error:  # the latter under a pre-parsed header
-        raise BackendUnavailable(f"{where}: exports no qcore_backend_open; it is not a qcore backend") from error
-    if api == ffi.NULL:
-        raise BackendUnavailable(f"{where}: does not serve ABI {QC.QC_ABI_MAJOR}; install a matching version")
-    version = f"ABI {api.abi_major}.{api.abi_minor}"
-    if api.abi_major != QC.QC_ABI_MAJOR:
-        raise BackendUnavailable(f"{where}: built for {version}, this qcore needs {QC.QC_ABI_MAJOR}.x")
-    ours = ffi.sizeof("qc_api")
-    if api.size < ffi.offsetof("qc_api", "quantize_blockwise"):
-        raise BackendUnavailable(f"{where}: its table has {api.size} bytes, too few for its own header")
-    if api.abi_minor == QC.QC_ABI_MINOR and api.size != ours:
-        raise BackendUnavailable(f"{where}: {version} has a table of {ours} bytes, this one says {api.size}")
-    return library, api
-
-
-def _is_truncated(path: Path) -> bool:
-    """Whether an ELF file ends before its segments do: the dynamic loader would crash the process."""
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(64)
-        if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:
-            return False  # no 64-bit little-endian ELF file: the loader's own message says what is wrong
-        (table,), (size, count) = struct.unpack_from("<Q", head, 32), struct.unpack_from("<HH", head, 54)
-        if table + size * count > length:
-            return True
-        file.seek(table)
-        entries = file.read(size * count)
-    segments = (struct.unpack_from("<QQQQ", entries, size * i + 8) for i in range(count))
-    return any(offset + in_file > length for offset, _, _, in_file in segments)
-
-
 class CffiBackend(Backend):
     """A backend behind the C ABI.
 
@@ -106,7 +63,7 @@ class CffiBackend(Backend):
     def __init__(self, name: str, path: str | os.PathLike[str], device_types: frozenset[str] | None = None) -> None:
         self.name = name
         self.path = Path(path).resolve()
-        self._library, self._api = _open(name, self.path)
+        self._library, self._api = open_library(name, self.path)
         count = ffi.new("int32_t *")
         try:
             self._check(self._api.device_count(count))
