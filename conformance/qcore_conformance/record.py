@@ -1,14 +1,15 @@
 """The suite's calls as a file: inputs and what has to come out, for a device that has no Python.
 
 The cases run on ``cpu_reference``, and every call that they make of the backend is written down once. What a replay
-compares with is decided here: bits where the spec is exact, for ``gemm_4bit`` an interval an element, from the oracle
-and from what the tested library declares (QC-GEMM4-004). ``backends/cpu/tests/replay.cpp`` reads it.
+compares with is decided here: bits where the spec is exact, for the 4-bit products an interval an element, from the
+oracle and from what the tested library declares (QC-GEMM4-004). ``backends/cpu/tests/replay.cpp`` reads it.
 
-File, little-endian: ``QCCALLS1``, the declared lanes, extra and weight rounding, then calls up to the end. A string is
-its length (u32) and its bytes. A call is its case, its op, and four groups, each with a count (u32): integers (name,
-i64), reals (name, f64), inputs and outputs (name, then an array). An array is dtype (u8: 0 f32, 1 f16, 2 bf16, 3 u8,
-4 i8, 5 i32), number of dimensions (u8), dimensions (i64) and elements; of an output, after that a byte that says
-whether it is an interval: then low and high (f64 an element) take the place of the elements.
+File, little-endian: ``QCCALLS2``, a count (u32) of products and of each its op, declared lanes, extra (i64) and weight
+rounding, then calls up to the end. A string is its length (u32) and its bytes. A call is its case, its op, and four
+groups, each with a count (u32): integers (name, i64), reals (name, f64), inputs and outputs (name, then an array). An
+array is dtype (u8: 0 f32, 1 f16, 2 bf16, 3 u8, 4 i8, 5 i32), number of dimensions (u8), dimensions (i64) and elements;
+of an output, after that a byte that says whether it is an interval: then low and high (f64 an element) take the place
+of the elements. A tensor of ``optimizer_step`` is both: an input as it was, an output as it has to be.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qcore.backend import OPS, Backend, Description, Weight4bit, get_backend
+from qcore.backend import (
+    ALGORITHMS,
+    OPS,
+    Backend,
+    Description,
+    OptimizerRule,
+    OptimizerTensors,
+    Weight4bit,
+    Weight8bit,
+    get_backend,
+)
 from qcore.errors import BackendError, OutputError
 from qcore_conformance import oracle
 from qcore_conformance.bounds import GemmDeclaration, gemm_bound
@@ -36,12 +47,14 @@ from qcore_conformance.model import Case, Outcome
 from qcore_conformance.session import Session, default_device, from_torch
 from qcore_conformance.weights import Weight
 
-MAGIC = b"QCCALLS1"
+MAGIC = b"QCCALLS2"
 LEVELS = ("L1", "L2")
-# Their arguments are structures of lists, and bounds of their own; the format has no place for them yet.
-LEFT_OUT = frozenset({"optimizer_step", "int8_linear", "gemm_int4"})
+PRODUCTS = ("gemm_4bit", "gemm_4bit_transposed")
+LEFT_OUT = frozenset({"gemm_int4"})  # the file has no place for its weight and declaration yet
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32)
 _FORMATS = {"nf4": 0, "fp4": 1}
+_FLAGS = ("nesterov", "skip_zeros", "stochastic", "bnb_codes", "signed_state")  # by bit, as in qcore_backend.h
+Interval = tuple[NDArray[np.float64], NDArray[np.float64]]  # lowest and highest, an element
 # Larger calls are left out: an emulated device takes minutes over each.
 MOST_BYTES = 4 << 20
 
@@ -49,14 +62,16 @@ MOST_BYTES = 4 << 20
 class Recorder(Backend):
     """Another backend, whose calls are written to a file."""
 
-    def __init__(self, inner: Backend, file: IO[bytes], declared: GemmDeclaration) -> None:
+    def __init__(self, inner: Backend, file: IO[bytes], declared: Mapping[str, GemmDeclaration]) -> None:
         self.name, self.device_types = inner.name, inner.device_types
         self.case: Case | None = None
         self.counts: Counter[str] = Counter()
         self.too_large = 0
         self._inner, self._file, self._declared = inner, file, declared
-        file.write(MAGIC + struct.pack("<qq", declared.lanes, declared.extra) + _text(declared.weight_rounding))
-        for op in OPS.keys() - LEFT_OUT:
+        file.write(MAGIC + struct.pack("<I", len(declared)))
+        for op, said in declared.items():
+            file.write(_text(op) + struct.pack("<qq", said.lanes, said.extra) + _text(said.weight_rounding))
+        for op in OPS.keys() - LEFT_OUT - {"optimizer_step"}:
             setattr(self, op, self._recording(op))
 
     def describe(self, device: torch.device) -> Description:
@@ -77,19 +92,55 @@ class Recorder(Backend):
 
         return call
 
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        lists = {name: list(value) for name, value in vars(tensors).items()}
+        every = {f"{name}[{i}]": value for name, values in lists.items() for i, value in enumerate(values)}
+        before = {name: value.clone() for name, value in every.items() if isinstance(value, torch.Tensor)}
+        self._inner.optimizer_step(rule, tensors)
+        if not tensors.params:
+            return
+        integers = {
+            "count": len(tensors.params),
+            "algorithm": list(ALGORITHMS).index(rule.algorithm),
+            "state_bits": rule.state_bits,
+            "param_dtype": _DTYPES.index(tensors.params[0].dtype),
+            "grad_dtype": _DTYPES.index(tensors.grads[0].dtype),
+            "flags": sum(getattr(rule, flag) << bit for bit, flag in enumerate(_FLAGS)),
+            "seed": _signed(rule.seed),
+        } | {name: _signed(value) for name, value in every.items() if name.startswith("streams")}
+        reals = {name: value for name, value in vars(rule).items() if isinstance(value, float)}
+        reals |= {name: value for name, value in every.items() if name.startswith("grad_scales")}
+        changed = {name: every[name] for name in before if not name.startswith("grads")}
+        self._write_call("optimizer_step", integers, reals, before, {n: (t, None) for n, t in changed.items()})
+
     def _write(self, op: str, named: Mapping[str, Any], written: set[str]) -> None:
-        assert self.case is not None
         integers: dict[str, int] = {}
         reals: dict[str, float] = {}
         inputs: dict[str, torch.Tensor] = {}
         for name, value in named.items():
-            if isinstance(value, Weight4bit):
+            if isinstance(value, Weight4bit | Weight8bit):
                 for part in fields(value):
                     _sort(part.name, getattr(value, part.name), integers, reals, inputs)
             elif name not in written:
                 _sort(name, value, integers, reals, inputs)
-        outputs = {name: named[name] for name in sorted(written) if named.get(name) is not None}
-        if sum(t.numel() * t.element_size() for t in (*inputs.values(), *outputs.values())) > MOST_BYTES:
+        outputs = {
+            name: (named[name], self._interval(op, named, named[name]) if op in PRODUCTS else None)
+            for name in sorted(written)
+            if named.get(name) is not None
+        }
+        self._write_call(op, integers, reals, inputs, outputs)
+
+    def _write_call(
+        self,
+        op: str,
+        integers: Mapping[str, int],
+        reals: Mapping[str, float],
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, tuple[torch.Tensor, Interval | None]],
+    ) -> None:
+        assert self.case is not None
+        tensors = (*inputs.values(), *(tensor for tensor, _ in outputs.values()))
+        if sum(t.numel() * t.element_size() for t in tensors) > MOST_BYTES:
             self.too_large += 1
             return
         parts = [_text(self.case.id), _text(op)]
@@ -97,25 +148,26 @@ class Recorder(Backend):
         parts.append(struct.pack("<I", len(inputs)))
         parts += [_text(name) + _shape(tensor) + _bytes(tensor) for name, tensor in inputs.items()]
         parts.append(struct.pack("<I", len(outputs)))
-        for name, tensor in outputs.items():
-            if op == "gemm_4bit":
-                low, high = self._interval(named, tensor)
-                content = b"\x01" + low.tobytes() + high.tobytes()
-            else:
-                content = b"\x00" + _bytes(tensor)
-            parts.append(_text(name) + _shape(tensor) + content)
+        for name, (tensor, interval) in outputs.items():
+            exact = b"\x00" + _bytes(tensor) if interval is None else b""
+            parts.append(_text(name) + _shape(tensor) + exact)
+            if interval is not None:
+                parts.append(b"\x01" + interval[0].tobytes() + interval[1].tobytes())
         self._file.write(b"".join(parts))
         self.counts[op] += 1
 
-    def _interval(self, named: Mapping[str, Any], out: torch.Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What an output of ``gemm_4bit`` may be; a single value where a sum is exact or not finite."""
+    def _interval(self, op: str, named: Mapping[str, Any], out: torch.Tensor) -> Interval:
+        """What an output of a product may be; a single value where a sum is exact or not finite."""
         given = out.double().numpy()
         x: Any = from_torch(named["A"])
         bias: Any = None if named.get("bias") is None else from_torch(named["bias"])
-        decoded = _weight(named["weight"]).decoded()
+        weight = _weight(named["weight"])
+        decoded = weight.decoded()
+        if op == "gemm_4bit_transposed":
+            decoded = Floats(decoded.bits.reshape(weight.shape).T.copy(), decoded.dtype)
         with np.errstate(invalid="ignore", over="ignore"):
             truth = oracle.gemm_4bit(x, decoded, bias)
-            bound = gemm_bound(truth, self._declared, x.shape[1], x.dtype)
+            bound = gemm_bound(truth, self._declared[op], x.shape[1], x.dtype)
             free = np.isfinite(truth.exact) & np.isfinite(given) & ~_exact_sums(x, decoded, bias, truth)
             return np.where(free, truth.exact - bound, given), np.where(free, truth.exact + bound, given)
 
@@ -159,6 +211,11 @@ def _sort(name: str, value: Any, integers: dict[str, int], reals: dict[str, floa
         assert value is None, name
 
 
+def _signed(value: int) -> int:
+    """An unsigned 64-bit integer as the signed one of the same bits."""
+    return value - 2**64 if value >= 2**63 else value
+
+
 def _text(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<I", len(data)) + data
@@ -179,7 +236,9 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--declared-by", required=True, help="Backend whose declaration of gemm_4bit the replay is held to.")
+@click.option(
+    "--declared-by", required=True, help="Backend whose declarations of the 4-bit products the replay is held to."
+)
 @click.option("--op", "ops", multiple=True, help="Only this op (repeatable).")
 @click.option("--seed", type=int, default=0, show_default=True)
 def record(path: Path, declared_by: str, ops: tuple[str, ...], seed: int) -> None:
@@ -191,7 +250,8 @@ def record(path: Path, declared_by: str, ops: tuple[str, ...], seed: int) -> Non
     except BackendError as error:
         fail(str(error))
         return
-    declared = GemmDeclaration.parse(library.describe(default_device(library)).declarations)
+    said = library.describe(default_device(library)).declarations
+    declared = {op: GemmDeclaration.parse(said, op) for op in PRODUCTS}
     try:
         with path.open("wb") as file:
             recorder = Recorder(reference, file, declared)

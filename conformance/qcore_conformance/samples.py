@@ -185,7 +185,6 @@ _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] 
     "quantize_absmax": _quantize_absmax,
     "dequantize_absmax": _dequantize_absmax,
     "gemm_4bit": _gemm_4bit,
-    "gemm_4bit_transposed": _gemm_4bit_transposed,
     "int8_quantize_rows": _int8_quantize_rows,
     "int8_quantize_cols": _int8_quantize_cols,
     "int8_gemm": _int8_gemm,
@@ -195,5 +194,6 @@ _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] 
     "optimizer_step": _optimizer_step,
     "int8_linear": _int8_linear,
     "gemm_int4": _gemm_int4,
+    "gemm_4bit_transposed": _gemm_4bit_transposed,
 }
 OPS = tuple(_MAKERS)

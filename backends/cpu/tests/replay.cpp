@@ -18,144 +18,18 @@
 #include <vector>
 
 #include "qcore_backend.h"
+#include "replay_file.h"
+#include "replay_optimizer.h"
 
 namespace {
 
-constexpr size_t kGuard = 64;
-constexpr unsigned char kCanary = 0xA7;
-constexpr size_t kSizes[] = {4, 2, 2, 1, 1, 4};  // f32, f16, bf16, u8, i8, i32
-constexpr int kU8 = 3;
-
-// Memory of exactly so many bytes, aligned to 64, with canaries around it.
-class Buffer {
-   public:
-    explicit Buffer(size_t bytes) : bytes_(bytes), raw_(bytes + 3 * kGuard, kCanary) {
-        const auto at = reinterpret_cast<uintptr_t>(raw_.data()) + kGuard;
-        start_ = raw_.data() + kGuard + (kGuard - at % kGuard) % kGuard;
-    }
-    unsigned char *data() { return start_; }
-    uintptr_t address() const { return reinterpret_cast<uintptr_t>(start_); }
-    size_t bytes() const { return bytes_; }
-    bool intact() const {
-        const unsigned char *end = raw_.data() + raw_.size();
-        for (const unsigned char *p = raw_.data(); p < end; ++p) {
-            if ((p < start_ || p >= start_ + bytes_) && *p != kCanary) {
-                return false;
-            }
-        }
-        return true;
-    }
-
-   private:
-    size_t bytes_;
-    std::vector<unsigned char> raw_;
-    unsigned char *start_;
-};
-
-struct Array {
-    int dtype = 0;
-    std::vector<int64_t> shape;
-    std::vector<unsigned char> bytes;  // or, of an interval:
-    std::vector<double> low, high;
-
-    size_t count() const {
-        size_t n = 1;
-        for (const int64_t size : shape) {
-            n *= static_cast<size_t>(size);
-        }
-        return n;
-    }
-};
-
-struct Call {
-    std::string name, op;
-    std::map<std::string, int64_t> integers;
-    std::map<std::string, double> reals;
-    std::map<std::string, Array> inputs, outputs;
-};
-
-class Reader {
-   public:
-    explicit Reader(const char *path) : file_(path, std::ios::binary) {
-        if (!file_) {
-            throw std::runtime_error(std::string(path) + ": cannot be opened");
-        }
-    }
-    bool at_end() { return file_.peek() == std::ifstream::traits_type::eof(); }
-    void bytes(void *to, size_t count) {
-        file_.read(static_cast<char *>(to), static_cast<std::streamsize>(count));
-        if (static_cast<size_t>(file_.gcount()) != count) {
-            throw std::runtime_error("the file ends in the middle of a call");
-        }
-    }
-    template <class T>
-    T value() {
-        T v;
-        bytes(&v, sizeof v);
-        return v;
-    }
-    std::string text() {
-        std::string s(value<uint32_t>(), '\0');
-        bytes(&s[0], s.size());
-        return s;
-    }
-    template <class T>
-    void group(std::map<std::string, T> *values) {
-        for (auto left = value<uint32_t>(); left > 0; --left) {
-            const std::string name = text();
-            (*values)[name] = value<T>();
-        }
-    }
-    void arrays(std::map<std::string, Array> *values, bool expected) {
-        for (auto left = value<uint32_t>(); left > 0; --left) {
-            Array &array = (*values)[text()];
-            array.dtype = value<uint8_t>();
-            for (int n = value<uint8_t>(); n > 0; --n) {
-                array.shape.push_back(value<int64_t>());
-            }
-            if (expected && value<uint8_t>() == 1) {
-                array.low.resize(array.count());
-                array.high.resize(array.count());
-                bytes(array.low.data(), 8 * array.low.size());
-                bytes(array.high.data(), 8 * array.high.size());
-            } else {
-                array.bytes.resize(array.count() * kSizes[array.dtype]);
-                bytes(array.bytes.data(), array.bytes.size());
-            }
-        }
-    }
-    Call call() {
-        Call c;
-        c.name = text();
-        c.op = text();
-        group(&c.integers);
-        group(&c.reals);
-        arrays(&c.inputs, false);
-        arrays(&c.outputs, true);
-        return c;
-    }
-
-   private:
-    std::ifstream file_;
-};
-
-double as_double(int dtype, const unsigned char *p) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, p, kSizes[dtype]);
-    if (dtype == QC_F16) {
-        const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
-        const double sign = bits >> 15 ? -1.0 : 1.0;
-        if (exponent == 31) {
-            return fraction ? NAN : sign * INFINITY;
-        }
-        return sign * (exponent ? std::ldexp(1024.0 + fraction, static_cast<int>(exponent) - 25)
-                                : std::ldexp(static_cast<double>(fraction), -24));
-    }
-    bits = dtype == QC_BF16 ? bits << 16 : bits;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
+using replay::Array;
+using replay::as_double;
+using replay::Buffer;
+using replay::Call;
+using replay::kSizes;
+using replay::kU8;
+using replay::Reader;
 
 // The first element that is wrong, or -1.
 int64_t first_wrong(const Array &want, const unsigned char *got) {
@@ -187,7 +61,10 @@ class Replay {
             std::memcpy(buffer.data(), array.bytes.data(), array.bytes.size());
         }
         for (const auto &[name, array] : call.outputs) {
-            buffers_.emplace("out:" + name, array.count() * kSizes[array.dtype]);
+            Buffer &buffer = buffers_.emplace("out:" + name, array.count() * kSizes[array.dtype]).first->second;
+            if (const auto before = call.inputs.find(name); before != call.inputs.end()) {  // changes in place
+                std::memcpy(buffer.data(), before->second.bytes.data(), buffer.bytes());
+            }
         }
     }
 
@@ -305,36 +182,81 @@ class Replay {
             return api_->int8_dequantize_rows(0, threads_, out_dtype(), size("A", 0), size("A", 1), in("A"),
                                               in("row_stats"), out("out"));
         }
+        if (op == "optimizer_step") {
+            return optimizer_step();
+        }
+        if (op == "int8_linear") {
+            return int8_linear();
+        }
         return product();
+    }
+
+    qc_status optimizer_step() {
+        const auto address = [&](const std::string &name) { return call_.outputs.count(name) ? out(name) : in(name); };
+        const replay::OptimizerCall step(call_, address);
+        Buffer scratch =
+            step.needs_scratch() ? workspace(QC_OP_OPTIMIZER_STEP, QC_F32, step.blocks(), step.count(), 0) : Buffer(0);
+        return in_scratch(scratch, [&](uintptr_t at, int64_t bytes) {
+            return api_->optimizer_step(0, threads_, step.optimizer(), step.tensors(), at, bytes);
+        });
+    }
+
+    qc_status int8_linear() {
+        const int64_t m = size("A", 0), k = size("A", 1), n = size("codes", 0);
+        Buffer scratch = workspace(QC_OP_INT8_LINEAR, out_dtype(), m, n, k);
+        return in_scratch(scratch, [&](uintptr_t at, int64_t bytes) {
+            return api_->int8_linear(0, threads_, out_dtype(), m, n, k, in("A"), in("codes"), in("scales"), threshold(),
+                                     bias_dtype(), in("bias"), out("out"), out("outliers"), at, bytes);
+        });
+    }
+
+    // call(address, bytes) with scratch, which has to be intact afterwards.
+    template <class Function>
+    qc_status in_scratch(const Buffer &scratch, const Function &call) const {
+        const qc_status status = call(scratch.bytes() ? scratch.address() : 0, static_cast<int64_t>(scratch.bytes()));
+        if (!scratch.intact()) {
+            throw std::runtime_error(call_.name + ": written outside the workspace");
+        }
+        return status;
     }
 
     float threshold() const { return static_cast<float>(call_.reals.at("threshold")); }
 
     qc_status product() {
         const std::string &op = call_.op;
-        const bool fourbit = op == "gemm_4bit";
-        const int64_t m = size("A", 0), k = size("A", 1), n = fourbit ? integer("shape0") : size("B", 0);
-        const int32_t code = fourbit ? QC_OP_GEMM_4BIT : op == "int8_gemm" ? QC_OP_INT8_GEMM : QC_OP_INT8_SCALED_GEMM;
-        Buffer scratch = workspace(code, op == "int8_gemm" ? QC_F32 : out_dtype(), m, n, k);
-        const uintptr_t at = scratch.bytes() ? scratch.address() : 0;
-        const auto bytes = static_cast<int64_t>(scratch.bytes());
-        qc_status status = QC_UNSUPPORTED;
-        if (fourbit) {
+        const int64_t m = size("A", 0), k = size("A", 1);
+        if (op == "gemm_4bit") {
             const qc_weight_4bit w = weight();
-            status = api_->gemm_4bit(0, threads_, out_dtype(), m, n, k, in("A"), &w, bias_dtype(), in("bias"),
-                                     out("out"), at, bytes);
-        } else if (op == "int8_gemm") {
-            status = api_->int8_gemm(0, threads_, m, n, k, in("A"), in("B"), out("out"), at, bytes);
-        } else if (op == "int8_scaled_gemm") {
-            status = api_->int8_scaled_gemm(0, threads_, out_dtype(), m, n, k, in("A"), in("B"), in("row_stats"),
-                                            in("col_stats"), bias_dtype(), in("bias"), out("out"), at, bytes);
-        } else {
-            throw std::runtime_error(op + ": no such op; bring replay.cpp up to date");
+            const int64_t n = integer("shape0");
+            return in_scratch(workspace(QC_OP_GEMM_4BIT, out_dtype(), m, n, k), [&](uintptr_t at, int64_t bytes) {
+                return api_->gemm_4bit(0, threads_, out_dtype(), m, n, k, in("A"), &w, bias_dtype(), in("bias"),
+                                       out("out"), at, bytes);
+            });
         }
-        if (!scratch.intact()) {
-            throw std::runtime_error(call_.name + ": written outside the workspace");
+        if (op == "gemm_4bit_transposed") {
+            const qc_weight_4bit w = weight();
+            const int64_t columns = integer("shape1");
+            Buffer scratch = workspace(QC_OP_GEMM_4BIT_TRANSPOSED, out_dtype(), m, k, columns);
+            return in_scratch(scratch, [&](uintptr_t at, int64_t bytes) {
+                return api_->gemm_4bit_transposed(0, threads_, out_dtype(), m, k, columns, in("A"), &w, out("out"), at,
+                                                  bytes);
+            });
         }
-        return status;
+        if (op == "int8_gemm") {
+            const int64_t n = size("B", 0);
+            return in_scratch(workspace(QC_OP_INT8_GEMM, QC_F32, m, n, k), [&](uintptr_t at, int64_t bytes) {
+                return api_->int8_gemm(0, threads_, m, n, k, in("A"), in("B"), out("out"), at, bytes);
+            });
+        }
+        if (op == "int8_scaled_gemm") {
+            const int64_t n = size("B", 0);
+            Buffer scratch = workspace(QC_OP_INT8_SCALED_GEMM, out_dtype(), m, n, k);
+            return in_scratch(scratch, [&](uintptr_t at, int64_t bytes) {
+                return api_->int8_scaled_gemm(0, threads_, out_dtype(), m, n, k, in("A"), in("B"), in("row_stats"),
+                                              in("col_stats"), bias_dtype(), in("bias"), out("out"), at, bytes);
+            });
+        }
+        throw std::runtime_error(op + ": no such op; bring replay.cpp up to date");
     }
 
     const qc_api *api_;
@@ -344,14 +266,18 @@ class Replay {
 };
 
 // The recorded intervals hold for a library that declares what they were made from.
-void check_declaration(const qc_api *api, int64_t lanes, int64_t extra, const std::string &rounding) {
+void check_declarations(const qc_api *api, Reader *reader) {
     const char *json = nullptr;
     if (api->describe(0, &json) != QC_OK) {
         throw std::runtime_error(std::string("describe: ") + api->last_error());
     }
     const std::string said = json;
-    const std::string depth = "\"lanes\": " + std::to_string(lanes) + ", \"extra\": " + std::to_string(extra) + "}";
-    for (const std::string &part : {depth, "\"weight_rounding\": \"" + rounding + "\""}) {
+    for (auto left = reader->value<uint32_t>(); left > 0; --left) {
+        const std::string op = reader->text();
+        const auto lanes = reader->value<int64_t>(), extra = reader->value<int64_t>();
+        const std::string part = "\"" + op + "\": {\"depth\": {\"lanes\": " + std::to_string(lanes) +
+                                 ", \"extra\": " + std::to_string(extra) + "}, \"weight_rounding\": \"" +
+                                 reader->text() + "\"}";
         if (said.find(part) == std::string::npos) {
             throw std::runtime_error("the calls were recorded for a library that declares " + part +
                                      ", this one: " + said);
@@ -360,7 +286,7 @@ void check_declaration(const qc_api *api, int64_t lanes, int64_t extra, const st
     std::printf("%s\n", json);
 }
 
-int replay(const char *library, const char *path) {
+int replay_calls(const char *library, const char *path) {
     void *handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) {
         throw std::runtime_error(dlerror());
@@ -373,11 +299,10 @@ int replay(const char *library, const char *path) {
     Reader reader(path);
     char magic[8];
     reader.bytes(magic, sizeof magic);
-    if (std::memcmp(magic, "QCCALLS1", sizeof magic) != 0) {
+    if (std::memcmp(magic, "QCCALLS2", sizeof magic) != 0) {
         throw std::runtime_error(std::string(path) + ": no recorded calls of this version");
     }
-    const auto lanes = reader.value<int64_t>(), extra = reader.value<int64_t>();
-    check_declaration(api, lanes, extra, reader.text());
+    check_declarations(api, &reader);
     std::map<std::string, int> passed;
     int failed = 0;
     while (!reader.at_end()) {
@@ -410,7 +335,7 @@ int main(int argc, char **argv) {
         return 2;
     }
     try {
-        return replay(argv[1], argv[2]);
+        return replay_calls(argv[1], argv[2]);
     } catch (const std::exception &error) {
         std::fprintf(stderr, "%s\n", error.what());
         return 2;

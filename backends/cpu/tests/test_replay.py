@@ -16,7 +16,7 @@ from qcore.backend import abi
 from qcore.backend.cffi_backend import CffiBackend
 
 HERE = Path(__file__).parent
-OPS = ("quantize_absmax", "gemm_4bit")
+OPS = ("quantize_absmax", "gemm_4bit", "optimizer_step")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -64,7 +64,7 @@ def test_one_other_expectation_fails(replay: Path, calls: Path, tmp_path: Path) 
     assert " 2 failed" in done.stdout  # on one thread and on three
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"QCCALLS0" + bytes(64), "no recorded calls"), (b"QC", "ends in")])
+@pytest.mark.parametrize(("content", "message"), [(b"QCCALLS1" + bytes(64), "no recorded calls"), (b"QC", "ends in")])
 def test_another_file_is_refused(replay: Path, content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "calls.bin"
     path.write_bytes(content)
