@@ -211,10 +211,16 @@ void pack(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t group, void *pa
 
 void multiply_in_tiles(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const void *packed,
                        void *scratch) {
+    // The next of 32 rows side by side begins a new stream, which the processor notices late: what will be read of this
+    // place's next turn is fetched into L2 meanwhile, along the row where only one panel waits, else of the next panel.
+    const bool one_panel = tile_slice(rows, n1 - n0) == kTilePanel;
     const auto fill = [&](int64_t n, int64_t byte, int64_t bytes, uint8_t *out) {
         const int8_t *from = p.b + n * p.k + byte;
+        const bool along = one_panel && byte + bytes < p.k;
+        const int64_t ahead = along ? kTileSpan : kTilePanel * p.k - (one_panel ? byte : 0);
         int64_t i = 0;
         for (; i + 64 <= bytes; i += 64) {
+            _mm_prefetch(from + i + ahead, _MM_HINT_T1);
             _mm512_storeu_si512(out + i, _mm512_loadu_si512(from + i));
         }
         if (i < bytes) {
