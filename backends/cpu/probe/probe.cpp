@@ -176,7 +176,7 @@ struct Unit {
 };
 
 // The best that this processor has for factors of a dtype and sums in 32 bits.
-Unit best_unit(int32_t dtype) {
+Unit best_unit([[maybe_unused]] int32_t dtype) {
 #ifdef __x86_64__
     if (dtype == kBf16 && machine_has(Isa::amx)) {
         return {"amx bf16", [](int64_t steps) { return multiply_amx(true, steps); }};
