@@ -14,7 +14,7 @@ from qcore.bench.measure import Call
 from qcore.bench.workload import BLOCKSIZE, BLOCKSIZE_8BIT, DTYPES, Build, Shared, Spec, Workload, nbytes
 from qcore.functional.codemaps import dynamic_code
 from qcore.ops import int8
-from qcore.ops.fourbit import dequantize_absmax, prepare_gemm_4bit, quantize_absmax
+from qcore.ops.fourbit import dequantize_absmax, gemm_4bit_transposed, prepare_gemm_4bit, quantize_absmax
 from qcore.ops.int8_linear import int8_linear
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -42,6 +42,7 @@ def specs(shape: tuple[int, int], dtypes: Sequence[str], rows: Sequence[int]) ->
         for index, dtype in enumerate(dtypes):
             for kind in QUANT_TYPES[: 1 if index else 2]:
                 yield Spec("gemm_4bit", kind, dtype, shape, m, _gemm_4bit(kind, dtype, m))
+            yield Spec("gemm_4bit_transposed", "nf4", dtype, shape, m, _gemm_4bit_transposed(dtype, m))
             yield Spec("int8_quantize_rows", "threshold 6", dtype, shape, m, _quantize_rows(dtype, m))
         yield Spec("int8_gemm", "", "int8", shape, m, _int8_gemm(m))
         yield Spec("int8_linear", "", dtypes[0], shape, m, _int8_linear(dtypes[0], m))
@@ -145,6 +146,22 @@ def _gemm_4bit(kind: str, dtype: str, m: int) -> Build:
         s.with_torch(calls, x, "f32", "bf16")
         written = m * n * x.element_size()
         return Workload(calls, nbytes(packed, state.absmax, x), written, 2 * m * n * k, dtype)
+
+    return build
+
+
+def _gemm_4bit_transposed(dtype: str, m: int) -> Build:
+    def build(s: Shared) -> Workload:
+        (n, k), y = s.shape, s.normal(m, s.shape[0], dtype)
+        packed, state = s.once(
+            "plain 4-bit", "nf4", make=lambda: F.quantize_4bit(s.weight("f32"), quant_type="nf4", blocksize=BLOCKSIZE)
+        )
+        weight = state.weight(packed)
+        calls: dict[str, Call] = {"qcore": lambda: gemm_4bit_transposed(y, weight)}
+        for peer in ("f32", "bf16") if s.torch else ():
+            dense, a = s.weight(peer), y.to(DTYPES[peer])
+            calls[f"torch {peer}"] = lambda dense=dense, a=a: a @ dense  # type: ignore[misc]
+        return Workload(calls, nbytes(packed, state.absmax, y), m * k * y.element_size(), 2 * m * n * k, dtype)
 
     return build
 
