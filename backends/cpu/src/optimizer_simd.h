@@ -198,16 +198,20 @@ void encode_exactly(const Codebook &book, const float *values, Float scale, uint
 
 #if defined(__AVX512F__)
 
-// The upper half of a pair of vectors' dwords, one byte each: 32 codes.
-#if defined(__AVX512VBMI__)
+// Of two vectors the third byte of each lane, in order.
 inline __m256i third_bytes(Int a, Int b) {
-    alignas(64) static const uint8_t kThird[32] = {2,  6,  10, 14,  18,  22,  26,  30,  34,  38, 42,
+#if defined(__AVX512VBMI__)
+    alignas(64) static const uint8_t kThird[64] = {2,  6,  10, 14,  18,  22,  26,  30,  34,  38, 42,
                                                    46, 50, 54, 58,  62,  66,  70,  74,  78,  82, 86,
                                                    90, 94, 98, 102, 106, 110, 114, 118, 122, 126};
-    const Int index = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i *>(kThird)));
-    return _mm512_castsi512_si256(_mm512_permutex2var_epi8(a, index, b));
-}
+    return _mm512_castsi512_si256(_mm512_permutex2var_epi8(a, _mm512_load_si512(kThird), b));
+#else
+    const Int third = _mm512_set1_epi32(0xFF);
+    const Int low = _mm512_and_si512(_mm512_srli_epi32(a, 16), third);
+    const Int high = _mm512_and_si512(_mm512_srli_epi32(b, 16), third);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(low)), _mm512_cvtepi32_epi8(high), 1);
 #endif
+}
 
 // state_codes.h says how. With kPositive no value is below 0.
 template <bool kPositive>
@@ -217,40 +221,24 @@ class StateCodes {
 
     template <bool kFloored>
     __attribute__((always_inline)) void encode(const float *values, Float scale, uint8_t *out) const {
-        Int fixed[kVectors];
+        Int twice[kVectors];  // so that the code is a byte
         __mmask16 sure = 0xFFFF;
         for (int v = 0; v < kVectors; ++v) {
             const Float value = load(values + v * kLanes);
-            fixed[v] = estimate<kFloored>(multiply(value, scale), sure);
-            if constexpr (kFloored) {
-                fixed[v] = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(bits(value), bits(value)), fixed[v]);
-            }
+            const Int fixed = estimate<kFloored>(multiply(value, scale), sure);
+            const __mmask16 counts = kFloored ? _mm512_test_epi32_mask(bits(value), bits(value)) : 0xFFFF;
+            twice[v] = _mm512_maskz_add_epi32(counts, fixed, fixed);
         }
         if (__builtin_expect(sure != 0xFFFF, 0)) {
             encode_exactly<kFloored>(exact_, values, scale, out);
             return;
         }
-        const Int zero_code = _mm512_set1_epi8(static_cast<char>(exact_.zero_code));
-#if defined(__AVX512VBMI__)
-        static_assert(StateLines::kFraction == 15);
+        const Int first = _mm512_set1_epi8(static_cast<char>(kPositive ? exact_.zero_code : 0));
         for (int v = 0; v < kVectors; v += 2) {
-            __m256i codes = third_bytes(add(fixed[v], fixed[v]), add(fixed[v + 1], fixed[v + 1]));
-            if constexpr (kPositive) {
-                codes = _mm256_add_epi8(codes, _mm512_castsi512_si256(zero_code));
-            }
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + v * kLanes), codes);
+            const __m256i codes = third_bytes(twice[v], twice[v + 1]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + v * kLanes),
+                                kPositive ? _mm256_add_epi8(codes, _mm512_castsi512_si256(first)) : codes);
         }
-#else
-        for (Int &f : fixed) {
-            f = _mm512_and_si512(_mm512_srli_epi32(f, StateLines::kFraction), _mm512_set1_epi32(0xFF));
-        }
-        if constexpr (kPositive) {
-            for (Int &f : fixed) {
-                f = _mm512_add_epi32(f, _mm512_and_si512(zero_code, _mm512_set1_epi32(0xFF)));
-            }
-        }
-        pack_bytes(fixed, out);
-#endif
     }
 
    private:
@@ -277,6 +265,7 @@ class StateCodes {
             f = _mm512_fmadd_ps(_mm512_range_ps(y, cap, kSmallerMagnitude), slope, offset);
         }
         sure = _mm512_mask_test_epi32_mask(sure, bits(f), _mm512_set1_epi32(StateLines::kSure));
+        static_assert(StateLines::kFraction == 15);
         return bits(f);
     }
     static Float line(const float *of) { return _mm512_load_ps(of); }
