@@ -73,7 +73,7 @@ def late(make: Callable[[], Call]) -> Call:
 
 
 def traffic(n: int, family: str, bits: int) -> Call:
-    """Reads and writes what a step does, as fast as torch can: a sign changed in place, one sum of what is only read."""
+    """Reads and writes what a step does, as fast as torch can: a sign changed in place, one sum of the rest."""
     _, states, norm_first = FAMILIES[family]
     state_bytes = states * (4 * n if bits == 32 else n + n // 64)
     changed = torch.randn((4 * n + state_bytes) // 4)  # parameter and states

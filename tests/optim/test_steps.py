@@ -266,15 +266,17 @@ def test_a_replaced_parameter_memory_is_noticed() -> None:
     assert torch.equal(moved, plain)
 
 
-def test_state_that_the_caller_replaces_is_used() -> None:
+@pytest.mark.parametrize("key", ["state1", "state2", "absmax1", "absmax2", "kahan"])
+def test_state_that_the_caller_replaces_is_used(key: str) -> None:
     grads = gradients((600,), 2)
-    param = nn.Parameter(torch.randn(600))
-    optimizer = optim.Lion8bit([param], min_8bit_size=0)
+    param = nn.Parameter(torch.randn(600).bfloat16())
+    optimizer = optim.AdamW8bit([param], min_8bit_size=0, kahan=True)
     run(optimizer, grads)
-    replaced = optimizer.state[param]["state1"].clone()
-    optimizer.state[param]["state1"] = replaced
+    replaced = optimizer.state[param][key].clone()
+    optimizer.state[param][key] = replaced
     before = replaced.clone()
     run(optimizer, grads)
+    assert optimizer.state[param][key] is replaced
     assert not torch.equal(replaced, before)
 
 
