@@ -1,41 +1,50 @@
-"""An optimizer step beside torch, bitsandbytes and the floor, all measured in the same rounds.
+"""An optimizer step beside torch, bitsandbytes, torchao and the floor, all measured in the same rounds.
 
 Two shapes of work: one parameter of 4096 x 4096 in float32 (memory-bound), and 1000 parameters of 1000 elements
 (overhead-bound), every one with its own gradient. The floor of an optimizer is its traffic and nothing else, on buffers
 of its own sizes: the gradient is read, parameter and states are read and written, 8-bit states with a scale for 256.
+LAMB and LARS read everything once more beforehand, because no parameter can move before the norm of all is known.
 
-    python benchmarks/optimizers.py [--size N] [--threads N] [--rounds N] [--peer-rounds N] [--json FILE] [--quick]
+    python benchmarks/optimizers.py [--families NAME ...] [--threads N] [--seconds S] [--no-peers] [--json FILE]
+
+Calls that take longer than a fair share of the time are measured in fewer rounds, three at least. torchao compiles its
+step, so the first run of a machine takes a minute longer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.optim as B
 import torch
-from measure import Call, Timing, machine, require_native, side_by_side, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from qcore import optim
+from qcore.bench.measure import Call, Effort, Samples, ratio, side_by_side
+from qcore.bench.report import Load, machine, now
+from qcore.bench.run import require_native
 
-# Family -> (arguments, bytes a parameter read and written at 32 bits, at 8 bits), scales left out.
-FAMILIES: dict[str, tuple[dict[str, Any], int, int]] = {
-    "AdamW": ({}, 28, 16),
-    "LAMB": ({}, 28, 16),
-    "Lion": ({}, 20, 14),
-    "SGD": ({"lr": 1e-3, "momentum": 0.9}, 20, 14),
-    "LARS": ({"lr": 1e-3, "momentum": 0.9}, 20, 14),
-    "RMSprop": ({}, 20, 14),
-    "Adagrad": ({}, 20, 14),
-    "AdEMAMix": ({}, 36, 18),
+# Family -> (arguments, states, whether a norm has to be known first).
+FAMILIES: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "AdamW": ({}, 2, False),
+    "Lion": ({}, 1, False),
+    "RMSprop": ({}, 1, False),
+    "Adagrad": ({}, 1, False),
+    "SGD": ({"momentum": 0.9}, 1, False),
+    "LAMB": ({}, 2, True),
+    "LARS": ({"momentum": 0.9}, 1, True),
+    "AdEMAMix": ({}, 3, False),
 }
-STATES = {"AdamW": 2, "LAMB": 2, "AdEMAMix": 3}
+SMALL = "1000 x 1000"
+COLUMNS = ("qcore 8-bit", "of floor", "qcore 32-bit", "of floor", "torch fused", "bitsandbytes 8-bit")
 
 
 def with_gradients(shape: tuple[int, ...], count: int) -> list[nn.Parameter]:
@@ -48,22 +57,56 @@ def with_gradients(shape: tuple[int, ...], count: int) -> list[nn.Parameter]:
 
 def step_of(kind: Callable[..., Any], params: list[nn.Parameter], **arguments: Any) -> Call:
     """A step of a new optimizer; a rate so small that the parameters stay what they are."""
-    return kind(params, **{**arguments, "lr": 1e-8}).step  # type: ignore[no-any-return]
+    return kind(params, lr=1e-8, **arguments).step  # type: ignore[no-any-return]
+
+
+def late(make: Callable[[], Call]) -> Call:
+    """A call that is made when it is first called: a peer that is missing, or fails, is then reported as such."""
+    made: list[Call] = []
+
+    def call() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
 
 
 def traffic(n: int, family: str, bits: int) -> Call:
-    """Reads and writes what a step does, as fast as torch can: ``a += b`` on bytes, one read of the gradient."""
-    _, wide, narrow = FAMILIES[family]
-    total = (wide if bits == 32 else narrow) * n
-    scales = STATES.get(family, 1) * 8 * (n // 256) if bits == 8 else 0
-    both = torch.randn((total - 4 * n + scales) // 8)  # read and written
+    """Reads and writes what a step does, as fast as torch can: a sign changed in place, one sum of the rest."""
+    _, states, norm_first = FAMILIES[family]
+    state_bytes = states * (4 * n if bits == 32 else n + n // 64)
+    changed = torch.randn((4 * n + state_bytes) // 4)  # parameter and states
     gradient = torch.randn(n)
 
     def run() -> None:
-        both.neg_()
+        if norm_first:
+            gradient.sum()
+            changed.sum()
+        changed.neg_()
         gradient.sum()
 
     return run
+
+
+def bitsandbytes(name: str, params: list[nn.Parameter], **arguments: Any) -> Call:
+    import bitsandbytes.optim
+
+    return step_of(getattr(bitsandbytes.optim, name), params, **arguments)
+
+
+def torchao(params: list[nn.Parameter]) -> Call:
+    from torchao.optim import AdamW8bit
+
+    return step_of(AdamW8bit, params)
+
+
+def torchs(params: list[nn.Parameter]) -> dict[str, Call]:
+    return {
+        "torch fused": step_of(torch.optim.AdamW, params, fused=True),
+        "torch foreach": step_of(torch.optim.AdamW, params, foreach=True),
+        "torch unfused": step_of(torch.optim.AdamW, params, foreach=False, fused=False),
+    }
 
 
 def large(size: int, family: str, peers: bool) -> dict[str, Call]:
@@ -72,101 +115,121 @@ def large(size: int, family: str, peers: bool) -> dict[str, Call]:
     params = with_gradients((size, size), 1)
     calls = {
         "qcore 8-bit": step_of(getattr(optim, f"{family}8bit"), params, **arguments),
+        "floor 8-bit": traffic(size * size, family, 8),
         "qcore 32-bit": step_of(getattr(optim, f"{family}32bit"), params, **arguments),
-        "traffic 8-bit": traffic(size * size, family, 8),
-        "traffic 32-bit": traffic(size * size, family, 32),
+        "floor 32-bit": traffic(size * size, family, 32),
     }
     if family == "AdamW":
-        calls["torch fused"] = step_of(torch.optim.AdamW, params, fused=True)
-        calls["torch foreach"] = step_of(torch.optim.AdamW, params, foreach=True)
+        calls |= torchs(params)
     if peers:
-        calls["bitsandbytes 8-bit"] = step_of(getattr(B, f"{family}8bit"), params, **arguments)
-        if family != "AdEMAMix":  # its 32-bit class fails
-            calls["bitsandbytes 32-bit"] = step_of(getattr(B, f"{family}32bit"), params, **arguments)
+        for bits in (8, 32):
+            name = f"{family}{bits}bit"
+            calls[f"bitsandbytes {bits}-bit"] = late(lambda name=name: bitsandbytes(name, params, **arguments))
+        if family == "AdamW":
+            calls["torchao 8-bit"] = late(lambda: torchao(params))
     return calls
 
 
-def many(count: int, elements: int) -> dict[str, Call]:
-    """AdamW on many small parameters."""
-    params = with_gradients((elements,), count)
-    return {
+def small(peers: bool) -> dict[str, Call]:
+    """AdamW on 1000 parameters of 1000 elements."""
+    params = with_gradients((1000,), 1000)
+    calls = {
         "qcore 8-bit": step_of(optim.AdamW8bit, params, min_8bit_size=0),
         "qcore 32-bit": step_of(optim.AdamW32bit, params),
-        "torch foreach": step_of(torch.optim.AdamW, params, foreach=True),
-        "torch fused": step_of(torch.optim.AdamW, params, fused=True),
+        **torchs(params),
+    }
+    if peers:
+        calls["bitsandbytes 8-bit"] = late(lambda: bitsandbytes("AdamW8bit", params, min_8bit_size=0))
+    return calls
+
+
+def ratios(times: Mapping[str, Samples], family: str) -> Iterator[tuple[str, float]]:
+    """What the figures are for, medians of ratios within rounds."""
+    for bits in (8, 32):
+        if f"floor {bits}-bit" in times:
+            yield f"qcore {bits}-bit / floor", ratio(times[f"qcore {bits}-bit"], times[f"floor {bits}-bit"])
+        if "torch fused" in times:
+            yield f"qcore {bits}-bit / torch fused", ratio(times[f"qcore {bits}-bit"], times["torch fused"])
+        if family == SMALL:
+            yield f"qcore {bits}-bit / torch foreach", ratio(times[f"qcore {bits}-bit"], times["torch foreach"])
+    for peer in ("bitsandbytes 8-bit", "torchao 8-bit"):
+        if peer in times:
+            yield f"{peer} / qcore 8-bit", ratio(times[peer], times["qcore 8-bit"])
+
+
+def entry(family: str, times: Mapping[str, Samples], errors: Mapping[str, str]) -> dict[str, Any]:
+    """What the JSON file holds of one family."""
+    calls = {
+        name: {
+            "ms": round(taken.median * 1e3, 3),
+            "quartiles_ms": [round(value * 1e3, 3) for value in taken.quartiles],
+            "rounds": len(taken.by_round),
+        }
+        for name, taken in times.items()
+    }
+    return {
+        "optimizer": family,
+        "ms": calls,
+        "ratios": {name: round(value, 3) for name, value in ratios(times, family)},
+        "errors": dict(errors),
     }
 
 
-def bitsandbytes_serves(family: str) -> bool:
-    """LAMB8bit and LARS8bit of bitsandbytes fail above 4096 elements."""
-    param = nn.Parameter(torch.zeros(8192))
-    param.grad = torch.ones(8192)
-    try:
-        step_of(getattr(B, f"{family}8bit"), [param], **FAMILIES[family][0])()
-    except (RuntimeError, KeyError, ValueError, NotImplementedError):
-        return False
-    return True
+def row(found: Mapping[str, Any]) -> list[str]:
+    cells, before = [], ""
+    for column in COLUMNS:
+        if column == "of floor":
+            value = found["ratios"].get(f"{before} / floor")
+            cells.append("-" if value is None else f"{value:.2f}x")
+        else:
+            call = found["ms"].get(column)
+            cells.append("-" if call is None else f"{call['ms']:.1f}")
+        before = column
+    return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=4096, help="rows and columns (default: 4096)")
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--families", nargs="+", default=[*FAMILIES, SMALL], choices=[*FAMILIES, SMALL])
     parser.add_argument("--threads", type=int, help="threads of every library (default: torch's own choice)")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--peer-rounds", type=int, default=3, help="rounds that include bitsandbytes; 0 for none")
-    parser.add_argument("--quick", action="store_true", help="1024 x 1024, 5 rounds")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for each optimizer, about (default: 10)")
+    parser.add_argument("--rounds", type=int, default=25, help="at most (default: 25)")
+    parser.add_argument("--no-peers", action="store_true", help="leave bitsandbytes and torchao out")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--allow-reference", action="store_true", help="measure the NumPy reference")
     options = parser.parse_args()
-    require_native(options.allow_reference)
+    require_native()
     warnings.simplefilter("ignore")
     if options.threads:
         torch.set_num_threads(options.threads)
-    size, rounds = (min(options.size, 1024), 5) if options.quick else (options.size, options.rounds)
-    results: dict[str, Any] = {}
-    table = Table(title=f"{size} x {size} float32, {torch.get_num_threads()} threads, {rounds} rounds, ms a step")
-    columns = (
-        "qcore 8-bit",
-        "of floor",
-        "qcore 32-bit",
-        "of floor",
-        "torch fused",
-        "torch foreach",
-        "bitsandbytes 8-bit",
-    )
-    for heading in ("optimizer", *columns):
-        table.add_column(heading, justify="left" if heading == "optimizer" else "right")
-    console = Console(width=130)
+    console, load, began = Console(width=130), Load(), now()
+    results = []
     for family in options.families:
-        timings = side_by_side(large(size, family, peers=False), rounds, 0.0)
-        if options.peer_rounds and bitsandbytes_serves(family):
-            slow = side_by_side(large(size, family, peers=True), options.peer_rounds, 0.0)
-            timings |= {name: timing for name, timing in slow.items() if name.startswith("bitsandbytes")}
-        results[family] = timings
-        table.add_row(family, *row(timings))
-        console.print(f"measured {family}", style="dim")
-    results["1000 x 1000"] = small = side_by_side(many(1000, 1000), max(rounds, 5), 0.0)
+        one = family == SMALL
+        calls = small(not options.no_peers) if one else large(options.size, family, not options.no_peers)
+        effort = Effort(options.rounds, options.seconds, slice_seconds=0.004 if one else 0.0)
+        results.append(entry(family, *side_by_side(calls, effort)))
+        console.print(family, results[-1]["ratios"], results[-1]["errors"] or "", style="dim")
+    table = Table("optimizer", *COLUMNS)
+    table.title = f"{options.size} x {options.size} float32, {torch.get_num_threads()} threads, ms a step"
+    for found in results:
+        table.add_row(found["optimizer"], *row(found))
     console.print(table)
-    console.print("1000 parameters of 1000 elements, ms a step, and times torch foreach:")
-    for name, timing in small.items():
-        of_foreach = timing.median / small["torch foreach"].median
-        console.print(f"  {name:14} {timing.median * 1e3:8.2f}  {of_foreach:.2f}x")
+    others = load.of_others()
+    console.print(f"others used {others:.0%} of the processor" if others is not None else "")
     if options.json:
-        write_json(options.json, results)
-    console.print(f"on {machine()['processor']}")
-
-
-def row(timings: dict[str, Timing]) -> list[str]:
-    def milliseconds(name: str) -> str:
-        return f"{timings[name].median * 1e3:.1f}" if name in timings else "-"
-
-    def of_floor(bits: int) -> str:
-        return f"{timings[f'qcore {bits}-bit'].median / timings[f'traffic {bits}-bit'].median:.2f}x"
-
-    ours = [milliseconds("qcore 8-bit"), of_floor(8), milliseconds("qcore 32-bit"), of_floor(32)]
-    return [*ours, *map(milliseconds, ("torch fused", "torch foreach", "bitsandbytes 8-bit"))]
+        record = {
+            "schema": 1,
+            "kind": "optimizer steps",
+            "command": " ".join(["python", *sys.argv]),
+            "started": began,
+            "machine": {**machine(torch.get_num_threads()), "others_cpu_share": others},
+            "settings": {"size": options.size, "rounds": options.rounds, "seconds": options.seconds},
+            "results": results,
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCH_LOGS", "-inductor")
     main()

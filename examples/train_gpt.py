@@ -7,7 +7,7 @@ of the text.
     python examples/train_gpt.py --steps 1000 --out docs/results/train-gpt
     python examples/train_gpt.py --steps 50 --only AdamW8bit
 
-Writes OUT.json (every loss, memory, time) and OUT.svg (the curves).
+Writes OUT.json (every loss, memory) and OUT.svg (the curves).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qcore import optim
+from qcore.bench.report import machine
 
 VOCABULARY = 256  # bytes
 CONTEXT = 64
@@ -36,8 +38,8 @@ CONTEXT = 64
 class Size:
     """Of the model and of a batch."""
 
-    width: int = 96
-    layers: int = 2
+    width: int = 128
+    layers: int = 4
     heads: int = 4
     batch: int = 8
 
@@ -124,8 +126,7 @@ class Run:
     validation: list[tuple[int, float]]  # (step, loss)
     state_bytes: int
     parameter_bytes: int
-    step_seconds: float  # median time of optimizer.step()
-    total_seconds: float
+    seconds: float  # of the whole run, beside whatever else the machine was doing
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -152,24 +153,21 @@ def train(model: GPT, make: Make, text: Text, steps: int, batch: int, seed: int)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(seed)
     held_out = text.held_out(128)
-    training, validation, times = [], [], []
+    training, validation = [], []
     began = time.perf_counter()
     for step in range(steps):
         optimizer.zero_grad()
         loss = model.loss(text.batch(batch, generator))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        start = time.perf_counter()
         optimizer.step()
-        times.append(time.perf_counter() - start)
         schedule.step()
         training.append(round(loss.item(), 5))
         if (step + 1) % max(1, steps // 20) == 0:
             with torch.no_grad():
                 validation.append((step + 1, model.loss(held_out).item()))
     parameters = sum(parameter.nbytes for parameter in model.parameters())
-    median = sorted(times)[len(times) // 2]
-    return Run(training, validation, state_bytes(optimizer), parameters, median, time.perf_counter() - began)
+    return Run(training, validation, state_bytes(optimizer), parameters, time.perf_counter() - began)
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
@@ -223,11 +221,16 @@ def main() -> None:
             copy.deepcopy(start), OPTIMIZERS[name], text, options.steps, options.batch, options.seed
         )
         megabytes = run.state_bytes / 1e6
-        print(f"{name:14} loss {final(run):.4f}  state {megabytes:6.2f} MB  {run.total_seconds:5.0f} s", flush=True)
+        print(f"{name:14} loss {final(run):.4f}  state {megabytes:6.2f} MB  {run.seconds:5.0f} s", flush=True)
     if options.out:
-        settings = {**asdict(size), "context": CONTEXT, "steps": options.steps, "seed": options.seed}
-        about = {"command": f"python examples/train_gpt.py --steps {options.steps}", "torch": torch.__version__}
-        record = {"about": about, "size": settings, "runs": {name: asdict(run) for name, run in runs.items()}}
+        record = {
+            "schema": 1,
+            "kind": "optimizers training a small GPT",
+            "command": " ".join(["python", *sys.argv]),
+            "machine": machine(torch.get_num_threads()),
+            "settings": {**asdict(size), "context": CONTEXT, "steps": options.steps, "seed": options.seed},
+            "runs": {name: asdict(run) for name, run in runs.items()},
+        }
         options.out.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         plot(runs, options.out.with_suffix(".svg"))
 

@@ -20,7 +20,7 @@ from qcore.optim.sharded import as_dtensor, local, local_gradient
 from qcore.optim.state import State
 
 _step_of = itemgetter("step")
-_state1_of = itemgetter("state1")
+_CHANGED = ("state1", "state2", "absmax1", "absmax2", "kahan")  # tensors of a state that a prepared call writes to
 _grad_of = attrgetter("grad")
 _shape_of = attrgetter("shape")
 _kind_of = attrgetter("dtype", "layout", "device")
@@ -71,7 +71,7 @@ class Batch:
     memory: MemoryTier
     _params: list[Tensor] = field(init=False)
     _states: list[State] = field(init=False)
-    _state1: list[Tensor] = field(init=False)
+    _held: dict[str, list[Tensor]] = field(init=False)  # the states' tensors by key
     _sharded: bool = field(init=False)
     _prepared: dict[tuple[int, ...] | None, PreparedOptimizerStep] = field(init=False, default_factory=dict)
     _locals: list[Tensor] = field(init=False)
@@ -83,7 +83,7 @@ class Batch:
     def __post_init__(self) -> None:
         self._params = [member.param for member in self.members]
         self._states = [member.state for member in self.members]
-        self._state1 = [state["state1"] for state in self._states]
+        self._held = {key: [state[key] for state in self._states] for key in _CHANGED if key in self._states[0]}
         self._sharded = any(as_dtensor(param) is not None for param in self._params)
         self._locate()
 
@@ -99,10 +99,16 @@ class Batch:
         """Whether the parameters and an optimizer's state are still what the batch was made from."""
         return (
             all(map(is_, map(state.get, self._params), self._states))
-            and all(map(is_, map(_state1_of, self._states), self._state1))
+            and all(self._holds(key, tensors) for key, tensors in self._held.items())
             and list(map(_kind_of, self._locals)) == self._kinds
             and list(map(_shape_of, self._locals)) == self._shapes
         )
+
+    def _holds(self, key: str, tensors: Sequence[Tensor]) -> bool:
+        try:
+            return all(map(is_, map(itemgetter(key), self._states), tensors))
+        except KeyError:
+            return False
 
     def state_tensors(self) -> list[Tensor]:
         """Every state tensor, to be read ahead."""

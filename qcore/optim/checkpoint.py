@@ -42,12 +42,12 @@ def exported(state_dict: Mapping[str, Any], groups: Groups, moments: tuple[Momen
     moments : tuple of Moment
     """
     numbers = {
-        number: param
+        number: (param, group["max_unorm"] > 0)
         for packed, group in zip(state_dict["param_groups"], groups, strict=True)
         for number, param in zip(packed["params"], group["params"], strict=True)
     }
     states = {
-        key: _exported_state(state, numbers[key], moments) if key in numbers else state
+        key: _exported_state(state, *numbers[key], moments) if key in numbers else state
         for key, state in state_dict["state"].items()
     }
     packed = [
@@ -56,13 +56,16 @@ def exported(state_dict: Mapping[str, Any], groups: Groups, moments: tuple[Momen
     return {**state_dict, "state": states, "param_groups": packed}
 
 
-def _exported_state(state: Mapping[str, Any], param: Tensor, moments: tuple[Moment, ...]) -> State:
+def _exported_state(state: Mapping[str, Any], param: Tensor, limited: bool, moments: tuple[Moment, ...]) -> State:
     if not state:
         return {}
     if as_dtensor(param) is not None:
         return _exported_shard(state, param, moments)
     outside: State = {key: value for key, value in state.items() if key not in TENSORS}
-    return {**outside, WRAPPER: {key: value for key, value in state.items() if key in TENSORS}}
+    wrapped: State = {key: value for key, value in state.items() if key in TENSORS}
+    if limited:  # bitsandbytes' scratch for the norm, without which its LAMB and LARS do not step
+        wrapped["unorm_vec"] = torch.zeros(1, device=param.device)
+    return {**outside, WRAPPER: wrapped}
 
 
 def _exported_shard(state: Mapping[str, Any], param: Tensor, moments: tuple[Moment, ...]) -> State:

@@ -197,6 +197,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         known: State = self.state[param]
         bits = self._bits(param, settings)
         if known:
+            lost = [key for key, value in known.items() if isinstance(value, Tensor) and value.device.type == "meta"]
+            if lost:
+                raise InvalidArgument(
+                    f"{lost[0]} of {name} is on the meta device, where it has no values; load the state"
+                )
             shape, expected = tuple(known["state1"].shape), self.moments[0].shape(tuple(own.shape))
             if shape != expected:
                 raise InvalidArgument(
@@ -220,6 +225,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Raise unless the parameter can be stepped under these settings; before any state is made."""
         if own.dtype not in FLOATS:
             raise InvalidDtype(f"{name} is {own.dtype}, needs float32, float16 or bfloat16")
+        if own.device.type == "meta":
+            raise InvalidArgument(f"{name} is on the meta device, where it has no memory; materialize it first")
         if settings["stochastic_rounding"] and own.dtype == torch.float16:
             raise InvalidDtype(f"stochastic_rounding: {name} is float16, needs bfloat16 (or float32, not rounded)")
         if settings["max_unorm"] > 0 and is_split(param):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import gradients
+from cases import gradients, run
 from qcore import optim
 from qcore.backend import Backend
 from qcore.errors import InvalidArgument, InvalidDtype, OutOfMemory, QcoreError
@@ -166,3 +166,25 @@ def test_state_changed_to_another_length_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="state1"):
         optimizer.step()
     assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("key", ["state1", "state2", "absmax1", "absmax2"])
+def test_state_without_values_is_refused(key: str) -> None:
+    param = nn.Parameter(torch.ones(600))
+    optimizer = optim.AdamW8bit([param], min_8bit_size=0)
+    run(optimizer, [torch.ones(600)])
+    before, state = param.detach().clone(), optimizer.state[param]
+    state[key] = state[key].to("meta")
+    with pytest.raises(InvalidArgument, match=f"{key} of parameter 0 is on the meta device, where it has no values"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert state["step"] == 1
+
+
+def test_a_parameter_without_memory_is_refused() -> None:
+    param = nn.Parameter(torch.ones(600, device="meta"))
+    optimizer = optim.AdamW8bit([param])
+    param.grad = torch.ones(600, device="meta")
+    with pytest.raises(InvalidArgument, match="parameter 0 is on the meta device, where it has no memory"):
+        optimizer.step()
+    assert not optimizer.state

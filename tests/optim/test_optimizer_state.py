@@ -22,6 +22,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 1e-2, "weight_decay": 0.1},
     "AdamW": {"lr": 1e-2},
     "Lion": {"lr": 1e-3},
+    "LAMB": {"lr": 1e-2},
+    "LARS": {"lr": 1e-1, "momentum": 0.9},
     "SGD": {"lr": 1e-2, "momentum": 0.9},
     "RMSprop": {"lr": 1e-3},
     "Adagrad": {"lr": 1e-2},
@@ -31,7 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     flat = {**{key: value for key, value in state.items() if key != WRAPPER}, **state.get(WRAPPER, {})}
-    return {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    # unorm_vec is where bitsandbytes sums up a norm: it has to be there, and what is in it does not matter.
+    return {key: value for key, value in flat.items() if isinstance(value, Tensor) and key != "unorm_vec"}
 
 
 def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -39,6 +42,7 @@ def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
     for key, state in first["state"].items():
         assert int(state["step"]) == int(second["state"][key]["step"])
         ours, theirs = tensors(state), tensors(second["state"][key])
+        assert ("unorm_vec" in state[WRAPPER]) == ("unorm_vec" in second["state"][key][WRAPPER])
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert value.dtype == theirs[name].dtype
@@ -84,9 +88,12 @@ def test_loading_shares_nothing_with_what_was_loaded() -> None:
     assert_same_state(source.state_dict(), saved)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("LAMB", "LARS")])
 def test_8_bit_steps_from_bitsandbytes_state_stay_near_its_own(family: str) -> None:
-    """Five more steps each from one state: apart by less than a tenth of what they moved."""
+    """Five more steps each from one state: apart by less than a tenth of what they moved.
+
+    bitsandbytes leaves the limit out of 8-bit LAMB and LARS (QC-OPT-008).
+    """
     start, grads = torch.randn(SHAPE), gradients(SHAPE, 8)
     theirs_param = nn.Parameter(start.clone())
     theirs = make(B, family, 8, theirs_param)

@@ -103,6 +103,14 @@ def test_several_windows_step_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return original(self, rule, grads, grad_scales)
 
     monkeypatch.setattr(PreparedOptimizerStep, "__call__", counted)
+    ahead: list[int] = []
+    prefetch = FileMemory.prefetch
+
+    def noted(self, tensors):  # type: ignore[no-untyped-def]
+        ahead.append(len(sizes))
+        prefetch(self, tensors)
+
+    monkeypatch.setattr(FileMemory, "prefetch", noted)
     starts = [torch.randn(LARGE) for _ in range(3)]
     paged, plain = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     for optimizer in (optim.PagedAdamW8bit(paged, paged_dir=str(tmp_path)), optim.AdamW8bit(plain)):
@@ -110,6 +118,7 @@ def test_several_windows_step_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             param.grad = start
         optimizer.step()
     assert sizes == [1, 1, 1, 3]
+    assert ahead == [0, 1]  # the second window is asked for before the first one's call, the third before the second's
     assert all(map(torch.equal, paged, plain))
 
 

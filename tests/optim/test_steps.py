@@ -6,10 +6,12 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import papers
 from cases import gradients, run
 from qcore import optim
 from qcore.backend import Backend
@@ -266,15 +268,17 @@ def test_a_replaced_parameter_memory_is_noticed() -> None:
     assert torch.equal(moved, plain)
 
 
-def test_state_that_the_caller_replaces_is_used() -> None:
+@pytest.mark.parametrize("key", ["state1", "state2", "absmax1", "absmax2", "kahan"])
+def test_state_that_the_caller_replaces_is_used(key: str) -> None:
     grads = gradients((600,), 2)
-    param = nn.Parameter(torch.randn(600))
-    optimizer = optim.Lion8bit([param], min_8bit_size=0)
+    param = nn.Parameter(torch.randn(600).bfloat16())
+    optimizer = optim.AdamW8bit([param], min_8bit_size=0, kahan=True)
     run(optimizer, grads)
-    replaced = optimizer.state[param]["state1"].clone()
-    optimizer.state[param]["state1"] = replaced
+    replaced = optimizer.state[param][key].clone()
+    optimizer.state[param][key] = replaced
     before = replaced.clone()
     run(optimizer, grads)
+    assert optimizer.state[param][key] is replaced
     assert not torch.equal(replaced, before)
 
 
@@ -311,6 +315,22 @@ def test_percentile_clipping_scales_an_outlier_down() -> None:
     run(optim.SGD([plain], lr=1.0, momentum=0.5), [torch.full((300,), 1.0) for _ in range(10)])
     # The history's median is the usual norm: the outlier is scaled to it.
     torch.testing.assert_close(clipped, plain)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_percentile_clipping_follows_the_last_100_norms(maximize: bool) -> None:
+    """Against float64: norms that vary, more of them than the history holds."""
+    percentile, start, norms = 30, torch.randn(300), torch.randn(130).exp()
+    grads = [norm * gradient / gradient.norm() for norm, gradient in zip(norms, gradients((300,), 130), strict=True)]
+    param = nn.Parameter(start.clone())
+    got = run(optim.SGD([param], lr=0.1, momentum=0.5, percentile_clipping=percentile, maximize=maximize), grads)
+    history, scaled = [float(norms[0])] * 100, []
+    for step, (norm, gradient) in enumerate(zip(norms.tolist(), grads, strict=True), 1):
+        history[step % 100] = norm
+        limit = sorted(history)[percentile]
+        scaled.append(gradient.double().numpy() * min(1.0, limit / norm) * (-1.0 if maximize else 1.0))
+    want = papers.sgd(lr=0.1, momentum=0.5)(start.double().numpy(), scaled)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_skip_zeros_leaves_what_has_no_gradient(backend: Backend) -> None:

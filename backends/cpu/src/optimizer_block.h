@@ -33,6 +33,7 @@ struct Block {
     float *state[kMaxStates];  // values
     uint8_t *codes[kMaxStates];
     bool keeps;  // whether any element is kept
+    bool odd;    // whether a square has its sign bit set, as no step makes it
 };
 
 template <class T>
@@ -64,11 +65,12 @@ inline void copy_bytes(const uint8_t *from, int64_t n, int64_t size, uint8_t fil
     std::memset(to + n, fill, static_cast<size_t>(size - n));
 }
 
-// Asks for what lies six blocks ahead, a group at a time: the loops over one block are too long for the hardware to
-// look past them, and all lines of a block at once would wait for each other.
+// Asks for what lies four blocks ahead, a group at a time: the loops over one block are too long for the hardware to
+// look past them, and all lines of a block at once would wait for each other. Always inlined: GCC takes a function that
+// only prefetches for one without effects, and drops its calls.
 template <int kStates, bool kCoded>
 class Ahead {
-    static constexpr int64_t kBlocks = 6;
+    static constexpr int64_t kBlocks = 4;
 
    public:
     Ahead(const OptimizerJob &job, const OptimizerTensor &t, int64_t index) {
@@ -83,7 +85,7 @@ class Ahead {
             state_[s] = Stream(t.state[s], start, kCoded ? 1 : 4);
         }
     }
-    void group(int64_t at) const {
+    __attribute__((always_inline)) void group(int64_t at) const {
         if (some_) {
             grad_.group(at);
             param_.group(at);
@@ -98,7 +100,7 @@ class Ahead {
         Stream() = default;
         Stream(const void *array, int64_t start, int64_t size_of)
             : from(static_cast<const char *>(array) + start * size_of), size(size_of) {}
-        void group(int64_t at) const {  // 64 elements
+        __attribute__((always_inline)) void group(int64_t at) const {  // 64 elements
             const char *line = from + at * size;
             __builtin_prefetch(line);
             if (size > 1) {

@@ -43,11 +43,11 @@ class Encoding {
             codes_[s] = b.codes[s];
             target_[s] = static_cast<uint8_t *>(t.state[s]) + b.start;
             scale_[s] = largest[s] == 0 ? 0.0f : 1.0f / absmax;
-            overflows_[s] = bits_of(scale_[s]) >= kInfinity;
+            careful_[s] = bits_of(scale_[s]) >= kInfinity || (Rule::kSquares[s] && b.odd);
         }
     }
 
-    void group() {
+    __attribute__((always_inline)) void group() {
         if (at_ < size_) {
             encode_group<0>();
             at_ += kGroup;
@@ -59,7 +59,7 @@ class Encoding {
             group();
         }
         for (int s = 0; s < Rule::kStates && size_ > 0; ++s) {
-            if (overflows_[s]) {
+            if (careful_[s]) {
                 encode_with_care(s);
             }
             if (as_bnb_ && !Rule::kSquares[s]) {
@@ -74,9 +74,9 @@ class Encoding {
 
    private:
     template <int s>
-    void encode_group() {
-        if (!overflows_[s]) {
-            const StateCodes find(*job_.book[s].codes, *job_.book[s].lines);
+    __attribute__((always_inline)) void encode_group() {
+        if (!careful_[s]) {
+            const StateCodes<Rule::kSquares[s]> find(*job_.book[s].codes, *job_.book[s].lines);
             const Float scale = broadcast(scale_[s]);
             if (Rule::kSquares[s] && !as_bnb_) {
                 find.template encode<true>(values_[s] + at_, scale, codes_[s] + at_);
@@ -89,7 +89,7 @@ class Encoding {
         }
     }
 
-    // A block so small that the reciprocal of its absmax overflows (QC-Q8-003).
+    // A block so small that the reciprocal of its absmax overflows (QC-Q8-003), or with a square below 0.
     __attribute__((noinline)) void encode_with_care(int s) {
         const Codebook &book = *job_.book[s].codes;
         const StateEncoder encoder{CodebookCodes(book)};
@@ -117,7 +117,7 @@ class Encoding {
     uint8_t *codes_[Rule::kStates];
     uint8_t *target_[Rule::kStates];
     float scale_[Rule::kStates];
-    bool overflows_[Rule::kStates];
+    bool careful_[Rule::kStates];
 };
 
 }  // namespace qcore::cpu::QC_ISA

@@ -16,12 +16,23 @@
 namespace qcore::cpu::QC_ISA {
 namespace {
 
+// The values of kGroup elements' states.
+template <class Rule, int s>
+__attribute__((always_inline)) inline void decode(const OptimizerJob &job, const Block &b, int64_t i,
+                                                  Float (&out)[Rule::kStates][kVectors]) {
+    const DecoderOf<Rule, s> decoder(job.book[s].table, *job.book[s].lines);
+    decoder(b.codes[s] + i, out[s]);
+    if constexpr (s + 1 < Rule::kStates) {
+        decode<Rule, s + 1>(job, b, i, out);
+    }
+}
+
 // The first loop: states in place (decoded into b.state first), update to `update`; beside it `pending` goes on.
 // Returns the largest magnitude of each state, as bits. With kPlain, x is the gradient itself: no factor and no weight
 // decay in it.
 template <class Rule, bool kCoded, bool kPlain, class Pending>
-void apply(const Rule &rule, const Decoders<Rule::kStates> &decoders, const OptimizerJob &job, const OptimizerTensor &t,
-           int64_t index, const Block &b, Pending &pending, float *update, int32_t (&largest)[Rule::kStates]) {
+void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, const Block &b,
+           Pending &pending, float *update, int32_t (&largest)[Rule::kStates]) {
     constexpr int kStates = Rule::kStates;
     const Float scale = broadcast(t.grad_scale);
     const Float l2 = broadcast(job.rule->l2);
@@ -35,17 +46,11 @@ void apply(const Rule &rule, const Decoders<Rule::kStates> &decoders, const Opti
     const Ahead<kStates, kCoded> ahead(job, t, index);
     for (int64_t i = 0; i < b.size; i += kGroup) {
         ahead.group(i);
-        pending.group();
         Float old[kStates][kVectors];
         if constexpr (kCoded) {
-            decoders.template decode<0>(b.codes[0] + i, old[0]);
-            if constexpr (kStates > 1) {
-                decoders.template decode<1>(b.codes[1] + i, old[1]);
-            }
-            if constexpr (kStates > 2) {
-                decoders.template decode<2>(b.codes[2] + i, old[2]);
-            }
+            decode<Rule, 0>(job, b, i, old);
         }
+        Part part[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             const int64_t at = i + v * kLanes;
             Float x = load(b.grad + at);
@@ -59,12 +64,16 @@ void apply(const Rule &rule, const Decoders<Rule::kStates> &decoders, const Opti
             for (int s = 0; s < kStates; ++s) {
                 state[s] = kCoded ? multiply(old[s][v], absmax[s]) : load(b.state[s] + at);
             }
-            store(update + at, rule(x, state));
+            part[v] = rule.begin(x, state);
             for (int s = 0; s < kStates; ++s) {
                 store(b.state[s] + at, state[s]);
                 top[s] =
                     Rule::kSquares[s] ? maximum_unsigned(top[s], bits(state[s])) : maximum(top[s], magnitude(state[s]));
             }
+        }
+        pending.group();
+        for (int v = 0; v < kVectors; ++v) {
+            store(update + i + v * kLanes, rule.end(part[v]));
         }
     }
     for (int s = 0; s < kStates; ++s) {
@@ -95,8 +104,10 @@ void remember(const OptimizerJob &job, const OptimizerTensor &t, int64_t index, 
 }
 
 // QC-OPT-005, QC-OPT-022: marks the elements that are kept, sets their states and updates right, finds the maxima anew.
-template <int kStates>
-__attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &scratch, int32_t (&largest)[kStates]) {
+template <class Rule>
+__attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &scratch,
+                                    int32_t (&largest)[Rule::kStates]) {
+    constexpr int kStates = Rule::kStates;
     const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
     const bool coded = job.rule->state_bits == 8;
     for (int s = 0; s < kStates; ++s) {
@@ -111,6 +122,7 @@ __attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &
         }
         for (int s = 0; s < kStates; ++s) {
             b.state[s][i] = lost ? 0.0f : b.state[s][i];
+            b.odd |= Rule::kSquares[s] && bits_of(b.state[s][i]) >> 31 != 0;
             const int32_t size = static_cast<int32_t>(bits_of(b.state[s][i]) & kMagnitude);
             largest[s] = size > largest[s] ? size : largest[s];
         }
@@ -123,25 +135,24 @@ __attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &
 
 // Reads a block and takes the first loop.
 template <class Rule, bool kCoded, class Pending>
-Block advance(const Rule &rule, const Decoders<Rule::kStates> &decoders, const OptimizerJob &job,
-              const OptimizerTensor &t, int64_t index, bool in_place, Pending &pending, Scratch &scratch,
-              int32_t (&largest)[Rule::kStates]) {
+Block advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, bool in_place,
+              Pending &pending, Scratch &scratch, int32_t (&largest)[Rule::kStates]) {
     Block b = open_block(job, t, Rule::kStates, index, in_place, scratch);
     const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
     if (skips) {
         remember<Rule::kStates>(job, t, index, b, scratch);
     }
     if (t.grad_scale == 1.0f && job.rule->l2 == 0.0f) {
-        apply<Rule, kCoded, true>(rule, decoders, job, t, index, b, pending, scratch.update, largest);
+        apply<Rule, kCoded, true>(rule, job, t, index, b, pending, scratch.update, largest);
     } else {
-        apply<Rule, kCoded, false>(rule, decoders, job, t, index, b, pending, scratch.update, largest);
+        apply<Rule, kCoded, false>(rule, job, t, index, b, pending, scratch.update, largest);
     }
     bool finite = true;
     for (int s = 0; s < Rule::kStates; ++s) {
         finite &= static_cast<uint32_t>(largest[s]) < kInfinity;
     }
     if (skips || (kCoded && !finite)) {
-        keep<Rule::kStates>(job, b, scratch, largest);
+        keep<Rule>(job, b, scratch, largest);
     }
     return b;
 }
@@ -149,17 +160,13 @@ Block advance(const Rule &rule, const Decoders<Rule::kStates> &decoders, const O
 template <class Rule, bool kCoded>
 void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last) {
     const Rule rule(*job.rule);
-    Decoders<Rule::kStates> decoders;
-    for (int s = 0; kCoded && s < Rule::kStates; ++s) {
-        decoders.prepare(s, job.book[s].table, *job.book[s].lines);
-    }
     Scratch scratch[2];  // of this block, and of the one before, whose states are still being encoded
     int32_t largest[Rule::kStates];
     if constexpr (kCoded) {
         Encoding<Rule> pending(job);
         for (int64_t index = first; index < last; ++index) {
             Scratch &own = scratch[index % 2];
-            const Block b = advance<Rule, true>(rule, decoders, job, t, index, true, pending, own, largest);
+            const Block b = advance<Rule, true>(rule, job, t, index, true, pending, own, largest);
             move(*job.rule, t.step_size, b, own.update);
             close_block(job, t, b, own);
             pending.finish();
@@ -169,7 +176,7 @@ void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int6
     } else {
         NoEncoding pending;
         for (int64_t index = first; index < last; ++index) {
-            const Block b = advance<Rule, false>(rule, decoders, job, t, index, true, pending, scratch[0], largest);
+            const Block b = advance<Rule, false>(rule, job, t, index, true, pending, scratch[0], largest);
             move(*job.rule, t.step_size, b, scratch[0].update);
             close_block(job, t, b, scratch[0]);
             for (int s = 0; s < Rule::kStates && b.n != b.size; ++s) {
@@ -204,15 +211,11 @@ double sum_of_squares(const float *x, int64_t n) {
 template <class Rule, bool kCoded>
 void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last, double *sums) {
     const Rule rule(*job.rule);
-    Decoders<Rule::kStates> decoders;
-    for (int s = 0; kCoded && s < Rule::kStates; ++s) {
-        decoders.prepare(s, job.book[s].table, *job.book[s].lines);
-    }
     Scratch scratch;
     NoEncoding pending;
     int32_t largest[Rule::kStates];
     for (int64_t index = first; index < last; ++index, sums += 2) {
-        const Block b = advance<Rule, kCoded>(rule, decoders, job, t, index, false, pending, scratch, largest);
+        const Block b = advance<Rule, kCoded>(rule, job, t, index, false, pending, scratch, largest);
         sums[0] = sum_of_squares(scratch.update, b.n);
         sums[1] = sum_of_squares(b.param, b.n);
     }

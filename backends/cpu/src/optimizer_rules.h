@@ -1,5 +1,6 @@
 // The algorithms: from x and the old states to the new states and the update (QC-OPT-010 to QC-OPT-015). For kernel
-// files. kStates values an element; kSquares says which of them are second moments.
+// files. kStates values an element; kSquares says which of them are second moments. begin() makes the new states and
+// starts a square root, end() the update: what stands between them has the time that the root takes.
 #ifndef QCORE_CPU_OPTIMIZER_RULES_H
 #define QCORE_CPU_OPTIMIZER_RULES_H
 
@@ -16,16 +17,22 @@ struct Average {
     Float beta, gain;
 };
 
+struct Part {
+    Float above;
+    Float root;  // below the fraction bar, if there is one
+};
+
 struct Adam {
     static constexpr int kStates = 2;
     static constexpr bool kSquares[] = {false, true};
 
     explicit Adam(const qc_optimizer &o) : first(o.beta1, o.gain1), second(o.beta2, o.gain2), eps(broadcast(o.eps)) {}
-    Float operator()(Float x, Float (&s)[kStates]) const {
+    Part begin(Float x, Float (&s)[kStates]) const {
         s[0] = first(s[0], x);
         s[1] = second(s[1], x * x);
-        return s[0] / (square_root(s[1]) + eps);
+        return {s[0], square_root(s[1])};
     }
+    Float end(const Part &u) const { return u.above / (u.root + eps); }
 
     Average first, second;
     Float eps;
@@ -43,12 +50,13 @@ struct Ademamix {
           correction2(broadcast(o.correction2)),
           alpha(broadcast(o.alpha)),
           eps(broadcast(o.eps)) {}
-    Float operator()(Float x, Float (&s)[kStates]) const {
+    Part begin(Float x, Float (&s)[kStates]) const {
         s[0] = fast(s[0], x);
         s[1] = slow(s[1], x);
         s[2] = second(s[2], x * x);
-        return (s[0] * correction1 + s[1] * alpha) / (square_root(s[2]) * correction2 + eps);
+        return {s[0] * correction1 + s[1] * alpha, square_root(s[2])};
     }
+    Float end(const Part &u) const { return u.above / (u.root * correction2 + eps); }
 
     Average fast, slow, second;
     Float correction1, correction2, alpha, eps;
@@ -59,11 +67,12 @@ struct Lion {
     static constexpr bool kSquares[] = {false};
 
     explicit Lion(const qc_optimizer &o) : direction(o.beta1, o.gain1), momentum(o.beta2, o.gain2) {}
-    Float operator()(Float x, Float (&s)[kStates]) const {
+    Part begin(Float x, Float (&s)[kStates]) const {
         const Float d = direction(s[0], x);
         s[0] = momentum(s[0], x);
-        return sign(d);
+        return {sign(d), d};
     }
+    Float end(const Part &u) const { return u.above; }
 
     Average direction, momentum;
 };
@@ -73,10 +82,11 @@ struct Momentum {
     static constexpr bool kSquares[] = {false};
 
     explicit Momentum(const qc_optimizer &o) : momentum(o.beta1, o.gain1), nesterov((o.flags & QC_OPT_NESTEROV) != 0) {}
-    Float operator()(Float x, Float (&s)[kStates]) const {
+    Part begin(Float x, Float (&s)[kStates]) const {
         s[0] = momentum(s[0], x);
-        return nesterov ? x + s[0] * momentum.beta : s[0];
+        return {nesterov ? x + s[0] * momentum.beta : s[0], x};
     }
+    Float end(const Part &u) const { return u.above; }
 
     Average momentum;
     bool nesterov;
@@ -87,10 +97,11 @@ struct Rmsprop {
     static constexpr bool kSquares[] = {true};
 
     explicit Rmsprop(const qc_optimizer &o) : second(o.beta1, o.gain1), eps(broadcast(o.eps)) {}
-    Float operator()(Float x, Float (&s)[kStates]) const {
+    Part begin(Float x, Float (&s)[kStates]) const {
         s[0] = second(s[0], x * x);
-        return x / (square_root(s[0]) + eps);
+        return {x, square_root(s[0])};
     }
+    Float end(const Part &u) const { return u.above / (u.root + eps); }
 
     Average second;
     Float eps;
@@ -101,10 +112,11 @@ struct Adagrad {
     static constexpr bool kSquares[] = {true};
 
     explicit Adagrad(const qc_optimizer &o) : eps(broadcast(o.eps)) {}
-    Float operator()(Float x, Float (&s)[kStates]) const {
+    Part begin(Float x, Float (&s)[kStates]) const {
         s[0] = s[0] + x * x;
-        return x / (square_root(s[0]) + eps);
+        return {x, square_root(s[0])};
     }
+    Float end(const Part &u) const { return u.above / (u.root + eps); }
 
     Float eps;
 };

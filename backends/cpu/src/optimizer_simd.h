@@ -5,10 +5,12 @@
 //   minimum(a, b), add(a, b)    signed integers, by lane
 //   bits(x)                     the bits of a Float
 //   maximum_unsigned(a, b), highest_unsigned(a)  by lane and over all lanes
-//   Decoders<n>                 object: kGroup codes -> 4 vectors table[code], for each of n states
+//   TableDecoder, SymmetricDecoder  objects: kGroup codes -> 4 vectors table[code]
 //   StateCodes(codes, lines)    object: encode<kFloored>(kGroup values, their scale, codes) (QC-Q8-004, QC-OPT-021)
 #ifndef QCORE_CPU_OPTIMIZER_SIMD_H
 #define QCORE_CPU_OPTIMIZER_SIMD_H
+
+#include <type_traits>
 
 #include "simd.h"
 #include "state_codes.h"
@@ -31,6 +33,7 @@ inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
 inline Int bits(Float x) { return _mm512_castps_si512(x); }
 inline Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline Int maximum_unsigned(Int a, Int b) { return _mm512_max_epu32(a, b); }
+inline uint32_t highest_unsigned(Int a) { return _mm512_reduce_max_epu32(a); }
 
 #elif defined(__AVX2__)
 
@@ -70,6 +73,7 @@ inline Int maximum_unsigned(Int a, Int b) {
 
 #endif
 
+#if !defined(__AVX512F__)
 inline uint32_t highest_unsigned(Int a) {
     uint32_t lane[kLanes];
     std::memcpy(lane, &a, sizeof lane);
@@ -79,37 +83,55 @@ inline uint32_t highest_unsigned(Int a) {
     }
     return result;
 }
+#endif
 
-#if defined(__AVX512VBMI__)
-
-// 64 codes at once: each byte of the floats is a look-up in four registers, and two rounds of unpacking put them
-// together. The codes are brought into the order in which the unpacking, which works within 128 bits, needs them.
-// This keeps the ports of the arithmetic busy, a gather those of the loads: a loop that decodes two states takes one of
-// each.
-class PermutingDecoder {
+class GatheringDecoder {
    public:
-    PermutingDecoder() = default;
-    PermutingDecoder(const float *, const StateLines &lines) : plane_(lines.plane) {}
-    void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
-        const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        const Int index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
-        const __mmask64 upper = _mm512_movepi8_mask(index);
-        const Int b0 = look_up(0, index, upper);
-        const Int b1 = look_up(1, index, upper);
-        const Int b2 = look_up(2, index, upper);
-        const Int b3 = look_up(3, index, upper);
-        const Int low0 = _mm512_unpacklo_epi8(b0, b1);
-        const Int low1 = _mm512_unpackhi_epi8(b0, b1);
-        const Int high0 = _mm512_unpacklo_epi8(b2, b3);
-        const Int high1 = _mm512_unpackhi_epi8(b2, b3);
-        out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, high0));
-        out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, high0));
-        out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low1, high1));
-        out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
+    GatheringDecoder() = default;
+    GatheringDecoder(const float *table, const StateLines &) : table_(table) {}
+    __attribute__((always_inline)) void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
+        for (int v = 0; v < kVectors; ++v) {
+            out[v] = gather(table_, load_codes(codes + v * kLanes));
+        }
     }
 
    private:
-    Int look_up(int byte, Int index, __mmask64 upper) const {
+    const float *table_;
+};
+
+#if defined(__AVX512VBMI__)
+
+// 64 codes at once: each byte of the floats is a look-up in registers, and two rounds of unpacking put them together.
+// The codes are brought into the order in which the unpacking, which works within 128 bits, needs them.
+__attribute__((always_inline)) inline Int decoding_order(const uint8_t *codes) {
+    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+}
+
+__attribute__((always_inline)) inline void join_bytes(Int b0, Int b1, Int b2, Int b3, Float (&out)[kVectors]) {
+    const Int low0 = _mm512_unpacklo_epi8(b0, b1);
+    const Int low1 = _mm512_unpackhi_epi8(b0, b1);
+    const Int high0 = _mm512_unpacklo_epi8(b2, b3);
+    const Int high1 = _mm512_unpackhi_epi8(b2, b3);
+    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, high0));
+    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, high0));
+    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low1, high1));
+    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
+}
+
+class TableDecoder {
+   public:
+    TableDecoder() = default;
+    TableDecoder(const float *, const StateLines &lines) : plane_(lines.plane) {}
+    __attribute__((always_inline)) void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
+        const Int index = decoding_order(codes);
+        const __mmask64 upper = _mm512_movepi8_mask(index);
+        join_bytes(look_up(0, index, upper), look_up(1, index, upper), look_up(2, index, upper),
+                   look_up(3, index, upper), out);
+    }
+
+   private:
+    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 upper) const {
         const uint8_t *plane = plane_[byte];
         const Int low = _mm512_permutex2var_epi8(_mm512_load_si512(plane), index, _mm512_load_si512(plane + 64));
         const Int high =
@@ -120,50 +142,40 @@ class PermutingDecoder {
     const uint8_t (*plane_)[256];
 };
 
-#endif
-
-class Decoder {
+// Half the look-ups, for a codebook whose values below 0 are those above it with another sign: by |code - 127|, whose
+// lowest 7 bits are 0 for codes 127 (the value 0) and 255 (StateLines::half_plane).
+class SymmetricDecoder {
    public:
-    Decoder() = default;
-    Decoder(const float *table, const StateLines &) : table_(table) {}
-    void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
-        for (int v = 0; v < kVectors; ++v) {
-            out[v] = gather(table_, load_codes(codes + v * kLanes));
-        }
+    SymmetricDecoder() = default;
+    SymmetricDecoder(const float *, const StateLines &lines) : plane_(lines.half_plane) {}
+    __attribute__((always_inline)) void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
+        const Int code = decoding_order(codes);
+        const Int distance = _mm512_sub_epi8(code, _mm512_set1_epi8(127));
+        const __mmask64 not_zero = _mm512_test_epi8_mask(distance, distance);
+        const Int index = _mm512_abs_epi8(distance);
+        const Int sign = _mm512_andnot_si512(code, _mm512_set1_epi8(INT8_MIN));
+        const Int top = look_up(3, index, not_zero);
+        join_bytes(look_up(0, index, not_zero), look_up(1, index, not_zero), look_up(2, index, not_zero),
+                   _mm512_mask_add_epi8(top, not_zero, top, sign), out);
     }
 
    private:
-    const float *table_;
+    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 not_zero) const {
+        const uint8_t *plane = plane_[byte];
+        return _mm512_maskz_permutex2var_epi8(not_zero, _mm512_load_si512(plane), index, _mm512_load_si512(plane + 64));
+    }
+
+    const uint8_t (*plane_)[128];
 };
 
-#if !defined(__AVX512VBMI__)
-using PermutingDecoder = Decoder;
+#else
+using TableDecoder = GatheringDecoder;
+using SymmetricDecoder = GatheringDecoder;
 #endif
 
-// The states of an element, decoded: the last of several by permutes.
-template <int kStates>
-class Decoders {
-   public:
-    void prepare(int s, const float *table, const StateLines &lines) {
-        if (s > 0 && s == kStates - 1) {
-            last_ = PermutingDecoder(table, lines);
-        } else {
-            gather_[s] = Decoder(table, lines);
-        }
-    }
-    template <int s>
-    void decode(const uint8_t *codes, Float (&out)[kVectors]) const {
-        if constexpr (s > 0 && s == kStates - 1) {
-            last_(codes, out);
-        } else {
-            gather_[s](codes, out);
-        }
-    }
-
-   private:
-    Decoder gather_[kStates];
-    PermutingDecoder last_;
-};
+// The decoder of state `s` of a rule.
+template <class Rule, int s>
+using DecoderOf = std::conditional_t<Rule::kSquares[s], TableDecoder, SymmetricDecoder>;
 
 // kGroup codes by the codebook's own index. With kFloored a value above 0 has at least the code after that of 0
 // (QC-OPT-021).
@@ -186,68 +198,86 @@ void encode_exactly(const Codebook &book, const float *values, Float scale, uint
 
 #if defined(__AVX512F__)
 
-// state_codes.h says how.
+// Of two vectors the third byte of each lane, in order.
+inline __m256i third_bytes(Int a, Int b) {
+#if defined(__AVX512VBMI__)
+    alignas(64) static const uint8_t kThird[64] = {2,  6,  10, 14,  18,  22,  26,  30,  34,  38, 42,
+                                                   46, 50, 54, 58,  62,  66,  70,  74,  78,  82, 86,
+                                                   90, 94, 98, 102, 106, 110, 114, 118, 122, 126};
+    return _mm512_castsi512_si256(_mm512_permutex2var_epi8(a, _mm512_load_si512(kThird), b));
+#else
+    const Int third = _mm512_set1_epi32(0xFF);
+    const Int low = _mm512_and_si512(_mm512_srli_epi32(a, 16), third);
+    const Int high = _mm512_and_si512(_mm512_srli_epi32(b, 16), third);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(low)), _mm512_cvtepi32_epi8(high), 1);
+#endif
+}
+
+// state_codes.h says how. With kPositive no value is below 0.
+template <bool kPositive>
 class StateCodes {
    public:
-    StateCodes(const Codebook &codes, const StateLines &lines)
-        : exact_(codes),
-          zero_code_(codes.zero_code),
-          entry_{_mm512_load_si512(lines.entry), _mm512_load_si512(lines.entry + 16)},
-          slope_(_mm512_load_ps(lines.slope)),
-          offset_(_mm512_load_ps(lines.offset)),
-          cap_(_mm512_load_ps(lines.cap)) {}
+    StateCodes(const Codebook &codes, const StateLines &lines) : exact_(codes), lines_(lines) {}
 
     template <bool kFloored>
-    void encode(const float *values, Float scale, uint8_t *out) const {
-        Int count[kVectors];
+    __attribute__((always_inline)) void encode(const float *values, Float scale, uint8_t *out) const {
+        Int twice[kVectors];  // so that the code is a byte
         __mmask16 sure = 0xFFFF;
         for (int v = 0; v < kVectors; ++v) {
             const Float value = load(values + v * kLanes);
-            count[v] = estimate(multiply(value, scale), sure);
-            if constexpr (kFloored) {  // as integers: 1 if above 0, 0 if 0, no matter what if below
-                count[v] = _mm512_max_epi32(count[v], _mm512_min_epi32(bits(value), _mm512_set1_epi32(1)));
-            }
+            const Int fixed = estimate<kFloored>(multiply(value, scale), sure);
+            const __mmask16 counts = kFloored ? _mm512_test_epi32_mask(bits(value), bits(value)) : 0xFFFF;
+            twice[v] = _mm512_maskz_add_epi32(counts, fixed, fixed);
         }
         if (__builtin_expect(sure != 0xFFFF, 0)) {
             encode_exactly<kFloored>(exact_, values, scale, out);
             return;
         }
-        const Int zero = _mm512_set1_epi16(static_cast<int16_t>(zero_code_));
-        const Int low = _mm512_add_epi16(_mm512_packs_epi32(count[0], count[1]), zero);
-        const Int high = _mm512_add_epi16(_mm512_packs_epi32(count[2], count[3]), zero);
-        const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+        const Int first = _mm512_set1_epi8(static_cast<char>(kPositive ? exact_.zero_code : 0));
+        for (int v = 0; v < kVectors; v += 2) {
+            const __m256i codes = third_bytes(twice[v], twice[v + 1]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + v * kLanes),
+                                kPositive ? _mm256_add_epi8(codes, _mm512_castsi512_si256(first)) : codes);
+        }
     }
 
    private:
-    // The code less that of 0; takes the lanes in doubt out of `sure`.
-    Int estimate(Float y, __mmask16 &sure) const {
-        constexpr int kLargerMagnitude = 0x0B;  // of vrangeps: max(|a|, |b|), sign clear
-        const Float size = _mm512_range_ps(y, _mm512_set1_ps(StateLines::kSmallest), kLargerMagnitude);
-        const Int exponent = _mm512_srli_epi32(bits(size), 23);  // the permutes look at its lowest 5 bits
-        const Int entry = _mm512_permutex2var_epi32(entry_[0], exponent, entry_[1]);
-        const Int segment = _mm512_srli_epi32(_mm512_add_epi32(entry, bits(size)), 23);
-        const Float line =
-            _mm512_fmadd_ps(size, _mm512_permutexvar_ps(segment, slope_), _mm512_permutexvar_ps(segment, offset_));
-        const Float f = _mm512_min_ps(line, _mm512_permutexvar_ps(segment, cap_));
-        // With 12 bits behind the point, rounded, values no further than kGuard from an integer are one.
-        static_assert(StateLines::kGuard == 0x1p-13f);
-        const Int fixed = bits(_mm512_add_ps(f, _mm512_set1_ps(0x1p11f)));
-        sure = _mm512_mask_test_epi32_mask(sure, fixed, _mm512_set1_epi32(0xFFF));
-        const Int sign = _mm512_set1_epi32(INT32_MIN);
-        constexpr int kFirstOrBoth = 0xF8;  // of vpternlogd: a | (b & c)
-        const Float signed_f = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits(f), bits(y), sign, kFirstOrBoth));
-        return _mm512_cvttps_epi32(signed_f);
+    // Of vrangeps: the value of larger or smaller magnitude, with the sign of the first.
+    static constexpr int kLargerMagnitude = 0x3;
+    static constexpr int kSmallerMagnitude = 0x2;
+
+    // kBase + kGuard + the code (kPositive: less that of 0), as bits; takes the lanes in doubt out of `sure`.
+    template <bool kFloored>
+    __attribute__((always_inline)) Int estimate(Float y, __mmask16 &sure) const {
+        const Float least = _mm512_set1_ps(kFloored ? lines_.smallest_counted : StateLines::kSmallest);
+        y = kPositive ? _mm512_max_ps(y, least) : _mm512_range_ps(y, least, kLargerMagnitude);
+        const Int exponent = _mm512_srli_epi32(bits(y), 23);  // the permutes look at its lowest 5 bits
+        const Int entry = _mm512_permutex2var_epi32(line(lines_.entry), exponent, line(lines_.entry + 16));
+        const Int segment = _mm512_srli_epi32(_mm512_add_epi32(entry, bits(y)), 27);
+        const Float slope = _mm512_permutexvar_ps(segment, line(lines_.slope));
+        const Float cap = _mm512_permutexvar_ps(segment, line(lines_.cap));
+        Float f;
+        if constexpr (kPositive) {
+            const Float offset = _mm512_permutexvar_ps(segment, line(lines_.count));
+            f = _mm512_fmadd_ps(_mm512_min_ps(y, cap), slope, offset);
+        } else {
+            const Float offset = _mm512_permutex2var_ps(line(lines_.offset), segment, line(lines_.offset + 16));
+            f = _mm512_fmadd_ps(_mm512_range_ps(y, cap, kSmallerMagnitude), slope, offset);
+        }
+        sure = _mm512_mask_test_epi32_mask(sure, bits(f), _mm512_set1_epi32(StateLines::kSure));
+        static_assert(StateLines::kFraction == 15);
+        return bits(f);
     }
+    static Float line(const float *of) { return _mm512_load_ps(of); }
+    static Int line(const int32_t *of) { return _mm512_load_si512(of); }
 
     const Codebook &exact_;
-    int32_t zero_code_;
-    Int entry_[2];
-    Float slope_, offset_, cap_;
+    const StateLines &lines_;
 };
 
 #else
 
+template <bool kPositive>
 class StateCodes {
    public:
     StateCodes(const Codebook &codes, const StateLines &) : exact_(codes) {}

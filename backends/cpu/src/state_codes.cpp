@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 namespace qcore::cpu {
 namespace {
@@ -10,6 +11,12 @@ float float_of(int32_t bits) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+int32_t bits_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
 }
 
 // The thresholds above 0: y is beyond one if its bits, as an integer, are above `limit`.
@@ -48,22 +55,23 @@ StateLines::StateLines(const float *table, const Codebook &book) {
             plane[byte][i] = static_cast<uint8_t>(bits >> (8 * byte));
         }
     }
-    for (int s = 0; s < kSegments; ++s) {
-        slope[s] = offset[s] = cap[s] = 0.0f;  // F = 0: in doubt
-    }
-    for (int32_t &e : entry) {
-        e = 0;
+    for (int byte = 0; byte < 4; ++byte) {
+        std::memcpy(half_plane[byte] + 1, plane[byte] + 128, 127);
+        half_plane[byte][0] = plane[byte][255];
     }
     if (!fit(book)) {
-        for (int s = 0; s < kSegments; ++s) {
-            slope[s] = offset[s] = 0.0f;
+        for (int s = 0; s < kSegments; ++s) {  // an integer: in doubt
+            cap[s] = slope[s] = 0.0f;
+            offset[s] = offset[kSegments + s] = count[s] = kBase;
         }
+        std::memset(entry, 0, sizeof entry);
+        smallest_counted = kSmallest;
     }
 }
 
 bool StateLines::fit(const Codebook &book) {
     const Thresholds t(book);
-    if (!t.mirrored(book)) {
+    if (!t.mirrored(book) || t.count < 2) {
         return false;
     }
     int32_t boundary[kExponents];
@@ -72,8 +80,13 @@ bool StateLines::fit(const Codebook &book) {
         boundary[e] = ((kLowestExponent + e + 1) << 23) - 1;  // nothing of this exponent is beyond
         segment[e] = -1;
     }
+    double shift[kSegments];  // F = slope * |y| + shift
+    for (int s = 0; s < kSegments; ++s) {
+        cap[s] = 1.0f;
+        slope[s] = 0.0f;
+        shift[s] = 0.5;
+    }
     int s = 0;
-    cap[0] = offset[0] = 0.5f;
     for (int first = 0, last = 0; first < t.count; first = last) {
         // Segment s ends at threshold `first`. The next one has the thresholds first + 1 to last - 1 inside.
         const int exponent = (t.limit[first] >> 23) - kLowestExponent;
@@ -90,38 +103,69 @@ bool StateLines::fit(const Codebook &book) {
             }
             const double rise = (last - first - 2) / (t.at(last - 1) - t.at(first + 1));
             slope[s] = static_cast<float>(rise);
-            offset[s] = static_cast<float>(first + 2 - rise * t.at(first + 1));
+            shift[s] = first + 2 - slope[s] * t.at(first + 1);
+            cap[s] = static_cast<float>((last + 0.5 - shift[s]) / rise);
         } else {
-            offset[s] = static_cast<float>(last) + 0.5f;
+            shift[s] = last + 0.5;
         }
-        cap[s] = static_cast<float>(last) + 0.5f;
+    }
+    // The negative side has no threshold for the last segment, which ends in the same code as the one before.
+    const double last_shift = book.zero_code == 0 ? 0.0 : shift[s] - (t.count > 255 - t.count ? 1.0 : 0.0);
+    if (slope[s] != 0.0f) {
+        return false;
+    }
+    for (int i = 0; i < kSegments; ++i) {
+        const double below = i == s ? last_shift : shift[i];
+        count[i] = static_cast<float>(kBase + kGuard + shift[i]);
+        offset[i] = static_cast<float>(kBase + kGuard + book.zero_code + shift[i]);
+        offset[kSegments + i] = static_cast<float>(kBase + kGuard + book.zero_code + 1 - below);
     }
     for (int e = 0, below = 0; e < kExponents; ++e) {
         const bool changes = segment[e] >= 0;
         segment[e] = changes ? segment[e] : below;
         below = segment[e] + (changes ? 1 : 0);
-        entry[e] = ((segment[e] + 1) << 23) - 1 - boundary[e];
+        entry[e] = static_cast<int32_t>((static_cast<uint32_t>(segment[e] + 1) << 27) - 1 -
+                                        static_cast<uint32_t>(boundary[e]));
     }
-    // The proof: F rises with y inside a segment, so outside the guard it is right if it is within it at each
-    // threshold inside, and at the ends of the segment either right or within it.
-    for (int j = 0; j < t.count; ++j) {
-        const int e = (t.limit[j] >> 23) - kLowestExponent;
-        const auto line = [&](int32_t bits) {
-            const int of = (entry[e] + bits) >> 23;
-            return std::fmin(std::fma(float_of(bits), slope[of], offset[of]), cap[of]);
-        };
-        const float before = line(t.limit[j]);
-        const float after = line(t.limit[j] + 1);
-        const float count = static_cast<float>(j + 1);
-        if (t.limit[j] == boundary[e]) {
-            if (std::floor(before + kGuard) != count - 1 || std::floor(after + kGuard) != count) {
+    smallest_counted = float_of(t.limit[0] + (t.limit[1] - t.limit[0]) / 2);
+    return proven(book, t.limit, t.count);
+}
+
+// F rises with |y| inside a segment, and outside the guard it is right everywhere if at each threshold the last value
+// below it and the first one beyond are right, or in doubt on the threshold's own integer.
+bool StateLines::proven(const Codebook &book, const int32_t *limit, int n) const {
+    const auto field = [&](int32_t bits, int sign, const float *offsets) {
+        const int e = (bits >> 23) - kLowestExponent;
+        const int of = static_cast<int>((static_cast<uint32_t>(entry[e]) + static_cast<uint32_t>(bits)) >> 27);
+        const float size = std::fmin(float_of(bits), cap[of]);
+        const float y = sign > 0 ? size : -size;
+        return bits_of(std::fma(y, slope[of], offsets[sign > 0 ? of : kSegments + of]));
+    };
+    const auto code = [](int32_t fixed) { return (fixed >> kFraction & 0xFF); };
+    const auto sure = [](int32_t fixed) { return (fixed & kSure) != 0; };
+    const auto at_base = [](int32_t fixed) { return fixed >> 23 == bits_of(kBase) >> 23; };
+    for (int j = 0; j < n; ++j) {
+        const int32_t below = limit[j], beyond = limit[j] + 1;
+        for (const float *offsets : {offset, count}) {
+            const int zero = offsets == offset ? book.zero_code : 0;
+            const int32_t low = field(below, 1, offsets), high = field(beyond, 1, offsets);
+            const bool low_right = code(low) == zero + j || (code(low) == zero + j + 1 && !sure(low));
+            if (!at_base(low) || !at_base(high) || !low_right || code(high) != zero + j + 1) {
                 return false;
             }
-        } else if (!(std::fabs(before - count) < kGuard && std::fabs(after - count) < kGuard)) {
-            return false;
+        }
+        if (book.zero_code != 0) {
+            const int zero = book.zero_code;
+            const int32_t high = field(below, -1, offset), low = field(beyond, -1, offset);
+            const int code_beyond = zero - j - 1 < 0 ? 0 : zero - j - 1;
+            const bool low_right = code(low) == code_beyond || (code(low) == code_beyond + 1 && !sure(low));
+            if (!at_base(low) || !at_base(high) || code(high) != (zero - j < 0 ? 0 : zero - j) || !low_right) {
+                return false;
+            }
         }
     }
-    return true;
+    const int32_t least = field(bits_of(kSmallest), 1, count), most = field(bits_of(1.0f), 1, count);
+    return code(least) == 0 && code(most) == n && code(field(bits_of(smallest_counted), 1, count)) == 1;
 }
 
 }  // namespace qcore::cpu

@@ -1,16 +1,23 @@
-// Encoding into the dynamic codebooks by arithmetic, for AVX-512 (QC-Q8-004, QC-OPT-021).
+// Encoding into the dynamic codebooks by arithmetic, and decoding by permutes, for AVX-512 (QC-Q8-004, QC-OPT-021).
 //
 // Table look-ups are what an 8-bit step spends its time on: codebook.h's index takes a gather a vector, from tables
 // that do not fit into L1 beside the data. The dynamic codebooks need no large table: their thresholds lie evenly
 // spaced in each of a few segments (decades), so the number of thresholds below |y| is the integer part of
-//     F(|y|) = min(|y| * slope[segment] + offset[segment], cap[segment])
+//     F(|y|) = min(|y|, cap[segment]) * slope[segment] + offset[segment]
 // wherever F is more than kGuard away from every integer. Values that are not, one in four thousand, take the exact
 // way; the constructor proves that the guard is wide enough at every threshold.
 //
+// F is computed as kBase + kGuard + F, one rounding: between 256 and 512 a float has 8 bits before the point and 15
+// behind it, so that the integer part is a field of its bits, and a value in doubt has zeros in the upper 12 bits of
+// its fraction. With the code of 0 in the offset that field is the code itself; negative y have an offset of their own,
+// with which it is that code less the number of thresholds beyond which -y lies.
+//
 // The segment follows from the exponent, which has at most one threshold t where the segment changes: `entry` holds
-// (s << 23) - (bits of t) - 1 + 2^23, less the exponent, so that adding the bits of |y| carries into s beyond t.
+// (s + 1 << 27) - (bits of t) - 1, so that adding the bits of y leaves in bits 27 to 30 the segment, s, or s + 1 beyond
+// t, and in bit 31 the sign.
+//
 // Both signs have the same thresholds, ties included, because the code of 0 is odd (127); the positive side has one
-// more, at the end, whose code on the negative side is one too low and saturates to 0.
+// more, at the end.
 #ifndef QCORE_CPU_STATE_CODES_H
 #define QCORE_CPU_STATE_CODES_H
 
@@ -25,19 +32,30 @@ struct StateLines {
     static constexpr int kLowestExponent = 127 - (kExponents - 1);
     static constexpr int kSegments = 16;
     static constexpr float kGuard = 0x1p-13f;
+    static constexpr float kBase = 0x1p8f;
+    static constexpr int kFraction = 15;      // bits behind the point
+    static constexpr int32_t kSure = 0x7FF8;  // the bits of the fraction that are not all 0 outside the guard
     static constexpr float kSmallest = 0x1p-31f;
 
     // `table` is the codebook, `book` the same prepared. One of another structure has every value take the exact way.
     StateLines(const float *table, const Codebook &book);
 
     alignas(64) int32_t entry[kExponents];
-    alignas(64) float slope[kSegments];
-    alignas(64) float offset[kSegments];
     alignas(64) float cap[kSegments];
-    alignas(64) uint8_t plane[4][256];  // the bytes of the table's floats, lowest first: for decoding by permutes
+    alignas(64) float slope[kSegments];
+    alignas(64) float offset[2 * kSegments];  // of y >= 0, then of y < 0: the integer part is the code
+    alignas(64) float count[kSegments];       // of y >= 0: the integer part is the code less that of 0
+    float smallest_counted;                   // a value whose code is the one after that of 0 (QC-OPT-021)
+
+    // For decoding: the bytes of the table's floats, lowest first. In half_plane those of codes 128 to 254 at 1 to 127,
+    // and of code 255 at 0: all of the signed codebook, whose code 127 is 0 and whose code 127 - i is less that of 127
+    // + i.
+    alignas(64) uint8_t plane[4][256];
+    alignas(64) uint8_t half_plane[4][128];
 
    private:
     bool fit(const Codebook &book);
+    bool proven(const Codebook &book, const int32_t *limit, int n) const;
 };
 
 }  // namespace qcore::cpu
