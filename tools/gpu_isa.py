@@ -247,7 +247,8 @@ def write(found: list[Kernel], folder: Path) -> None:
     columns = [field.name for field in fields(Kernel)]
     rows = [[asdict(kernel)[column] for column in columns] for kernel in found]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    text = f'{{\n "schema": 1,\n "columns": {json.dumps(columns)},\n "kernels": [\n{lines}\n ]\n}}\n'
+    source = run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty").strip()
+    text = f'{{\n "schema": 1,\n "source": "{source}",\n "columns": {json.dumps(columns)},\n "kernels": [\n{lines}\n ]\n}}\n'
     (folder / "gpu-isa.json").write_text(text, encoding="utf-8")
     (folder / "gpu-isa.md").write_text(summary(found), encoding="utf-8")
 

@@ -43,13 +43,13 @@ class Target:
     reserved_shared: int = 0
 
     def waves(self, registers: int, shared: int, threads: int) -> int:
-        """Waves of a group that fit at once, in whole blocks where shared memory is short."""
+        """Waves of a group that fit at once, in whole blocks."""
         given = max(1, -(-registers // self.granule)) * self.granule
-        by_registers = min(self.most, self.registers // given)
         waves_of_block = max(1, threads // self.wave)
-        if shared == 0:
-            return by_registers
-        return min(by_registers, self.shared // shared * waves_of_block // self.sharing)
+        blocks = min(self.most, self.registers // given) * self.sharing // waves_of_block
+        if shared:
+            blocks = min(blocks, self.shared // shared)
+        return blocks * waves_of_block // self.sharing
 
 
 _CDNA = Target(64, 512, 8, 8, 64 << 10, 4)
@@ -76,13 +76,14 @@ TARGETS = {
     "sm_120": _nvidia(1536, 100, 1024),
 }
 
-# Kernels whose floor is memory: they need many waves and wide loads. Of the others, products keep a block on every
-# group and use the matrix units.
 _PRODUCT = re.compile(r"(matrix|int8)_kernel<")
 # What these read, or write, comes eight elements at a time, and those are 16 bytes and more.
 _READS_WIDE = re.compile(r"(quantize|plain|rows|column_|dequantize_gemm|step|squares)")
 _WRITES_WIDE = re.compile(r"(dequantize_(4bit|blockwise|rows|gemm)|step)_kernel")
-_SHARE_MEMORY, _SHARE_PRODUCT = 0.5, 0.25  # of the waves that a group can hold
+# Of the waves that a group can hold. Products live on registers: one block of eight waves will do. Eight rows of X at
+# once, without matrix units, are between the two.
+_SHARES = ((re.compile(r"(matrix|int8|tile)_kernel<"), 0.125), (re.compile(r"(plain|step|squares)_kernel"), 0.25))
+_SHARE = 0.5
 # Scalars that were parked in lanes of vector registers: an instruction each way, no memory.
 _MOST_SCALAR_SPILLS = 16
 _PARKED = {("gfx1030", "int8_kernel"): 200}  # 4 x 16 sums a lane without matrix units
@@ -101,7 +102,8 @@ def _breaches_of(kernel: Kernel) -> Iterable[str]:
     most_parked = _PARKED.get((kernel.target, kernel.name.partition("<")[0]), _MOST_SCALAR_SPILLS)
     if kernel.scalar_spills > most_parked:
         yield f"{kernel.scalar_spills} scalar registers parked, expected at most {most_parked}"
-    least = max(1, int(target.most * (_SHARE_PRODUCT if product else _SHARE_MEMORY)))
+    share = next((share for kind, share in _SHARES if kind.match(kernel.name)), _SHARE)
+    least = max(1, int(target.most * share))
     if kernel.waves < least:
         yield f"{kernel.waves} waves at once, expected {least} ({kernel.registers} registers, {kernel.shared} bytes)"
     if product:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU is needed for, in one command, under nine minutes and without a network: builds the CUDA library
-# for this machine's GPU, runs the conformance suite on it, compute-sanitizer on small calls, and the benchmarks.
+# for this machine's GPU, runs the conformance suite on it, compute-sanitizer on small calls, and the benchmarks. Also
+# the host side of the HIP backend, compiled for this GPU through a shim (backends/hip/shim).
 #
 #   tools/gpu_run.sh OUT_DIR
 #   tools/gpu_run.sh --rehearse LIBRARY OUT_DIR    the same parts, as far as they go without a GPU, on LIBRARY
@@ -10,7 +11,8 @@
 # summary, and the next one begins.
 #
 # OUT_DIR gets: summary.json (parts, states, seconds, machine), build.log, conformance.json and .md, stress.json,
-# sanitizer.log, bench.json, run.log. Exit status: 0 all parts went well, 1 some did not, 2 wrong use, 3 no GPU here.
+# sanitizer.log, build-hip.log, hip.json and .md, bench.json, model.json (measured beside predicted), run.log. Exit
+# status: 0 all parts went well, 1 some did not, 2 wrong use, 3 no GPU here.
 set -uo pipefail
 
 usage() {
@@ -103,6 +105,10 @@ else
     export work architecture
     part build 150 bash -c "build >'$out/build.log' 2>&1"
     [[ -f $library ]] || finish 1 "the library was not built; build.log says why"
+    # Meanwhile the suite runs: the HIP backend's host side with the same kernels, at the end of the line for processors.
+    nice -n 10 bash -c "cmake -S backends/hip/shim -B '$work/hip' -G Ninja -DCMAKE_CUDA_ARCHITECTURES='$architecture' \
+        -DQCORE_HIP_ARCH=sm_$capability && cmake --build '$work/hip' --parallel 6" >"$out/build-hip.log" 2>&1 &
+    hip_build=$!
 fi
 
 conformance() { # NAME LIMIT RESULT ARGUMENT...: the suite; its JSON and page go to OUT_DIR even if cases failed
@@ -130,6 +136,17 @@ else
     skip memcheck "compute-sanitizer was not found"
 fi
 
+if [[ -n $rehearsal ]]; then
+    skip hip "rehearsal on $rehearsal"
+else
+    part "hip build" 60 tail --pid="$hip_build" -f /dev/null
+    if [[ -f $work/hip/libqcore_hip_on_cuda.so ]]; then
+        library="$work/hip/libqcore_hip_on_cuda.so" conformance hip 60 hip --jobs 6 --level L0 --level L1
+    else
+        skip hip "the library was not built; build-hip.log says why"
+    fi
+fi
+
 size=4096
 bench=(--library "$library" --json "$out/bench.json" --device "$device")
 left=$((budget - (SECONDS - start) - 20))
@@ -138,6 +155,9 @@ if [[ -n $rehearsal ]]; then
     bench+=(--rounds 2 --seconds 0.0001)
 fi
 part bench 200 "$python" benchmarks/gpu.py "${bench[@]}" --size "$size" --budget "$((left < 180 ? left : 180))"
+model=(bench gpu --shape 4096x4096 --json "$out/model.json")
+part model 60 env QCORE_BACKEND="$device=$library" "$python" -c \
+    'import sys; from qcore.cli.main import run; sys.exit(run(sys.argv[1:]))' "${model[@]}"
 
 if grep -qvP '^[^\t]+\t(passed|skipped)' "$work/parts"; then
     finish 1 "some parts did not go well"

@@ -59,6 +59,26 @@ QC_DEVICE void store16(void *address, Vector16 value) { *static_cast<uint4 *>(ad
 QC_DEVICE void store8(void *address, Vector8 value) { *static_cast<uint2 *>(address) = value; }
 QC_DEVICE void store4(void *address, uint32_t value) { *static_cast<uint32_t *>(address) = value; }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+QC_DEVICE void copy16_async(void *to, const void *from, bool there) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+QC_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+QC_DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+#else
+QC_DEVICE void copy16_async(void *to, const void *from, bool there) {
+    store16(to, there ? load16(from) : Vector16{0, 0, 0, 0});
+}
+QC_DEVICE void close_copies() {}
+template <int N>
+QC_DEVICE void wait_for_copies() {}
+#endif
+
 QC_DEVICE float half_bits_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 QC_DEVICE uint16_t float_to_half_bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
 QC_DEVICE float bfloat16_bits_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }

@@ -111,6 +111,14 @@ QC_DEVICE void store16(void *address, Vector16 value) { *static_cast<Vector16 *>
 QC_DEVICE void store8(void *address, Vector8 value) { *static_cast<Vector8 *>(address) = value; }
 QC_DEVICE void store4(void *address, uint32_t value) { *static_cast<uint32_t *>(address) = value; }
 
+// Through registers.
+QC_DEVICE void copy16_async(void *to, const void *from, bool there) {
+    store16(to, there ? load16(from) : Vector16{0, 0, 0, 0});
+}
+QC_DEVICE void close_copies() {}
+template <int N>
+QC_DEVICE void wait_for_copies() {}
+
 QC_DEVICE float half_bits_to_float(uint16_t bits) { return static_cast<float>(__builtin_bit_cast(_Float16, bits)); }
 QC_DEVICE uint16_t float_to_half_bits(float value) {
     return __builtin_bit_cast(uint16_t, static_cast<_Float16>(value));

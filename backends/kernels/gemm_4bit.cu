@@ -1,13 +1,13 @@
-// W4A16 product (docs/spec/40-gemm-4bit.md). Two kernels, chosen by dtype and shape alone, never by alignment:
+// W4A16 product (docs/spec/40-gemm-4bit.md). Kernels of two kinds, chosen by dtype and shape alone, never by alignment:
 //
-//   matrix units   16-bit dtypes, K a multiple of 32: product.cuh has the memory picture. A weight is decoded in
-//                  registers: one lookup, one product, half a conversion, then it is an operand of up to eight
-//                  products.
+//   matrix units   16-bit dtypes, K a multiple of 32. Up to 16 rows of X: product.cuh has the memory picture, a weight
+//                  is decoded in registers: one lookup, one product, half a conversion. More rows: tiled.cuh has it, a
+//                  weight is decoded once for up to 128 of them.
 //   plain          float32, any other K, units without the dtype: a wave a row of W, eight codes a lane at a time, up
 //   to
 //                  eight rows of X at once. Reads the same bytes of W; X comes from L1.
 //
-// Floor for both: N * K / 2 bytes of codes and 4 (1 with nested absmax) a block, at read bandwidth.
+// Floor for all: N * K / 2 bytes of codes and 4 (1 with nested absmax) a block, at read bandwidth.
 //
 // Weights are rounded to the dtype of X (QC-GEMM4-001: `compute`) whatever the kernel. The declared depth is the
 // ceiling, K + 8: what a matrix unit does inside (alignment to the largest term, truncation) is published nowhere; from
@@ -17,6 +17,7 @@
 #include "host/queue.h"
 #include "product.cuh"
 #include "scale.cuh"
+#include "tiled.cuh"
 #include "weight4bit.cuh"
 
 namespace qcore::gpu {
@@ -76,6 +77,49 @@ matrix_kernel(Weight4 w, Activations<T> x, Output<T> output) {
     block_barrier();
     const PackedRows<T, Aligned> rows = {w, output.n, x.k, &shared.table};
     multiply<T, W, C, KW, Aligned>(rows, x, output.n, output, shared.sums);
+}
+
+// The same codes as tiled.cuh takes them.
+template <class T>
+struct TiledCodes {
+    Weight4 w;
+    int64_t k;
+    const Table16 *table;
+
+    template <bool Aligned>
+    QC_DEVICE void fetch(Vector16 &to, int64_t row, int64_t at, bool there) const {
+        const uint8_t *bytes = w.packed + (there ? (row * k + at) / 2 : 0);
+        if constexpr (Aligned) {
+            copy16_async(&to, bytes, there);
+        } else {
+            to = gather_sixteen_bytes(bytes, there ? 16 : 0);
+        }
+    }
+    QC_DEVICE float scale(int64_t row, int64_t at, bool there) const {
+        return there ? w.absmax.at((row * k + at) >> w.shift) : 0.0f;
+    }
+    QC_DEVICE Vector16 decode(uint32_t codes, float scale) const {
+        uint32_t word[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            word[i] = pack_two<T>(table->at(codes >> (8 * i + 4) & 15) * scale, table->at(codes >> 8 * i & 15) * scale);
+        }
+        return Vector16{word[0], word[1], word[2], word[3]};
+    }
+};
+
+template <class T, int W, int Rows, bool Aligned>
+QC_KERNEL(kTiledWaves *W)
+tiled_kernel(Weight4 w, Activations<T> x, TileOutput<Output<T>> output, int splits) {
+    struct Shared {
+        TileShared<Rows> tile;
+        Table16 table;
+    };
+    QC_SHARED(Shared, shared);
+    shared.table.fill(w.format);
+    block_barrier();
+    const TiledCodes<T> codes = {w, x.k, &shared.table};
+    multiply_tiles<T, W, Rows, Aligned>(codes, x, output.out.n, splits, output, shared.tile);
 }
 
 constexpr int kPlainThreads = 256;
@@ -165,6 +209,16 @@ plain_kernel(Weight4 w, Activations<T> x, Output<T> output, bool words) {
     }
 }
 
+constexpr int64_t kFewRows = 16;  // of X, for which tiles do not pay
+
+bool takes_matrix(int32_t device, int32_t dtype, int64_t k) {
+    return dtype != QC_F32 && k > 0 && k % kTileDepth == 0 && has_matrix_unit(device, dtype);
+}
+
+int splits_of(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k) {
+    return m > kFewRows && takes_matrix(device, dtype, k) ? tile_splits(device, m, n, k) : 1;
+}
+
 template <class T>
 struct Problem {
     Weight4 w;
@@ -172,6 +226,8 @@ struct Problem {
     Output<T> output;
     bool w_aligned;
     Queue queue;
+    float *partial;
+    int splits;
 
     template <int C, int KW>
     qc_status matrix() {
@@ -180,6 +236,19 @@ struct Problem {
         const auto kernel =
             w_aligned && x.aligned ? matrix_kernel<T, kWave, C, KW, true> : matrix_kernel<T, kWave, C, KW, false>;
         return queue.launch(kernel, grid, kProductWaves * kWave, w, x, output);
+    }
+    template <int Rows>
+    qc_status tiled() {
+        const Grid grid = {ceil_div(output.n, kTileRows), Queue::tile_blocks(ceil_div(x.m, Rows) * splits)};
+        const auto kernel =
+            w_aligned && x.aligned ? tiled_kernel<T, kWave, Rows, true> : tiled_kernel<T, kWave, Rows, false>;
+        const TileOutput<Output<T>> out = {output, splits > 1 ? partial : nullptr, x.m};
+        const qc_status status = queue.launch(kernel, grid, kTiledWaves * kWave, w, x, out, splits);
+        if (status != QC_OK || splits == 1) {
+            return status;
+        }
+        return queue.launch(add_parts_kernel<Output<T>>, {queue.resident_blocks(x.m * output.n, kAddThreads)},
+                            kAddThreads, output, partial, x.m, output.n, splits);
     }
     template <int M>
     qc_status plain() {
@@ -194,13 +263,13 @@ qc_status run_matrix(Problem<T> &p) {
     if (p.x.m <= kUnit) {
         return p.template matrix<1, 8>();
     }
-    if (p.x.m <= 16) {
+    if (p.x.m <= kFewRows) {
         return p.template matrix<16 / kUnit, 8>();
     }
     if (p.x.m <= 32) {
-        return p.template matrix<32 / kUnit, 4>();
+        return p.template tiled<32>();
     }
-    return p.template matrix<64 / kUnit, 2>();
+    return p.x.m <= 64 ? p.template tiled<64>() : p.template tiled<128>();
 }
 
 template <class T>
@@ -215,7 +284,7 @@ qc_status run_plain(Problem<T> &p) {
 qc_status run_problem(Problem<float> &p, bool) { return run_plain(p); }
 template <class T>
 qc_status run_problem(Problem<T> &p, bool units) {
-    return units && p.x.k % 32 == 0 && p.x.k > 0 ? run_matrix(p) : run_plain(p);
+    return units ? run_matrix(p) : run_plain(p);
 }
 
 }  // namespace
@@ -224,8 +293,18 @@ const char *gemm_4bit_declaration() {
     return "{\"depth\": {\"lanes\": 1, \"extra\": 8}, \"weight_rounding\": \"compute\"}";
 }
 
+qc_status gemm_4bit_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
+    Arguments arguments("workspace", device, Arguments::Starts::nothing);
+    arguments.dtype("dtype", dtype).extent("m, n", m, n);
+    if (arguments.ok()) {
+        *bytes = m == 0 || n == 0 ? 0 : partial_bytes(m, n, splits_of(device, dtype, m, n, k));
+    }
+    return arguments.status();
+}
+
 qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
-                    const qc_weight_4bit *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t, int64_t) {
+                    const qc_weight_4bit *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t workspace,
+                    int64_t workspace_bytes) {
     constexpr char kOp[] = "gemm_4bit";
     return guarded(kOp, [&] {
         Arguments arguments(kOp, device);
@@ -243,14 +322,20 @@ qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }
+        const int splits = splits_of(device, dtype, m, n, k);
+        if (!arguments.workspace(workspace, workspace_bytes, partial_bytes(m, n, splits)).ok()) {
+            return arguments.status();
+        }
         return with_dtype(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
             Problem<T> problem = {weight_view(*w),
                                   {pointer<const T>(a), m, k, k % 8 == 0 && aligned(a, 16)},
                                   {pointer<T>(out), n, bias_view<T>(bias_dtype, bias)},
                                   aligned(w->packed, 16),
-                                  Queue(kOp, device, stream)};
-            return run_problem(problem, has_matrix_unit(device, dtype));
+                                  Queue(kOp, device, stream),
+                                  pointer<float>(workspace),
+                                  splits};
+            return run_problem(problem, takes_matrix(device, dtype, k));
         });
     });
 }

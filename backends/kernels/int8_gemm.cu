@@ -62,6 +62,7 @@ struct ScaledWithOutliers {
         const float col_stat = scaled.col_stats[n_index];
         float t = scaled_sum<T>(sum, scaled.row_stats[m_index], col_stat, scaled.bias, n_index);
         const int32_t count = terms.list->count;
+#pragma unroll 1
         for (int32_t j = 0; j < count; ++j) {
             const int64_t column = terms.list->column[j];
             const float w = j < terms.expanded ? terms.weights[j * scaled.n + n_index]

@@ -83,11 +83,7 @@ qc_status int8_linear(int32_t device, uintptr_t stream, int32_t dtype, int64_t m
             return arguments.status();
         }
         const int64_t needed = workspace_bytes_of(m, n, k);
-        if (workspace_bytes < needed) {
-            return fail(QC_INVALID_ARGUMENT, "%s: workspace_bytes: expected %lld, got %lld", kOp,
-                        static_cast<long long>(needed), static_cast<long long>(workspace_bytes));
-        }
-        if (!arguments.array("workspace", workspace, needed, 64).ok()) {
+        if (!arguments.workspace(workspace, workspace_bytes, needed).ok()) {
             return arguments.status();
         }
         const Layout layout(m, n, k);

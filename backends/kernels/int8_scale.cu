@@ -14,10 +14,33 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPiece = 8 * kThreads;
 
+struct EightSums {
+    int32_t value[8];
+};
+
+// The sums c[0] to c[count - 1], zeros after them.
+QC_DEVICE EightSums load_eight_sums(const int32_t *c, int64_t count, bool aligned) {
+    EightSums out;
+    if (aligned && count >= 8) {
+        const Vector16 a = load16_once(c), b = load16_once(c + 4);
+        const uint32_t word[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            out.value[i] = static_cast<int32_t>(word[i]);
+        }
+        return out;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        out.value[i] = i < count ? c[i] : 0;
+    }
+    return out;
+}
+
 template <class T>
 QC_KERNEL(kThreads)
 dequantize_gemm_kernel(const int32_t *c, int64_t m, int64_t n, const float *row_stats, const float *col_stats,
-                       Bias<T> bias, T *out, bool out_aligned) {
+                       Bias<T> bias, T *out, bool c_aligned, bool out_aligned) {
     const int64_t pieces = (n + kPiece - 1) / kPiece;
     for (int64_t i = block_index_x(); i < m * pieces; i += block_count_x()) {
         const int64_t row = i / pieces, column = i % pieces * kPiece + 8 * thread_index(), count = n - column;
@@ -25,12 +48,12 @@ dequantize_gemm_kernel(const int32_t *c, int64_t m, int64_t n, const float *row_
             continue;
         }
         const float row_stat = row_stats[row];
+        const EightSums sums = load_eight_sums(c + row * n + column, count, c_aligned);
         Eight values;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             values.value[j] =
-                j < count ? scaled_sum<T>(c[row * n + column + j], row_stat, col_stats[column + j], bias, column + j)
-                          : 0.0f;
+                j < count ? scaled_sum<T>(sums.value[j], row_stat, col_stats[column + j], bias, column + j) : 0.0f;
         }
         store_eight<T>(out + row * n + column, values, count, out_aligned);
     }
@@ -80,7 +103,7 @@ qc_status int8_dequantize_gemm(int32_t device, uintptr_t stream, int32_t dtype, 
             return queue.launch(dequantize_gemm_kernel<T>, {queue.resident_blocks(m * ceil_div(n, kPiece), 1)},
                                 kThreads, pointer<const int32_t>(c), m, n, pointer<const float>(row_stats),
                                 pointer<const float>(col_stats), bias_view<T>(bias_dtype, bias), pointer<T>(out),
-                                n % 8 == 0 && aligned(out, 16));
+                                n % 8 == 0 && aligned(c, 16), n % 8 == 0 && aligned(out, 16));
         });
     });
 }

@@ -457,11 +457,7 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
         }
         const bool limited = optimizer->max_unorm > 0;
         const int64_t needed = limited ? workspace_bytes_of(list.blocks(), tensors->count) : 0;
-        if (workspace_bytes < needed) {
-            return fail(QC_INVALID_ARGUMENT, "%s: workspace_bytes: expected %lld, got %lld", kOp,
-                        static_cast<long long>(needed), static_cast<long long>(workspace_bytes));
-        }
-        if (!arguments.array("workspace", workspace, needed, sizeof(double)).ok()) {
+        if (!arguments.workspace(workspace, workspace_bytes, needed).ok()) {
             return arguments.status();
         }
         double *sums = limited ? pointer<double>(workspace) : nullptr;

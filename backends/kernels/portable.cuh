@@ -11,6 +11,10 @@
 //   atomic_max(address, value)
 //   load16, load16_once, load8_once, load4_once, store16, store8, store4
 //                                 one memory operation at an aligned address; "once" is not worth a place in a cache
+//   copy16_async(to, from, there) 16 bytes (zeros if not there) to shared memory, from the next wait on
+//   close_copies(), wait_for_copies<N>()
+//                                 copies since the last close form a group; waits until all but N groups have landed,
+//                                 of this thread: a barrier follows
 //   magnitude, round_to_even, multiply_add, bits_to_float, float_to_bits
 //   square_root(float), square_root(double)   IEEE's: rounded to nearest
 //   QC_PARAMETER(T) name          a large struct as a kernel's parameter, of which it may index the arrays; all

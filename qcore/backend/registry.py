@@ -42,8 +42,8 @@ ANY_DEVICE = "*"
 # Backends of this project and how to get them; everything else is found through its entry point alone.
 _FIRST_PARTY: Mapping[str, str] = {
     "cpu": "pip install qcore-cpu",
-    "cuda": "pip install ./backends/cuda in a checkout (needs nvcc; docs/run-on-a-new-gpu.md)",
-    "hip": "this project has released no HIP backend yet",
+    "cuda": "pip install ./backends/cuda in a checkout (needs nvcc; docs/new-gpu.md)",
+    "hip": "pip install ./backends/hip in a checkout (needs ROCm, or clang 19; docs/new-gpu.md)",
     "cpu_reference": "pip install qcore-quant",
 }
 

@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Folders that only one machine has.
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(work|root|home|tmp|Users)/\w")
-# Papers, standards, sources, and the example of the standards; no package index, no host of a machine.
+# Papers, standards, sources, vendors' data sheets, and the example of the standards; no package index, no host of a
+# machine.
 HOSTS = {"arxiv.org", "example.org", "github.com", "huggingface.co", "keepachangelog.com", "semver.org", "www.w3.org"}
+HOSTS |= {"www.nvidia.com", "resources.nvidia.com", "images.nvidia.com", "www.amd.com", "gpuopen.com"}
 URL_HOST = re.compile(r"\bhttps?://([\w.-]+)")
 LONGEST = 440
 

@@ -9,6 +9,7 @@
 #include "architectures.h"
 #include "host/arguments.h"
 #include "host/capabilities.h"
+#include "memory.h"
 
 #ifndef QC_CUDA_ARCHITECTURES
 #error "QC_CUDA_ARCHITECTURES: the compute capabilities of this build as text, such as \"75 80 90a\""
@@ -22,9 +23,10 @@ namespace {
 
 struct Device {
     std::string name;
-    int capability = 0;   // 90 for 9.0
-    int threads = 0;      // that run at once
-    std::string refusal;  // why this build does not run there, or ""
+    int capability = 0;     // 90 for 9.0
+    int threads = 0;        // that run at once
+    bool pageable = false;  // reads the host's own memory
+    std::string refusal;    // why this build does not run there, or ""
 };
 
 std::string version_text(int version) {
@@ -81,6 +83,7 @@ Machine look() {
             device.name = properties.name;
             device.capability = 10 * properties.major + properties.minor;
             device.threads = properties.multiProcessorCount * properties.maxThreadsPerMultiProcessor;
+            device.pageable = properties.pageableMemoryAccess != 0;
             if (!runs_on(QC_CUDA_ARCHITECTURES, device.capability)) {
                 device.refusal = refusal_of(properties);
             }
@@ -94,6 +97,24 @@ Machine look() {
 const Machine &machine() {
     static const Machine found = look();
     return found;
+}
+
+Memory look_at(uintptr_t address) {
+    cudaPointerAttributes attributes = {};
+    if (cudaPointerGetAttributes(&attributes, reinterpret_cast<const void *>(address)) != cudaSuccess) {
+        cudaGetLastError();  // an address that the runtime does not know is no error of the caller's context
+        return {Memory::Kind::unknown, -1};
+    }
+    switch (attributes.type) {
+        case cudaMemoryTypeDevice:
+            return {Memory::Kind::device, attributes.device};
+        case cudaMemoryTypeManaged:
+            return {Memory::Kind::managed, attributes.device};
+        case cudaMemoryTypeHost:
+            return {attributes.devicePointer != nullptr ? Memory::Kind::pinned : Memory::Kind::unknown, -1};
+        default:
+            return {Memory::Kind::unknown, -1};
+    }
 }
 
 }  // namespace
@@ -147,6 +168,23 @@ qc_status check_current_device(const char *op, int32_t device) {
     if (current != device) {
         return fail(QC_INVALID_ARGUMENT, "%s: device: expected the calling thread's current device, %d, got %d", op,
                     current, device);
+    }
+    return QC_OK;
+}
+
+qc_status check_memory(const char *op, const char *argument, int32_t device, uintptr_t address) {
+    static KnownPages known;
+    if (known.holds(address, device)) {
+        return QC_OK;
+    }
+    const Memory memory = look_at(address);
+    const std::string refusal = memory_refusal(memory, device, machine().devices[static_cast<size_t>(device)].pageable);
+    if (!refusal.empty()) {
+        return fail(QC_INVALID_ARGUMENT, "%s: %s: expected memory of device %d, got 0x%llx, %s", op, argument, device,
+                    static_cast<unsigned long long>(address), refusal.c_str());
+    }
+    if (memory.kind == Memory::Kind::device) {
+        known.add(address, device);
     }
     return QC_OK;
 }

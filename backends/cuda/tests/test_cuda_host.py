@@ -19,18 +19,48 @@ int main(int, char **argv) { std::puts(qcore::gpu::runs_on(argv[1], std::atoi(ar
 RELEASE = "75-real 80-real 86-real 89-real 90a-real 100-real 120"
 
 
-@pytest.fixture(scope="module")
-def runs_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
+MEMORY = """
+#include <cassert>
+#include <cstdio>
+#include "memory.h"
+using namespace qcore::gpu;
+int main() {
+    using Kind = Memory::Kind;
+    assert(memory_refusal({Kind::device, 1}, 1, false).empty());
+    assert(memory_refusal({Kind::device, 1}, 0, true) == "memory of device 1");
+    assert(memory_refusal({Kind::unknown, -1}, 0, false) == "memory of the host that is not pinned, or no memory");
+    assert(memory_refusal({Kind::unknown, -1}, 0, true).empty());
+    assert(memory_refusal({Kind::pinned, -1}, 0, false).empty());
+    assert(memory_refusal({Kind::managed, 1}, 0, false).empty());
+    static KnownPages pages;
+    const uintptr_t page = uintptr_t{1} << 21, address = uintptr_t{0x7F32} << 32;
+    assert(!pages.holds(0, 0) && !pages.holds(address, 0));
+    pages.add(address, 0);
+    assert(pages.holds(address, 0) && pages.holds(address + page - 1, 0));
+    assert(!pages.holds(address, 1) && !pages.holds(address + page, 0) && !pages.holds(address - 1, 0));
+    assert(!pages.holds(address + 2048 * page, 0));  // of the same slot
+    pages.add(address + 2048 * page, 1);
+    assert(pages.holds(address + 2048 * page, 1) && !pages.holds(address, 0));
+    std::puts("yes");
+}
+"""
+
+
+def _compiled(folder: Path, name: str, program: str) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         if os.environ.get("QCORE_REQUIRE_NATIVE") == "1":
             pytest.fail("no C++ compiler (c++, g++) was found")
         pytest.skip("no C++ compiler (c++, g++) was found")
-    folder = tmp_path_factory.mktemp("architectures")
-    (folder / "main.cpp").write_text(PROGRAM, encoding="utf-8")
-    command = [compiler, "-std=c++17", f"-I{SOURCES}", "-o", folder / "runs_on", folder / "main.cpp"]
-    subprocess.run(command, check=True)
-    return folder / "runs_on"
+    source = folder / f"{name}.cpp"
+    source.write_text(program, encoding="utf-8")
+    subprocess.run([compiler, "-std=c++17", f"-I{SOURCES}", "-o", folder / name, source], check=True)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def runs_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _compiled(tmp_path_factory.mktemp("architectures"), "runs_on", PROGRAM)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +89,8 @@ def runs_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_build_knows_its_devices(runs_on: Path, built: str, capability: int, runs: bool) -> None:
     said = subprocess.run([runs_on, built, str(capability)], capture_output=True, text=True, check=True).stdout
     assert said == ("yes\n" if runs else "no\n")
+
+
+def test_memory_of_the_host_and_of_other_devices_is_refused(tmp_path: Path) -> None:
+    said = subprocess.run([_compiled(tmp_path, "memory", MEMORY)], capture_output=True, text=True, check=True).stdout
+    assert said == "yes\n"

@@ -59,6 +59,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_
     if (op == QC_OP_OPTIMIZER_STEP) {
         return optimizer_step_workspace(m, n, bytes);
     }
+    if (op == QC_OP_GEMM_4BIT) {
+        return gemm_4bit_workspace(device, dtype, m, n, k, bytes);
+    }
     if (op == QC_OP_INT8_LINEAR) {
         return int8_linear_workspace(device, dtype, m, n, k, bytes);
     }

@@ -42,7 +42,9 @@ int64_t dtype_size(int32_t dtype) {
 }
 
 Arguments::Arguments(const char *op, int32_t device, Starts starts)
-    : op_(op), status_(starts == Starts::kernels ? check_current_device(op, device) : check_device(op, device)) {}
+    : op_(op),
+      device_(device),
+      status_(starts == Starts::kernels ? check_current_device(op, device) : check_device(op, device)) {}
 
 Arguments &Arguments::dtype(const char *name, int32_t value) {
     if (ok() && dtype_size(value) == 0) {
@@ -104,6 +106,9 @@ Arguments &Arguments::optional_array(const char *name, uintptr_t address, int64_
         status_ = fail(QC_INVALID_ARGUMENT, "%s: %s: expected an address aligned to %lld bytes, got 0x%llx", op_, name,
                        wide(size), static_cast<unsigned long long>(address));
     }
+    if (ok() && count > 0 && address != 0) {
+        status_ = check_memory(op_, name, device_, address);
+    }
     return *this;
 }
 
@@ -145,6 +150,14 @@ Arguments &Arguments::codebook(const char *name, uintptr_t address) {
         }
     }
     return *this;
+}
+
+Arguments &Arguments::workspace(uintptr_t address, int64_t bytes, int64_t needed) {
+    if (ok() && bytes < needed) {
+        status_ = fail(QC_INVALID_ARGUMENT, "%s: workspace_bytes: expected at least %lld, got %lld", op_, wide(needed),
+                       wide(bytes));
+    }
+    return array("workspace", address, needed, 64);
 }
 
 Arguments &Arguments::weight(const char *name, const qc_weight_4bit *w) {

@@ -35,7 +35,8 @@ class Arguments {
     // The number of elements of a matrix fits an int64_t, in elements and in bytes of at most 8 per element.
     Arguments &extent(const char *names, int64_t rows, int64_t columns);
     Arguments &blocksize(const char *name, int64_t value);
-    // An array of `count` elements of `size` bytes each: not null unless it is empty, aligned to `size`.
+    // An array of `count` elements of `size` bytes each: not null unless it is empty, aligned to `size`, in memory that
+    // the device's kernels may use.
     Arguments &array(const char *name, uintptr_t address, int64_t count, int64_t size);
     // The same, or 0.
     Arguments &optional_array(const char *name, uintptr_t address, int64_t count, int64_t size);
@@ -50,11 +51,15 @@ class Arguments {
     // A 4-bit tensor and all that belongs to it.
     Arguments &weight(const char *name, const qc_weight_4bit *weight);
 
+    // Scratch of at least `needed` bytes, at a multiple of 64.
+    Arguments &workspace(uintptr_t address, int64_t bytes, int64_t needed);
+
     bool ok() const { return status_ == QC_OK; }
     qc_status status() const { return status_; }
 
    private:
     const char *op_;
+    int32_t device_;
     qc_status status_ = QC_OK;
 };
 

@@ -27,6 +27,10 @@ qc_status check_device(const char *op, int32_t device);
 // QC_OK if it is also the calling thread's current one: kernels can be started there.
 qc_status check_current_device(const char *op, int32_t device);
 
+// QC_OK if kernels of a device that is there may use the memory at `address`; else the text names the argument. Leaves
+// no error behind in the runtime.
+qc_status check_memory(const char *op, const char *argument, int32_t device, uintptr_t address);
+
 // The parts of describe() that differ: {"name": ..., "arch": ..., "driver": ..., "runtime": ..., "torch_device": ...},
 // without the braces. Called with a device that is there.
 std::string device_fields(int32_t device);

@@ -26,6 +26,7 @@ qc_status dequantize_absmax(int32_t device, uintptr_t stream, uintptr_t a, uintp
 // gemm_4bit.cu
 // {"depth": ..., "weight_rounding": ...} for describe(), JSON.
 const char *gemm_4bit_declaration();
+qc_status gemm_4bit_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes);
 qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
                     const qc_weight_4bit *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t workspace,
                     int64_t workspace_bytes);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "arguments.h"
+#include "device.h"
 
 namespace qcore::gpu {
 namespace {
@@ -124,7 +125,12 @@ qc_status OptimizerList::check_tensor(int32_t device, int64_t i) const {
             continue;
         }
         const uintptr_t address = entry.list[i];
-        if (address == 0 || address % static_cast<uintptr_t>(entry.size) != 0) {
+        // The name of an argument is only made up where it is wrong.
+        qc_status status = QC_INVALID_ARGUMENT;
+        if (address != 0 && address % static_cast<uintptr_t>(entry.size) == 0) {
+            status = check_memory(kOp, entry.name, device, address);
+        }
+        if (status != QC_OK) {
             char argument[64];
             std::snprintf(argument, sizeof argument, "%s[%lld]", entry.name, static_cast<long long>(i));
             return Arguments(kOp, device).array(argument, address, entry.count, entry.size).status();

@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "copies.h"
 #include "machine.h"
 
 #define QC_DEVICE inline
@@ -109,6 +110,13 @@ QC_DEVICE Vector8 load8_once(const void *address) {
 QC_DEVICE void store16(void *address, Vector16 value) { std::memcpy(address, &value, sizeof value); }
 QC_DEVICE void store8(void *address, Vector8 value) { std::memcpy(address, &value, sizeof value); }
 QC_DEVICE void store4(void *address, uint32_t value) { std::memcpy(address, &value, sizeof value); }
+
+QC_DEVICE void copy16_async(void *to, const void *from, bool there) { simt::copies().add(to, there ? from : nullptr); }
+QC_DEVICE void close_copies() { simt::copies().close(); }
+template <int N>
+QC_DEVICE void wait_for_copies() {
+    simt::copies().wait(N);
+}
 
 float half_bits_to_float(uint16_t bits);
 uint16_t float_to_half_bits(float value);

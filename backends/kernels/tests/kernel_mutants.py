@@ -18,6 +18,9 @@ class KernelMutant:
 
 
 _QUANTIZED = ("quantize_4bit/L1/nf4-f32-bs1024-lengths", "quantize_4bit/L1/nf4-f32-bs64-lengths")
+_STEPS = ("optimizer_step/L1/adam-8-lengths", "optimizer_step/L1/momentum-8-lengths")
+_NORMS = ("optimizer_step/L1/adam-max-unorm", "optimizer_step/L1/momentum-max-unorm")
+_THRESHOLDS = ("optimizer_step/L1/momentum-8-thresholds", "optimizer_step/L1/adagrad-8-thresholds")
 _PRODUCTS = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m1-k131-bs64")
 
 MUTANTS = (
@@ -116,5 +119,101 @@ MUTANTS = (
         "base + step <= x.k; base += KW * step",
         "gemm_4bit.cu",
         _PRODUCTS,
+    ),
+    KernelMutant(
+        "absmax-of-every-second-lane",
+        "optimizer.cu",
+        "for (int mask = 1; mask < kLanesOfBlock; mask *= 2) {",
+        "for (int mask = 2; mask < kLanesOfBlock; mask *= 2) {",
+        "optimizer.cu",
+        _STEPS,
+    ),
+    KernelMutant(
+        "elements-past-the-end-count",
+        "optimizer.cu",
+        "        if (count < 8) {\n            clear_from(count);",
+        "        if (count < 0) {\n            clear_from(count);",
+        "optimizer.cu",
+        _STEPS,
+    ),
+    KernelMutant(
+        "runs-cut-to-whole-teams",
+        "optimizer.cu",
+        "for (int64_t base = run; base < end; base += kBlocksAtOnce) {",
+        "for (int64_t base = run; base + kBlocksAtOnce <= end; base += kBlocksAtOnce) {",
+        "optimizer.cu",
+        _STEPS,
+    ),
+    KernelMutant(
+        "first-tensor-of-a-run-missed",
+        "optimizer.cu",
+        "if (middle.first_block() <= run) {",
+        "if (middle.first_block() <= run + 1) {",
+        "optimizer.cu",
+        (*_STEPS, "optimizer_step/L1/adam-8-many-tensors"),
+    ),
+    KernelMutant(
+        "thresholds-read-before-they-are-written",
+        "optimizer_codes.cuh",
+        "        block_barrier();\n        const int entries",
+        "        const int entries",
+        "optimizer.cu",
+        _THRESHOLDS,
+    ),
+    KernelMutant(
+        "ties-go-down",
+        "optimizer_codes.cuh",
+        "(j % 2 == 1 && c < next ? 1 : 0)",
+        "0",
+        "optimizer.cu",
+        _THRESHOLDS,
+    ),
+    KernelMutant(
+        "squares-read-before-they-are-written",
+        "optimizer.cu",
+        "        block_barrier();\n        const int which",
+        "        const int which",
+        "optimizer.cu",
+        _NORMS,
+    ),
+    KernelMutant(
+        "lanes-folded-before-they-are-written",
+        "optimizer.cu",
+        "        block_barrier();\n        if (l == 0 && block >= 0) {",
+        "        if (l == 0 && block >= 0) {",
+        "optimizer.cu",
+        _NORMS,
+    ),
+    KernelMutant(
+        "totals-folded-without-a-barrier",
+        "optimizer.cu",
+        "half];\n        }\n        block_barrier();",
+        "half];\n        }",
+        "optimizer.cu",
+        _NORMS,
+    ),
+    KernelMutant(
+        "kept-compensation-overwritten",
+        "optimizer_block.cuh",
+        "store_moved<T>(compensation, rest, count, kept);",
+        "store_moved<T>(compensation, rest, count, 0);",
+        "optimizer.cu",
+        ("optimizer_step/L1/f16-compensation",),
+    ),
+    KernelMutant(
+        "outlier-columns-listed-one-too-far",
+        "int8_quantize.cu",
+        "(i < thread_index() ? shared.flag[i] : 0)",
+        "(i <= thread_index() ? shared.flag[i] : 0)",
+        "int8_quantize.cu",
+        ("int8_linear/L1/f32-many-outliers-m1",),
+    ),
+    KernelMutant(
+        "one-weight-too-many-taken-as-written",
+        "int8_gemm.cu",
+        "j < terms.expanded",
+        "j <= terms.expanded",
+        "int8_gemm.cu",
+        ("int8_linear/L1/f32-many-outliers-m7",),
     ),
 )
