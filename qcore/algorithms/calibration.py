@@ -6,7 +6,8 @@ tensor is, is found out as well: a norm can take a scale back that its followers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,15 +46,27 @@ class Statistics:
     def add(self, x: Tensor) -> None:
         """Take in ``x`` ``(..., K)``."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        for start in range(0, len(flat), _ROWS):
-            rows = flat[start : start + _ROWS].float()
-            self.hessian.addmm_(rows.t(), rows)
-            self.magnitude += rows.abs().sum(0)
+        with _exact_products(x.dtype):
+            for start in range(0, len(flat), _ROWS):
+                rows = flat[start : start + _ROWS].float()
+                self.hessian.addmm_(rows.t(), rows)
+                self.magnitude += rows.abs().sum(0)
         self.tokens += len(flat)
 
     @property
     def mean_magnitude(self) -> Tensor:
         return self.magnitude / max(self.tokens, 1)
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of bfloat16 values run on bfloat16 units: the factors are exact, the sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -78,7 +91,8 @@ class _Observer:
                 self.inputs.append((x, name))
                 made = next(((n, given, out) for out, n, given in self.outputs if _same(out, x)), None)
                 if made is not None:
-                    self.found[name].producer, self.found[name].sample = made[0], (made[1][:1], made[2][:1].clone())
+                    self.found[name].producer = made[0]
+                    self.found[name].sample = made[1][:1].clone(), made[2][:1].clone()
             self.found[leader].layers.append(name)
         if self.leader[name] == name:
             self.found[name].add(x)
@@ -111,7 +125,7 @@ def observe(block: nn.Module, layers: Iterable[str], batches: Iterable[Callable[
                 module.register_forward_hook(lambda _, args, out, name=name: observer.after(name, args[0], out))
             )
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in batches:
                 batch()
                 observer.first = False

@@ -39,8 +39,8 @@ class GptqOptions:
     group_size: int = 128
     symmetric: bool = True
     act_order: bool = False
-    damping: float = 0.01
-    search: bool = False
+    damping: float = 0.05
+    search: bool = True
 
 
 def quantize(weight: Tensor, hessian: Tensor, options: GptqOptions) -> WeightInt4:

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from qcore.backend.registry import use_backend
 from qcore.cli.console import console, quiet_transformers
+from qcore.cli.text import read_text
 from qcore.cli.tokenizer import load_tokenizer
-from qcore.errors import FormatError, InvalidArgument
+from qcore.errors import FormatError
 from qcore.formats.plan import FLOATS
 from qcore.integrations.checkpoint import load_model
 from qcore.integrations.perplexity import perplexity, pydoc_topics, tokens_of
@@ -49,7 +50,7 @@ def command(
 ) -> None:
     """Measure the perplexity of each MODEL folder on a text, in windows without context."""
     quiet_transformers()
-    content = pydoc_topics() if text is None else _read_text(text)
+    content = pydoc_topics() if text is None else read_text("--text", text)
     dtype = None if compute_dtype == "auto" else FLOATS[compute_dtype]
     rows: list[tuple[Path, float, float]] = []
     with use_backend(backend) if backend else nullcontext():
@@ -64,13 +65,6 @@ def command(
         console().print_json(data={"tokens": windows.numel(), "window": window, "models": result})
     else:
         _print_table(rows, against is not None)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"--text {path}: cannot be read: {error}") from error
 
 
 def _measure(model: torch.nn.Module, windows: torch.Tensor, name: str) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import click
@@ -13,10 +15,15 @@ from rich.table import Table
 
 from qcore.backend.registry import use_backend
 from qcore.cli.console import byte_progress, console, quiet_transformers, size
+from qcore.cli.text import read_text
+from qcore.cli.tokenizer import source_tokenizer
+from qcore.errors import InvalidArgument
 from qcore.formats.output import check_target
 from qcore.formats.plan import Options, Plan, make_plan
+from qcore.formats.quantization_config import GROUPED
 from qcore.formats.quantize import KindRow, Listener, planned_rows, quantize_checkpoint
 from qcore.formats.source import open_source
+from qcore.integrations.calibrated import calibration_windows, make_blocks
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -41,7 +48,7 @@ class _Size(click.ParamType[int]):
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["nf4", "fp4", "int8", "float"]),
+    type=click.Choice(["nf4", "fp4", "int8", "gptq", "awq", "float"]),
     default="nf4",
     show_default=True,
     help="Format of the linear layers; float only converts (a GGUF file to safetensors).",
@@ -50,6 +57,18 @@ class _Size(click.ParamType[int]):
 @click.option(
     "--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the scales too (nf4, fp4)."
 )
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text to calibrate with (gptq, awq). Without it, pass --round-to-nearest.",
+)
+@click.option("--round-to-nearest", is_flag=True, help="Quantize without calibration (gptq, awq): much less accurate.")
+@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs a scale; -1: one (gptq, awq).")
+@click.option("--sym/--asym", default=True, show_default=True, help="Without or with zero points (gptq, awq).")
+@click.option("--act-order", is_flag=True, help="Quantize columns by falling importance (gptq).")
+@click.option("--damping", type=float, default=0.05, show_default=True, help="Of the Hessian's diagonal (gptq).")
+@click.option("--windows", type=int, default=128, show_default=True, help="Pieces of the text (gptq, awq).")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens a piece (gptq, awq).")
 @click.option(
     "--skip",
     multiple=True,
@@ -83,6 +102,14 @@ def command(
     format_: str,
     blocksize: int,
     double_quant: bool,
+    calibration: Path | None,
+    round_to_nearest: bool,
+    group_size: int,
+    sym: bool,
+    act_order: bool,
+    damping: float,
+    windows: int,
+    window: int,
     skip: tuple[str, ...],
     quantize_head: bool,
     dtype: str,
@@ -96,10 +123,12 @@ def command(
 ) -> None:
     """Quantize MODEL, a folder with safetensors files or a GGUF file, into the folder OUT.
 
-    OUT loads in Transformers with bitsandbytes, and with `qcore generate`. Weights stream tensor by tensor, so memory
-    does not grow with the model. OUT appears when it is complete and has been read back; until then the work is in
-    OUT.partial, and after an interruption the same command goes on there.
+    OUT loads in Transformers with bitsandbytes (nf4, fp4, int8) or GPTQModel (gptq, awq), and with `qcore generate`.
+    Weights stream tensor by tensor, or for gptq and awq block by block, so memory does not grow with the model. OUT
+    appears when it is complete and has been read back; until then the work is in OUT.partial, and after an interruption
+    the same command goes on there.
     """
+    text = _calibration(format_, calibration, round_to_nearest)
     options = Options(
         format=format_,
         blocksize=blocksize,
@@ -110,13 +139,20 @@ def command(
         quantize_head=quantize_head,
         keep_unknown=keep_unknown,
         shard_bytes=shard_size,
+        group_size=group_size,
+        symmetric=sym,
+        act_order=act_order,
+        damping=damping,
+        calibration=None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        windows=windows,
+        window=window,
     )
     quiet_transformers()
     with use_backend(backend) if backend else nullcontext():
         if dry_run:
             _dry_run(model, out, options, force)
         else:
-            _run(model, out, options, force, restart)
+            _run(model, out, options, force, restart, text)
 
 
 def _dry_run(model: Path, out: Path, options: Options, force: bool) -> None:
@@ -130,11 +166,28 @@ def _dry_run(model: Path, out: Path, options: Options, force: bool) -> None:
     console().print(f"{len(plan.shards)} weight file(s), at most {size(plan.nbytes)}; nothing was written.")
 
 
-def _run(model: Path, out: Path, options: Options, force: bool, restart: bool) -> None:
+def _calibration(format_: str, path: Path | None, nearest: bool) -> str | None:
+    """The text to calibrate with; None for formats that need none, or to round to nearest."""
+    if format_ not in GROUPED:
+        if path is not None or nearest:
+            raise InvalidArgument(f"--calibration, --round-to-nearest: {format_} needs no calibration; leave them out")
+        return None
+    if nearest != (path is None):
+        raise InvalidArgument(f"--format {format_}: pass a text with --calibration, or --round-to-nearest")
+    return None if path is None else read_text("--calibration", path)
+
+
+def _run(model: Path, out: Path, options: Options, force: bool, restart: bool, text: str | None) -> None:
     began = time.monotonic()
     bar = _Bar(options.format)
+    make = None
+    if options.format in GROUPED:
+        tokens = None
+        if text is not None:
+            tokens = calibration_windows(source_tokenizer(model), text, options.windows, options.window)
+        make = partial(make_blocks, tokens, options)
     try:
-        report = quantize_checkpoint(model, out, options, force=force, restart=restart, listener=bar)
+        report = quantize_checkpoint(model, out, options, force=force, restart=restart, listener=bar, make=make)
     except KeyboardInterrupt:
         bar.close()
         click.echo("qcore: the same command goes on where this one stopped", err=True)
@@ -194,6 +247,11 @@ class _Bar(Listener):
         if self._shown is not None:
             progress, task = self._shown
             progress.update(task, advance=nbytes, description=self._title)
+
+    def calibrated(self, block: int, count: int) -> None:
+        if self._shown is not None:
+            progress, task = self._shown
+            progress.update(task, description=f"{self._title}: block {block} of {count}")
 
     def verifying(self, shard: str) -> None:
         if self._shown is not None:

@@ -156,3 +156,19 @@ def stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
 def matches_any(name: str, patterns: Iterable[str] | None) -> bool:
     """Whether one of a model class's regular expressions (keys to ignore) is found in ``name``."""
     return any(re.search(pattern, name) for pattern in patterns or [])
+
+
+def block_list(model: Any) -> str:
+    """Name of the list of blocks: of the module lists, the one with the most linear layers below it.
+
+    Raises
+    ------
+    InvalidArgument
+        The model has no list of modules with linear layers.
+    """
+    layers = list(linear_layers(model, []))
+    lists = [name for name, module in model.named_modules() if type(module) is torch.nn.ModuleList]
+    counts = {name: sum(layer.startswith(f"{name}.") for layer in layers) for name in lists}
+    if not any(counts.values()):
+        raise InvalidArgument(f"quantize: {type(model).__name__} has no list of blocks with linear layers")
+    return str(max(counts, key=lambda name: counts[name]))

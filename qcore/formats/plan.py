@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from qcore.errors import FormatError, InvalidArgument
-from qcore.formats import architecture
+from qcore.formats import architecture, grouped
 from qcore.formats.bitsandbytes import FourBitLayout, int8_specs
-from qcore.formats.quantization_config import FORMATS, QuantizationSettings, write_quantization
+from qcore.formats.quantization_config import FORMATS, GROUPED, QuantizationSettings, write_quantization
 from qcore.formats.shard_writer import Spec
 from qcore.formats.source import SINGLE, Source, TensorInfo
 
@@ -27,8 +27,10 @@ _COMPARE_NUMEL = 4 << 20
 class Options:
     """Arguments of a run; all of them go into the journal, so that a resumed run has the same.
 
-    ``format`` is nf4, fp4, int8, or float (convert only). ``dtype`` is that of everything that stays in floating point,
-    and what 4-bit weights dequantize to; ``None`` takes the checkpoint's own, bfloat16 if it states none.
+    ``format`` is nf4, fp4, int8, gptq, awq, or float (convert only). ``dtype`` is that of everything that stays in
+    floating point, and what 4-bit weights dequantize to; ``None`` takes the checkpoint's own, bfloat16 if it states
+    none. From ``group_size`` on they are of gptq and awq: ``calibration`` is the SHA-256 of the text, ``None`` to round
+    to nearest; ``windows`` of ``window`` tokens are taken from it.
     """
 
     format: str
@@ -40,10 +42,28 @@ class Options:
     quantize_head: bool = False
     keep_unknown: bool = False
     shard_bytes: int = 2_000_000_000
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: bool = False
+    damping: float = 0.05
+    calibration: str | None = None
+    windows: int = 128
+    window: int = 512
 
     def __post_init__(self) -> None:
-        if self.format not in (*FORMATS, "float"):
-            raise InvalidArgument(f"quantize: format is {self.format!r}, expected nf4, fp4, int8 or float")
+        if self.format not in (*FORMATS, *GROUPED, "float"):
+            raise InvalidArgument(f"quantize: format is {self.format!r}, expected nf4, fp4, int8, gptq, awq or float")
+        if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
+            raise InvalidArgument(f"quantize: group size is {self.group_size}, expected -1 or a multiple of 8")
+        if self.act_order and (self.format != "gptq" or self.calibration is None):
+            raise InvalidArgument("quantize: an order by activations needs the format gptq and a calibration text")
+        if self.windows < 1 or self.window < 2 or not 0 < self.damping < 1:
+            raise InvalidArgument(
+                f"quantize: {self.windows} windows of {self.window} tokens and damping {self.damping}; at least 1 "
+                "window of 2 tokens, and damping between 0 and 1"
+            )
+        if self.format in GROUPED and self.quantize_head:
+            raise InvalidArgument(f"quantize: the output head of {self.format} checkpoints stays in floating point")
         if self.blocksize not in BLOCKSIZES:
             raise InvalidArgument(f"quantize: blocksize is {self.blocksize}, expected a power of two from 32 to 4096")
         for name in (self.dtype, self.compute_dtype):
@@ -58,7 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor's way: ``action`` is nf4, fp4, int8 or cast; ``specs`` are the tensors that come out."""
+    """One tensor's way: ``action`` is a format or cast; ``specs`` are the tensors that come out."""
 
     info: TensorInfo
     action: str
@@ -80,6 +100,7 @@ class Plan:
     shards: list[list[Step]]
     config: dict[str, Any]
     dropped: list[str]
+    settings: QuantizationSettings | None = None
 
     @property
     def steps(self) -> list[Step]:
@@ -115,20 +136,40 @@ def make_plan(source: Source, options: Options) -> Plan:
     names, dropped, untied = _match(source, model, options)
     skips = _skips(model, options)
     linear = {} if options.format == "float" else architecture.linear_layers(model, skips)
+    if options.format in GROUPED:
+        blocks = architecture.block_list(model)
+        linear = {name: layer for name, layer in linear.items() if name.startswith(f"{blocks}.")}
     if not untied:
         architecture.check_not_tied(model, linear)
-    steps = [_step(source.tensors[old], new, model, linear, options, dtype) for old, new in names.items()]
+    settings = _settings(options, skips)
+    steps = [_step(source.tensors[old], new, model, linear, options, dtype, settings) for old, new in names.items()]
     if linear and not any(step.action == options.format for step in steps):
         raise InvalidArgument("quantize: every linear layer is skipped; nothing would be quantized")
     result = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     result["dtype"] = str(dtype).removeprefix("torch.")
     if untied:
         result["tie_word_embeddings"] = False
-    if options.format != "float":
-        compute = FLOATS[options.compute_dtype] if options.compute_dtype else None
-        settings = QuantizationSettings(options.format, options.blocksize, options.double_quant, compute)
-        result["quantization_config"] = write_quantization(replace(settings, skip_modules=skips), dtype)
-    return Plan(_shards(steps, options.shard_bytes), result, dropped)
+    if settings is not None:
+        result["quantization_config"] = write_quantization(settings, dtype)
+    return Plan(_shards(steps, options.shard_bytes), result, dropped, settings)
+
+
+def _settings(options: Options, skips: list[str]) -> QuantizationSettings | None:
+    if options.format == "float":
+        return None
+    compute = FLOATS[options.compute_dtype] if options.compute_dtype else None
+    settings = QuantizationSettings(options.format, options.blocksize, options.double_quant, compute)
+    if options.format in GROUPED:
+        # Zero points of their own are stored as they are; what AutoGPTQ did to them is kept for files without any.
+        layout = "awq" if options.format == "awq" else "gptq" if options.symmetric else "gptq_v2"
+        settings = replace(
+            settings,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            act_order=options.act_order,
+            checkpoint_format=layout,
+        )
+    return replace(settings, skip_modules=skips)
 
 
 def _own_dtype(config: dict[str, Any]) -> str:
@@ -218,6 +259,7 @@ def _step(
     linear: dict[str, architecture.Linear],
     options: Options,
     dtype: torch.dtype,
+    settings: QuantizationSettings | None,
 ) -> Step:
     kind = architecture.kind_of(name)
     layer = linear.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -229,6 +271,9 @@ def _step(
         return Step(info, "cast", kind, target, (Spec(name, target, info.shape),))
     if info.dtype not in _READABLE:
         raise FormatError(f"tensor {info.name!r} is {info.dtype}; a linear weight must be floating point")
+    if settings is not None and options.format in GROUPED:
+        specs = grouped.layer_specs(name.removesuffix("weight"), layer.shape, settings)
+        return Step(info, options.format, kind, dtype, specs, transposed=layer.transposed)
     if options.format == "int8":
         return Step(info, "int8", kind, dtype, tuple(int8_specs(name, layer.shape)), transposed=layer.transposed)
     layout = FourBitLayout(name, options.format, options.blocksize, layer.shape, dtype, options.double_quant)

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 
 from qcore.errors import FormatError
+from qcore.formats import grouped
 
 FORMATS = ("nf4", "fp4", "int8")
+# Integers in groups, whose checkpoints are those of GPTQ and AWQ (qcore.formats.grouped).
+GROUPED = ("gptq", "awq")
 # Version of what the entry ``qcore`` and the method ``qcore`` mean; a reader refuses a later one.
 SCHEMA = 1
 
@@ -30,7 +33,7 @@ class QuantizationSettings:
     Parameters
     ----------
     format
-        nf4, fp4 or int8.
+        nf4, fp4, int8, gptq or awq.
     nested
         Whether the scales of 4-bit weights are quantized too.
     compute_dtype
@@ -41,6 +44,10 @@ class QuantizationSettings:
         Magnitude from which on an activation is an outlier (int8).
     experts
         Whether fused experts are quantized; bitsandbytes has no such layout.
+    group_size, symmetric, act_order
+        Of gptq and awq: inputs a group (-1: one group), zero point 8 everywhere, columns in another order.
+    checkpoint_format
+        gptq or gptq_v2, the two spellings of zero points; awq.
     """
 
     format: str
@@ -51,6 +58,10 @@ class QuantizationSettings:
     skip_modules: list[str] | None = None
     threshold: float = 6.0
     experts: bool = False
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: bool = False
+    checkpoint_format: str = "gptq"
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -69,6 +80,9 @@ def dtype_of(value: Any, what: str) -> torch.dtype:
 def write_quantization(settings: QuantizationSettings, dtype: torch.dtype) -> dict[str, Any]:
     """The section for ``config.json``; ``dtype`` is that of the layers that stay in floating point."""
     compute = None if settings.compute_dtype is None else name_of(settings.compute_dtype)
+    if settings.format in GROUPED:
+        own = {"schema": SCHEMA, "compute_dtype": compute, "skip_modules": settings.skip_modules}
+        return grouped.write_section(settings, own)
     if settings.experts:
         values = {**asdict(settings), "compute_dtype": compute, "quant_storage": name_of(settings.quant_storage)}
         return {"quant_method": "qcore", "schema": SCHEMA, **values}
@@ -108,9 +122,12 @@ def read_section(section: dict[str, Any]) -> QuantizationSettings:
     method = section.get("quant_method")
     if method == "qcore":
         return _read_own(section)
+    if method in GROUPED:
+        return _read_grouped(section)
     if method != "bitsandbytes":
         raise FormatError(
-            f"quantization_config: quant_method is {method!r}; this reader knows 'bitsandbytes' and 'qcore'"
+            f"quantization_config: quant_method is {method!r}; this reader knows 'bitsandbytes', 'gptq', 'awq' and "
+            "'qcore'"
         )
     own = section.get("qcore", {})
     _check_schema(own)
@@ -130,6 +147,17 @@ def read_section(section: dict[str, Any]) -> QuantizationSettings:
         dtype_of(section.get("bnb_4bit_quant_storage", "uint8"), "bnb_4bit_quant_storage"),
         section.get("llm_int8_skip_modules"),
         float(section.get("llm_int8_threshold", 6.0)),
+    )
+
+
+def _read_grouped(section: dict[str, Any]) -> QuantizationSettings:
+    own = section.get("qcore", {})
+    _check_schema(own)
+    values = grouped.read_section(section)
+    compute = own.get("compute_dtype")
+    skips = own.get("skip_modules", section.get("modules_to_not_convert"))
+    return QuantizationSettings(
+        **values, compute_dtype=None if compute is None else dtype_of(compute, "compute_dtype"), skip_modules=skips
     )
 
 

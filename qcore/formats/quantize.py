@@ -6,12 +6,17 @@ import ctypes
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from qcore.errors import FormatError, OutputError
 from qcore.formats.convert import ErrorSum, run_step
+from qcore.formats.grouped import FILES
 from qcore.formats.output import PartialOutput, check_target, open_partial, write_text, writing_failed
 from qcore.formats.plan import Options, Plan, Step, make_plan
 from qcore.formats.shard_writer import ShardWriter, verify_shard
@@ -34,8 +39,26 @@ class Listener:
     def read(self, nbytes: int) -> None:
         """``nbytes`` more of the source are done."""
 
+    def calibrated(self, block: int, count: int) -> None:
+        """Block ``block`` of ``count`` is quantized (gptq, awq)."""
+
     def verifying(self, shard: str) -> None:
         """A shard is written and is being read back."""
+
+
+class Made(Protocol):
+    """Tensors that were made before the shards are written, because they need the whole model (gptq, awq)."""
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor that the output is to hold under ``name``; None where the source's own is meant."""
+
+    def error(self, step: Step) -> ErrorSum:
+        """Of a step whose tensors were made."""
+
+
+# (source, plan, folder for the output with a subfolder that is removed at the end, listener) -> tensors.
+Make = Callable[[Source, Plan, PartialOutput, Listener], Made]
+BLOCKS = "blocks"
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,7 @@ def quantize_checkpoint(
     force: bool = False,
     restart: bool = False,
     listener: Listener | None = None,
+    make: Make | None = None,
 ) -> Report:
     """Quantize the checkpoint at ``path`` into the folder ``out``.
 
@@ -93,6 +117,9 @@ def quantize_checkpoint(
     restart : bool
         Discard what an interrupted run left, whatever its arguments were.
     listener : Listener, optional
+    make : callable, optional
+        Makes the tensors of formats that need more than one tensor at a time; into the folder ``blocks`` of the output,
+        so that an interrupted run finds them again.
 
     Raises
     ------
@@ -111,11 +138,14 @@ def quantize_checkpoint(
         listener.planned(plan)
         stats = source.stats()
         identity = {"options": options.as_dict(), "source files": stats, "layout of the output": _fingerprint(plan)}
-        with open_partial(out, identity, restart=restart, nbytes=plan.nbytes) as partial:
-            results = _write_shards(plan, source, partial, listener)
+        room = plan.nbytes * (1 if make is None else 2)
+        with open_partial(out, identity, restart=restart, nbytes=room) as partial:
+            made = None if make is None else make(source, plan, partial, listener)
+            results = _write_shards(plan, source, partial, listener, made)
             if source.stats() != stats:
                 raise FormatError(f"{path}: its files changed while they were read; run again with --restart")
             _write_companions(plan, source, partial)
+            shutil.rmtree(partial.path / BLOCKS, ignore_errors=True)
             partial.commit(f"{out.name}.old-{os.getpid()}")
         after = sum((out / shard).stat().st_size for shard in plan.shard_names())
         return Report(_rows(plan, results), sum(i.nbytes for i in source.tensors.values()), after, plan.dropped)
@@ -132,12 +162,14 @@ def _specs(shard: list[Step]) -> list[Any]:
     return [spec for step in shard for spec in step.specs]
 
 
-def _write_shards(plan: Plan, source: Source, partial: PartialOutput, listener: Listener) -> list[ErrorSum]:
+def _write_shards(
+    plan: Plan, source: Source, partial: PartialOutput, listener: Listener, made: Made | None
+) -> list[ErrorSum]:
     results: list[ErrorSum] = []
     for name, shard in zip(plan.shard_names(), plan.shards, strict=True):
         finished = _verified(partial, name, shard)
         if finished is None:
-            finished = _write_shard(partial.path / name, shard, source, partial.steps(name), listener)
+            finished = _write_shard(partial.path / name, shard, source, partial.steps(name), listener, made)
             partial.record(name, finished)
         else:
             listener.kept(name, sum(step.info.nbytes for step in shard))
@@ -158,7 +190,9 @@ def _verified(partial: PartialOutput, name: str, shard: list[Step]) -> dict[str,
     return finished
 
 
-def _write_shard(path: Path, shard: list[Step], source: Source, log: StepLog, listener: Listener) -> dict[str, Any]:
+def _write_shard(
+    path: Path, shard: list[Step], source: Source, log: StepLog, listener: Listener, made: Made | None
+) -> dict[str, Any]:
     records = log.load()
     writer = ShardWriter(path, _specs(shard), resume=bool(records))
     try:
@@ -167,7 +201,7 @@ def _write_shard(path: Path, shard: list[Step], source: Source, log: StepLog, li
             nbytes = sum(step.info.nbytes for step in shard[: len(errors)])
             listener.resumed(path.name, len(errors), len(shard), nbytes)
         for step in shard[len(errors) :]:
-            errors.append(run_step(step, source, writer, listener.read))
+            errors.append(_write_step(step, source, writer, listener, made))
             log.append(_record(writer, step, errors[-1]))
             _return_free_memory()
         digests = writer.finish()
@@ -180,6 +214,17 @@ def _write_shard(path: Path, shard: list[Step], source: Source, log: StepLog, li
         log.remove()
         raise OutputError(f"{error}; the disk or the memory may be failing") from error
     return {"sha256": digests, "errors": [[total.error, total.signal] for total in errors]}
+
+
+def _write_step(step: Step, source: Source, writer: ShardWriter, listener: Listener, made: Made | None) -> ErrorSum:
+    tensors = {} if made is None else {spec.name: made.tensor(spec.name) for spec in step.specs}
+    ready = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if made is None or len(ready) < len(step.specs):
+        return run_step(step, source, writer, listener.read)
+    for name, tensor in ready.items():
+        writer.write(name, tensor)
+    listener.read(step.info.nbytes)
+    return made.error(step)
 
 
 def _record(writer: ShardWriter, step: Step, total: ErrorSum) -> StepRecord:
@@ -215,6 +260,9 @@ def _write_companions(plan: Plan, source: Source, partial: PartialOutput) -> Non
     try:
         source.write_companions(partial.path)
         write_text(partial.path / "config.json", json.dumps(plan.config, indent=2) + "\n")
+        section = plan.config.get("quantization_config", {})
+        if section.get("quant_method") in FILES:
+            write_text(partial.path / FILES[section["quant_method"]], json.dumps(section, indent=2) + "\n")
         if len(plan.shards) > 1:
             write_text(partial.path / INDEX, json.dumps(_index(plan, partial.path), indent=2) + "\n")
     except OSError as error:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qcore.errors import FormatError
-from qcore.formats import architecture
+from qcore.formats import architecture, grouped
 from qcore.formats.plan import FLOATS
-from qcore.formats.quantization_config import read_quantization
+from qcore.formats.quantization_config import GROUPED, read_section
 from qcore.formats.source import SafetensorsSource
 from qcore.integrations import experts, layers
 from qcore.integrations.experts import ExpertList
-from qcore.nn import Linear4bit, Linear8bitLt
+from qcore.nn import Linear4bit, Linear8bitLt, LinearInt4
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
@@ -30,7 +30,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
     Parameters
     ----------
     path : str or Path
-        A folder with ``config.json`` and safetensors files: float, or in bitsandbytes' layout (nf4, fp4, int8).
+        A folder with ``config.json`` and safetensors files: float, or in bitsandbytes' layout (nf4, fp4, int8),
+        or that of GPTQ or AWQ.
     dtype : torch.dtype, optional
         Of everything that is not quantized, and of the computation; the checkpoint's own if None.
     device : torch.device or str
@@ -38,7 +39,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
     Returns
     -------
     nn.Module
-        The Transformers model in eval mode, with :class:`qcore.nn.Linear4bit` or :class:`qcore.nn.Linear8bitLt` where
+        The Transformers model in eval mode, with :class:`qcore.nn.Linear4bit`, ``Linear8bitLt`` or ``LinearInt4`` where
         the checkpoint is quantized, and ``generation_config`` from the folder if it has one.
 
     Raises
@@ -52,13 +53,17 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
     source = SafetensorsSource(path)
     try:
         config = source.config()
-        quantization = read_quantization(config)
+        section = grouped.section_of(path, config)
+        quantization = None if section is None else read_section(section)
         own = FLOATS.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.float32)
         model: nn.Module = architecture.empty_model(config, dtype or own)
         if quantization is not None:
             settings = replace(quantization, compute_dtype=dtype or quantization.compute_dtype)
             skips = architecture.default_skips(model) if settings.skip_modules is None else settings.skip_modules
-            layers.exchange(model, architecture.linear_layers(model, skips), settings)
+            linear = architecture.linear_layers(model, skips)
+            if settings.format in GROUPED:  # the tensors say which layers they quantized
+                linear = {name: layer for name, layer in linear.items() if f"{name}.qweight" in source.tensors}
+            layers.exchange(model, linear, settings)
             if settings.experts:
                 experts.exchange(model, experts.find(model, skips), settings)
         _fill(model, source, dtype or own, torch.device(device))
@@ -78,7 +83,7 @@ def _fill(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: tor
 
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, (Linear4bit, Linear8bitLt)):
+        if isinstance(module, (Linear4bit, Linear8bitLt, LinearInt4)):
             names = _names_below(left, prefix)
             entries = {key[len(prefix) :]: _placed(read(key), None, device) for key in names}
             if "bias" in entries:

@@ -10,12 +10,13 @@ from torch import nn
 
 from qcore.errors import InvalidArgument
 from qcore.formats.architecture import Linear
-from qcore.formats.quantization_config import QuantizationSettings
+from qcore.formats.quantization_config import GROUPED, QuantizationSettings
 from qcore.functional import int8_vectorwise_dequant
-from qcore.nn import Linear4bit, Linear8bitLt, Params4bit
+from qcore.nn import Int4Params, Linear4bit, Linear8bitLt, LinearInt4, Params4bit
 from qcore.ops.fourbit import dequantize_4bit
+from qcore.ops.int4 import dequantize_int4
 
-Quantized = Linear4bit | Linear8bitLt
+Quantized = Linear4bit | Linear8bitLt | LinearInt4
 
 
 def make_layer(settings: QuantizationSettings, shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> Quantized:
@@ -24,6 +25,17 @@ def make_layer(settings: QuantizationSettings, shape: tuple[int, int], bias: boo
     layer: Quantized
     if settings.format == "int8":
         layer = Linear8bitLt(columns, rows, bias, False, settings.threshold, device="meta", dtype=dtype)
+    elif settings.format in GROUPED:
+        layer = LinearInt4(
+            columns,
+            rows,
+            bias,
+            group_size=settings.group_size,
+            checkpoint_format=settings.checkpoint_format,
+            compute_dtype=settings.compute_dtype,
+            device="meta",
+            dtype=dtype,
+        )
     else:
         layer = Linear4bit(
             columns,
@@ -49,10 +61,12 @@ def exchange(model: Any, layers: Mapping[str, Linear], settings: QuantizationSet
 
 
 def dequantized(weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The numbers (out, in) that a ``Params4bit`` or an ``Int8Params`` with codes stands for.
+    """The numbers (out, in) that a ``Params4bit``, ``Int8Params`` or ``Int4Params`` with codes stands for.
 
     They come in ``dtype``; without it in the dtype of a 4-bit weight before it was quantized, float32 of an int8 one.
     """
+    if isinstance(weight, Int4Params):
+        return dequantize_int4(weight.value(), dtype or torch.float32)
     if not isinstance(weight, Params4bit):
         numbers = int8_vectorwise_dequant(weight.data, weight.SCB)
         return numbers if dtype is None else numbers.to(dtype)

@@ -146,7 +146,8 @@ class LinearInt4(QuantizedModule, nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + "weight", None)
+        if self.weight.is_coded:  # a layer that waits for its weight says where that will be
+            del destination[prefix + "weight"]
 
     def _entries(self) -> dict[str, Tensor]:
         if not self.weight.is_coded:

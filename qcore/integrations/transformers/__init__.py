@@ -1,13 +1,15 @@
 """Transformers models with qcore's layers: ``from_pretrained(path, quantization_config=qcore.QcoreConfig("nf4"))``.
 
-``import qcore`` alone makes Transformers know the method ``qcore``, and read folders that qcore wrote in bitsandbytes'
-layout. It takes nothing away from an installed bitsandbytes: a folder that bitsandbytes wrote goes to bitsandbytes, and
-to qcore where a :class:`QcoreConfig` is passed along or bitsandbytes is not installed.
+``import qcore`` alone makes Transformers know the method ``qcore``, and read folders that qcore wrote in the layouts of
+bitsandbytes, GPTQ and AWQ. It takes nothing away from an installed library: a folder that bitsandbytes wrote goes to
+bitsandbytes, one of GPTQ or AWQ to GPTQModel, and to qcore where a :class:`QcoreConfig` is passed along or the library
+is not installed.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 if int(version("transformers").partition(".")[0]) < 5:
@@ -15,6 +17,7 @@ if int(version("transformers").partition(".")[0]) < 5:
 
 from transformers.quantizers import auto
 
+from qcore.formats.quantization_config import GROUPED
 from qcore.integrations.transformers.config import QcoreConfig
 from qcore.integrations.transformers.quantizer import QcoreQuantizer
 
@@ -51,6 +54,8 @@ def is_ours(stored: Any, passed: Any) -> bool:
         return True
     section = stored if isinstance(stored, dict) else stored.to_dict()
     method = section.get("quant_method")
+    if method in GROUPED:
+        return "qcore" in section or passed is not None or find_spec("gptqmodel") is None
     if method != "bitsandbytes":
         return bool(method == METHOD or isinstance(passed, QcoreConfig))
     return "qcore" in section or passed is not None or not _has_bitsandbytes()

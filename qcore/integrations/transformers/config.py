@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qcore.errors import InvalidArgument, InvalidDtype, Unsupported
+from qcore.errors import InvalidArgument, InvalidDtype
 from qcore.formats.plan import BLOCKSIZES
-from qcore.formats.quantization_config import FORMATS, QuantizationSettings, dtype_of, read_section, write_quantization
+from qcore.formats.quantization_config import (
+    FORMATS,
+    GROUPED,
+    QuantizationSettings,
+    dtype_of,
+    read_section,
+    write_quantization,
+)
 from qcore.ops import validate
 
-_LATER = ("gptq", "awq")
 _STORAGE = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -27,7 +33,7 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Parameters
     ----------
     format : str
-        ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        ``"nf4"``, ``"fp4"`` or ``"int8"``; ``"gptq"`` or ``"awq"`` for a checkpoint that is quantized to it.
     blocksize : int
         Elements a scale (4 bits), a power of two from 32 to 4096.
     double_quant : bool
@@ -51,8 +57,6 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ------
     InvalidArgument, InvalidDtype
         A value is not allowed.
-    Unsupported
-        ``format`` is one that qcore does not load into Transformers: ``"gptq"``, ``"awq"``.
     """
 
     quant_method = "qcore"
@@ -70,12 +74,8 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         threshold: float = 6.0,
         fp32_cpu_offload: bool = False,
     ) -> None:
-        if format in _LATER:
-            raise Unsupported(
-                f"QcoreConfig: format {format!r} is not supported yet; use nf4, fp4 or int8 on the float checkpoint"
-            )
-        if format not in FORMATS:
-            raise InvalidArgument(f"QcoreConfig: format is {format!r}, expected nf4, fp4 or int8")
+        if format not in (*FORMATS, *GROUPED):
+            raise InvalidArgument(f"QcoreConfig: format is {format!r}, expected nf4, fp4, int8, gptq or awq")
         if blocksize not in BLOCKSIZES:
             raise InvalidArgument(f"QcoreConfig: blocksize is {blocksize!r}, expected a power of two from 32 to 4096")
         if isinstance(skip_modules, str):
@@ -93,7 +93,7 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def format(self) -> str:
-        """nf4, fp4 or int8."""
+        """nf4, fp4, int8, gptq or awq."""
         return self.settings.format
 
     @property
@@ -105,7 +105,7 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> QcoreConfig | tuple[QcoreConfig, dict[str, Any]]:
-        """Read the section ``quantization_config`` of a ``config.json``, of qcore or bitsandbytes.
+        """Read the section ``quantization_config`` of a ``config.json``, of qcore, bitsandbytes, GPTQ or AWQ.
 
         Raises
         ------

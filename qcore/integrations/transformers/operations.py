@@ -11,8 +11,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qcore.errors import FormatError
 from qcore.formats import architecture
+from qcore.formats.quantization_config import GROUPED
+from qcore.functional import awq_layers, gptq_layers
 from qcore.integrations import experts
-from qcore.nn import Linear4bit, Linear8bitLt, Params4bit
+from qcore.nn import Linear4bit, Linear8bitLt, LinearInt4, Params4bit
 from qcore.nn.coded import CodedParameter
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ def part_names(format: str) -> list[str]:
     """Names, below a layer, of the tensors that make up its quantized weight."""
     if format == "int8":
         return ["weight", "SCB", "weight_format"]
+    if format in GROUPED:
+        return list(awq_layers.NAMES if format == "awq" else gptq_layers.NAMES)
     return ["weight", *(f"weight.{part}" for part in PARTS[format])]
 
 
@@ -115,6 +119,8 @@ class Load(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         module, _leaf = get_module_from_name(model, full_layer_name)
         entries = {key: _only(value) for key, value in input_dict.items()}
+        if isinstance(module, LinearInt4):
+            return {"weight": self._int4(module, full_layer_name, entries)}
         if not isinstance(module, (Linear4bit, Linear8bitLt)):
             return {key: self._cast(model, full_layer_name, value) for key, value in entries.items()}
         if "weight" not in entries:
@@ -124,6 +130,14 @@ class Load(ConversionOps):  # type: ignore[misc]
         except RuntimeError as error:
             raise FormatError(f"{full_layer_name}: {error}") from error
         return {"weight": _install(module, module.weight)}
+
+    @staticmethod
+    def _int4(module: LinearInt4, name: str, entries: dict[str, Tensor]) -> CodedParameter:
+        try:
+            module.load_state_dict(entries, strict=False, assign=True)
+        except (RuntimeError, FormatError) as error:
+            raise FormatError(f"{name}: {error}") from error
+        return _install(module, module.weight)
 
     def _cast(self, model: Any, name: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():

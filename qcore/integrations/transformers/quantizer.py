@@ -16,15 +16,15 @@ from transformers.utils import logging
 from qcore.backend.registry import backend_for
 from qcore.errors import BackendUnavailable, FormatError, InvalidArgument, Unsupported
 from qcore.formats import architecture
-from qcore.formats.quantization_config import dtype_of
+from qcore.formats.quantization_config import GROUPED, dtype_of
 from qcore.integrations import experts, layers
 from qcore.integrations.experts import ExpertList, FusedExperts
 from qcore.integrations.transformers.config import QcoreConfig
-from qcore.nn import Linear4bit, Linear8bitLt
+from qcore.nn import Linear4bit, Linear8bitLt, LinearInt4
 
 log = logging.get_logger(__name__)
 
-_QUANTIZED = (Linear4bit, Linear8bitLt)
+_QUANTIZED = (Linear4bit, Linear8bitLt, LinearInt4)
 
 
 class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -88,6 +88,8 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         settings = self.quantization_config.settings
         if settings.format == "int8":
             return 1.0
+        if settings.format in GROUPED:
+            return 0.5 + 3 / max(settings.group_size, 8)
         return 0.5 + (1 + 4 / 256 if settings.nested else 4) / settings.blocksize
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
@@ -100,6 +102,11 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, device_map: Any = None, dtype: torch.dtype | None = None, **options: Any
     ) -> None:
         config, self.dtype = self.quantization_config, dtype or torch.get_default_dtype()
+        if config.format in GROUPED and not self.pre_quantized:
+            raise Unsupported(
+                f"QcoreConfig: {config.format} needs a calibration text, which from_pretrained does not have; run "
+                f"`qcore quantize MODEL -o OUT --format {config.format} --calibration TEXT`, and load OUT"
+            )
         skips = self._skips(model)
         if config.fp32_cpu_offload and self.pre_quantized:
             raise InvalidArgument(
@@ -174,8 +181,8 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             raise FormatError(f"{len(missing)} layers have no quantized weight in the checkpoint: {missing[:4]}")
         self._keep_names(model)
         # What PEFT, Accelerate and the Trainer ask.
-        model.is_loaded_in_4bit = self.quantization_config.format != "int8"
-        model.is_loaded_in_8bit = not model.is_loaded_in_4bit
+        model.is_loaded_in_4bit = self.quantization_config.format in ("nf4", "fp4")
+        model.is_loaded_in_8bit = self.quantization_config.format == "int8"
         return model
 
     def _keep_names(self, model: Any) -> None:
