@@ -112,7 +112,7 @@ def command(
         shard_bytes=shard_size,
     )
     quiet_transformers()
-    with use_backend(backend) if backend else nullcontext():
+    with nullcontext() if backend is None else use_backend(backend):
         if dry_run:
             _dry_run(model, out, options, force)
         else:
