@@ -19,7 +19,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -74,13 +74,21 @@ _lock = RLock()  # a factory may ask for another backend
 
 
 @cache
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+def _entry_points() -> dict[str, tuple[EntryPoint, ...]]:
+    """Entry points by name; two under one name are two backends, the same one found twice is one."""
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, {})[point.value] = point
+    return {name: tuple(points[value] for value in sorted(points)) for name, points in found.items()}
 
 
 def known_backends() -> list[str]:
     """Names that may be asked for: this project's own, then those of installed third parties."""
     return [*_FIRST_PARTY, *sorted(set(_entry_points()) - set(_FIRST_PARTY))]
+
+
+def _said_by(point: EntryPoint) -> str:
+    return f"{point.value} of {point.dist.name}" if point.dist else point.value
 
 
 def get_backend(name: str) -> Backend:
@@ -116,8 +124,13 @@ def _load(name: str) -> Backend:
         return CffiBackend(name, name)
     if ":" in name:
         return _made(name, _imported(name))
-    point = _entry_points().get(name)
-    if point is not None:
+    points = _entry_points().get(name, ())
+    if len(points) > 1:
+        raise BackendUnavailable(
+            f"backend {name!r}: {len(points)} installed packages go by that name, {_listed(map(_said_by, points))}; "
+            f"uninstall all but one, or select one as {points[0].value!r}"
+        )
+    for point in points:
         try:
             factory = point.load()
         except Exception as error:  # a third party's import may raise anything
@@ -130,12 +143,18 @@ def _load(name: str) -> Backend:
     raise BackendNotFound(f"no backend {name!r}.{hint} {_inventory()}")
 
 
+def _listed(words: Iterable[str]) -> str:
+    return " and ".join(words)
+
+
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty module name
         raise BackendNotFound(f"no backend {name!r}: {error}. {_inventory()}") from error
+    except Exception as error:  # a third party's import may raise anything
+        raise BackendUnavailable(f"backend {name!r}: cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _made(name: str, factory: Callable[[], Backend]) -> Backend:
@@ -147,12 +166,14 @@ def _made(name: str, factory: Callable[[], Backend]) -> Backend:
         raise BackendUnavailable(f"backend {name!r}: failed to start: {type(error).__name__}: {error}") from error
     if not isinstance(backend, Backend):
         raise BackendUnavailable(f"backend {name!r}: made a {type(backend).__name__}, not a qcore Backend")
+    if not backend.device_types:
+        raise BackendUnavailable(f"backend {name!r}: device_types is empty; it has to name what it serves, or '*'")
     return backend
 
 
 def _status(name: str) -> BackendStatus:
-    point = _entry_points().get(name)
-    origin = f"entry point {point.value}" if point else ""
+    points = _entry_points().get(name, ())
+    origin = f"entry point {_listed(point.value for point in points)}" if points else ""
     try:
         backend = _loaded.get(name) or _load(name)
         kinds = tuple(sorted(backend.device_types))
@@ -160,6 +181,9 @@ def _status(name: str) -> BackendStatus:
         description = backend.describe(device)
     except BackendError as error:
         return BackendStatus(name, False, str(error), _FIRST_PARTY.get(name, ""), origin)
+    except Exception as error:  # a third party's code may raise anything
+        reason = f"backend {name!r}: cannot describe itself: {type(error).__name__}: {error}"
+        return BackendStatus(name, False, reason, _FIRST_PARTY.get(name, ""), origin)
     return BackendStatus(name, True, "", "", origin, kinds, description)
 
 
@@ -196,6 +220,7 @@ class _Selection:
             kind, separator, name = part.partition("=")
             # A path may hold "=": only a plain word before it is a device type.
             if separator and kind.isidentifier():
+                _device_type(kind, f"{source}={text!r}")
                 if not name or kind in selection.per_device:
                     raise InvalidArgument(f"{source}={text!r}: expected each device type once, as device=backend")
                 selection.per_device[kind] = name
@@ -224,6 +249,16 @@ class _Selection:
             if _serves(backend, kind):
                 return backend
         return _default_backend(kind)
+
+
+def _device_type(kind: str, what: str) -> None:
+    """A misspelt device type would never be asked for, and the default would compute in silence."""
+    try:
+        known = torch.device(kind).type == kind
+    except RuntimeError:
+        known = False
+    if not known:
+        raise InvalidArgument(f"{what}: {kind!r} is no device type of torch; write cpu=..., cuda=... or the like")
 
 
 def _serves(backend: Backend, kind: str) -> bool:
@@ -296,13 +331,19 @@ def use_backend(backend: str | Backend) -> Iterator[None]:
     ------
     BackendNotFound, BackendUnavailable
         On entry, so that a wrong name does not wait for the first op.
+    InvalidArgument
+        The text names no backend, or an unknown device type; or it is neither a text nor a backend.
     """
+    if not isinstance(backend, (str, Backend)):
+        raise InvalidArgument(f"use_backend: backend is {backend!r}, needs a name or an instance of a Backend")
     if isinstance(backend, Backend):
         selection = _Selection(backend.name, "use_backend")
         kinds = {"cpu", "cuda", "xpu", "mps"} if ANY_DEVICE in backend.device_types else backend.device_types
         selection.resolved = dict.fromkeys(kinds, backend)
     else:
         selection = _Selection.parse(backend, "use_backend")
+        if selection.default is None and not selection.per_device:
+            raise InvalidArgument(f"use_backend: {backend!r} names no backend; {_inventory()}")
         for name in filter(None, [selection.default, *selection.per_device.values()]):
             get_backend(name)
     token = _override.set(selection)

@@ -53,7 +53,7 @@ def command(
     content = pydoc_topics() if text is None else read_text("--text", text)
     dtype = None if compute_dtype == "auto" else FLOATS[compute_dtype]
     rows: list[tuple[Path, float, float]] = []
-    with use_backend(backend) if backend else nullcontext():
+    with nullcontext() if backend is None else use_backend(backend):
         for path in ([against] if against else []) + list(models):
             windows = tokens_of(load_tokenizer(path), content, tokens, window)
             model = load_model(path, dtype=dtype, device=device)

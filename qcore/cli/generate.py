@@ -61,7 +61,7 @@ def command(
     if seed is not None:
         torch.manual_seed(seed)
     text = sys.stdin.read() if prompt == "-" else prompt
-    with use_backend(backend) if backend else nullcontext():
+    with nullcontext() if backend is None else use_backend(backend):
         tokenizer = load_tokenizer(model)
         inputs = chat_inputs(tokenizer, text, chat)
         began = time.monotonic()

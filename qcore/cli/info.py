@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +27,7 @@ def command(as_json: bool) -> None:
     """Show which backends there are, which can run here, why the rest cannot, and what to do about it."""
     report = collect()
     if as_json:
-        console().print_json(data=report)
+        console().print_json(data=report, default=_as_json)
     else:
         _print(report)
 
@@ -44,6 +45,13 @@ def collect() -> dict[str, Any]:
         "selection": {"variable": VARIABLE, "value": os.environ.get(VARIABLE, ""), "serves": _serving()},
         "backends": {name: asdict(status) for name, status in backend_report().items()},
     }
+
+
+def _as_json(value: Any) -> Any:
+    """What a third party's declarations may hold that JSON has no form for."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _version(name: str) -> str | None:

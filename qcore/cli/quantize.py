@@ -148,7 +148,7 @@ def command(
         window=window,
     )
     quiet_transformers()
-    with use_backend(backend) if backend else nullcontext():
+    with nullcontext() if backend is None else use_backend(backend):
         if dry_run:
             _dry_run(model, out, options, force)
         else:

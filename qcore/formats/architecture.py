@@ -16,7 +16,8 @@ from qcore.errors import FormatError, InvalidArgument
 def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
     """Build the Transformers model of ``config`` with parameters on the meta device and real buffers, in eval mode.
 
-    The class is the first of ``config["architectures"]``, else the causal language model of its ``model_type``.
+    The class is the first of ``config["architectures"]`` that there is; where the file names none, the causal language
+    model of its ``model_type``.
 
     Raises
     ------
@@ -27,7 +28,7 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
     model_type = config.get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise FormatError(
             f"config.json: model_type {model_type!r} is unknown to Transformers {transformers.__version__}; "
             "upgrade it, or check the file (models with code of their own are not supported)"
@@ -40,7 +41,9 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
         torch.set_default_dtype(dtype)
         with init_empty_weights(include_buffers=False):
             model = model_class(parsed)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except FormatError:
+        raise
+    except Exception as error:  # the file is data, and Transformers' own checks of it raise anything
         raise FormatError(f"config.json: makes no model of type {model_type!r}: {error}") from error
     finally:
         torch.set_default_dtype(default)
@@ -49,12 +52,17 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
 
 def _model_class(transformers: Any, config: Any) -> Any:
     for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    if config.architectures:
         raise FormatError(
             f"config.json: architectures is {config.architectures}, which Transformers {transformers.__version__} "
-            f"does not have, and {config.model_type!r} has no causal language model"
+            "does not have; upgrade it, or correct the name"
+        )
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise FormatError(
+            f"config.json: names no architectures, and {config.model_type!r} has no causal language model"
         )
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
@@ -108,19 +116,19 @@ def check_not_tied(model: Any, layers: Iterable[str]) -> None:
             raise InvalidArgument(f"quantize: {one} and {other} share their values and cannot be quantized; skip them")
 
 
-def resolve_skips(model: Any, globs: Iterable[str]) -> list[str]:
-    """Names of the modules that ``globs`` match: a full name, its last part, or the name of an enclosing module.
+def resolve_skips(model: Any, globs: Iterable[str], skipped_anyway: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers that ``globs`` match: a full name, its last part, or that of an enclosing module.
 
     Raises
     ------
     InvalidArgument
-        A glob matches no linear layer.
+        A glob matches no linear layer, and no module of ``skipped_anyway`` either.
     """
     names = list(linear_layers(model, []))
     chosen: list[str] = []
     for glob in globs:
         matched = [name for name in names if _matches(name, glob)]
-        if not matched:
+        if not matched and not any(_matches(name, glob) for name in skipped_anyway):
             raise InvalidArgument(f"--skip {glob}: matches no linear layer; they are called like {examples(names)}")
         chosen += matched
     return sorted(set(chosen))
@@ -143,6 +151,15 @@ def kind_of(name: str) -> str:
     named = [part for part in path if not part.isdigit()]
     kind = named[-1] if named else leaf
     return kind if leaf == "weight" else f"{kind}.{leaf}"
+
+
+def is_parameter(model: Any, name: str) -> bool:
+    """Whether ``name`` is one of the model's parameters: no buffer, and not unknown."""
+    module, _, leaf = name.rpartition(".")
+    try:
+        return leaf in model.get_submodule(module)._parameters
+    except AttributeError:
+        return False
 
 
 def stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:

@@ -100,6 +100,9 @@ def _finite(step: Step, chunk: Tensor, squares: float) -> None:
 def _cast(step: Step, source: Source, writer: ShardWriter, progress: Progress) -> ErrorSum:
     total = ErrorSum()
     for chunk in _chunks(step, source, progress):
+        signal = _squares(chunk) if chunk.dtype.is_floating_point else 0.0
+        if step.finite:
+            _finite(step, chunk, signal)
         out = chunk.to(step.dtype)
         writer.write(step.specs[0].name, out)
         if step.dtype != chunk.dtype:
@@ -110,8 +113,7 @@ def _cast(step: Step, source: Source, writer: ShardWriter, progress: Progress) -
                     f"tensor {step.info.name!r} has values beyond the range of {step.dtype}; use bfloat16"
                 )
             total.error += squares
-        if chunk.dtype.is_floating_point:
-            total.signal += _squares(chunk)
+        total.signal += signal
     return total
 
 

@@ -127,7 +127,10 @@ class GgufSource(Source):
     def config(self) -> dict[str, Any]:
         beside = self.path.parent / "config.json"
         if beside.is_file():
-            return dict(read_json(beside))
+            given = read_json(beside)
+            if not isinstance(given, dict):
+                raise FormatError(f"{beside}: is not a JSON object")
+            return given
         from transformers import AutoConfig
 
         try:

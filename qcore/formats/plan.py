@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -78,7 +77,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor's way: ``action`` is a format or cast; ``specs`` are the tensors that come out."""
+    """One tensor's way: ``action`` is a format or cast; ``specs`` are the tensors that come out.
+
+    A NaN or an infinity is refused if ``finite``.
+    """
 
     info: TensorInfo
     action: str
@@ -87,6 +89,7 @@ class Step:
     specs: tuple[Spec, ...]
     layout: FourBitLayout | None = None
     transposed: bool = False
+    finite: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -128,8 +131,9 @@ def make_plan(source: Source, options: Options) -> Plan:
         A skip matches nothing, or a tied head is to be quantized.
     """
     config = source.config()
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
+    quantized = config.pop("quantization_config", None)  # null stands for none
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else repr(quantized)
         raise FormatError(f"{source.path}: is quantized already ({method}); name the float checkpoint")
     dtype = FLOATS[options.dtype or _own_dtype(config)]
     model = architecture.empty_model(config, dtype)
@@ -143,7 +147,7 @@ def make_plan(source: Source, options: Options) -> Plan:
         architecture.check_not_tied(model, linear)
     settings = _settings(options, skips)
     steps = [_step(source.tensors[old], new, model, linear, options, dtype, settings) for old, new in names.items()]
-    if linear and not any(step.action == options.format for step in steps):
+    if options.format != "float" and not any(step.action == options.format for step in steps):
         raise InvalidArgument("quantize: every linear layer is skipped; nothing would be quantized")
     result = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     result["dtype"] = str(dtype).removeprefix("torch.")
@@ -179,14 +183,12 @@ def _own_dtype(config: dict[str, Any]) -> str:
 
 def _skips(model: Any, options: Options) -> list[str]:
     defaults = [] if options.quantize_head else architecture.default_skips(model)
-    # A glob may name what is skipped anyway (`--skip lm_head`).
-    extra = [glob for glob in options.skip if not any(fnmatch.fnmatchcase(name, glob) for name in defaults)]
-    return sorted({*defaults, *architecture.resolve_skips(model, extra)})
+    return sorted({*defaults, *architecture.resolve_skips(model, options.skip, defaults)})
 
 
 def _match(source: Source, model: Any, options: Options) -> tuple[dict[str, str], list[str], bool]:
     """Map the source's tensor names to the model's; also what is dropped, and whether tied tensors differ."""
-    parameters = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
+    parameters: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     tied: dict[str, str] = dict(model.all_tied_weights_keys)
     names: dict[str, str] = {}
     dropped: list[str] = []
@@ -217,7 +219,7 @@ def _match(source: Source, model: Any, options: Options) -> tuple[dict[str, str]
 
 
 def _check_complete(
-    source: Source, model: Any, parameters: dict[str, tuple[int, ...]], names: dict[str, str], tied: dict[str, str]
+    source: Source, model: Any, parameters: dict[str, torch.Tensor], names: dict[str, str], tied: dict[str, str]
 ) -> None:
     present = set(names.values())
     missing = [
@@ -232,11 +234,15 @@ def _check_complete(
             f"{source.path}: {len(missing)} tensors of {type(model).__name__} are missing: {_some(missing)}"
         )
     for old, new in names.items():
-        shape = source.tensors[old].shape
-        if new in parameters and parameters[new] != shape:
+        if new not in parameters:
+            continue
+        info, needed = source.tensors[old], parameters[new]
+        if tuple(needed.shape) != info.shape:
             raise FormatError(
-                f"{source.path}: tensor {old!r} has shape {shape}, config.json asks for {parameters[new]}"
+                f"{source.path}: tensor {old!r} has shape {info.shape}, config.json asks for {tuple(needed.shape)}"
             )
+        if needed.is_floating_point() and info.dtype not in _READABLE:
+            raise FormatError(f"{source.path}: tensor {old!r} is {info.dtype}; it must be floating point")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -268,7 +274,9 @@ def _step(
             target = info.dtype
         else:
             target = torch.float32 if architecture.stays_float32(model, name, dtype) else dtype
-        return Step(info, "cast", kind, target, (Spec(name, target, info.shape),))
+        # A buffer may hold an infinity (a mask), and so may what the model does not know.
+        trained = architecture.is_parameter(model, name)
+        return Step(info, "cast", kind, target, (Spec(name, target, info.shape),), finite=trained)
     if info.dtype not in _READABLE:
         raise FormatError(f"tensor {info.name!r} is {info.dtype}; a linear weight must be floating point")
     if settings is not None and options.format in GROUPED:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
         dtype_name, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets in the header") from None
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         known = ", ".join(DTYPES)
         raise FormatError(f"{path}: tensor {name!r} has dtype {dtype_name!r}; known are {known}")
     ints = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
@@ -107,7 +108,10 @@ class SafetensorsFile:
             raise
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, Entry]]:
-        path, size = self.path, os.fstat(self._fd).st_size
+        path, status = self.path, os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{path}: is not a file")
+        size = status.st_size
         if size < 8:
             raise FormatError(f"{path}: {size} bytes is too short for a safetensors file; it is truncated")
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
@@ -118,7 +122,9 @@ class SafetensorsFile:
             )
         try:
             header = json.loads(os.pread(self._fd, length, 8), object_pairs_hook=lambda pairs: _unique(path, pairs))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except FormatError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: the header is not JSON ({error})") from error
         if not isinstance(header, dict):
             raise FormatError(f"{path}: the header is not a JSON object")

@@ -89,7 +89,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: cannot be read: {error}") from error
 
 
@@ -100,7 +100,7 @@ def weight_files(folder: Path) -> dict[str, Path] | list[Path]:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{folder / INDEX}: has no weight_map")
-        for file in set(weight_map.values()):
+        for file in weight_map.values():
             # An index is data: it must not lead out of its folder.
             if not isinstance(file, str) or Path(file).name != file:
                 raise FormatError(f"{folder / INDEX}: {file!r} is not a file name")

@@ -1,0 +1,130 @@
+"""A damaged or inconsistent checkpoint is refused with a ``FormatError``, whatever the damage; skips leave nothing out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_model
+
+from qcore.errors import FormatError, InvalidArgument
+from qcore.formats.plan import Options, make_plan
+from qcore.formats.quantize import quantize_checkpoint
+from qcore.formats.safetensors import SafetensorsFile
+from qcore.formats.source import open_source, weight_files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("damaged") / "float")
+
+
+@pytest.fixture
+def source(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of one tiny checkpoint, to be damaged."""
+    folder = tmp_path / "float"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def planned(source: Path, **options: Any) -> Any:
+    opened = open_source(source)
+    try:
+        return make_plan(opened, Options("nf4", **options))
+    finally:
+        opened.close()
+
+
+def configure(source: Path, **values: Any) -> None:
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("glob", ["*", "model*,lm_head", "l*,*_proj"])
+def test_a_glob_that_also_names_a_default_skip_keeps_its_other_layers(source: Path, glob: str) -> None:
+    with pytest.raises(InvalidArgument, match="every linear layer is skipped"):
+        planned(source, skip=tuple(glob.split(",")))
+
+
+def test_a_glob_beside_the_head_skips_what_it_says(source: Path) -> None:
+    plan = planned(source, skip=("[lu]*",))  # lm_head, and every up_proj
+    assert sum(step.action == "nf4" for step in plan.steps) == 3 * 6
+    assert sum(step.action == "nf4" for step in planned(source, skip=("lm_head",)).steps) == 3 * 7
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"quantization_config": "nf4"},
+        {"num_attention_heads": 7},
+        {"num_attention_heads": 0},
+        {"vocab_size": 10**15},
+        {"architectures": ["Nope"]},
+        {"architectures": ["AutoConfig"]},
+        {"model_type": ["llama"]},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_refused(source: Path, values: dict[str, Any]) -> None:
+    configure(source, **values)
+    with pytest.raises(FormatError, match="config.json|is quantized already"):
+        planned(source)
+
+
+def test_a_quantization_that_is_null_is_none(source: Path) -> None:
+    configure(source, quantization_config=None)
+    assert planned(source).config["quantization_config"]["quant_method"] == "bitsandbytes"
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": ["x"]}}', "[" * 200_000, "1" * 5000], ids=["list", "deep", "long"])
+def test_a_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(FormatError):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"[" * 200_000, b'{"w": {"dtype": [], "shape": [], "data_offsets": [0, 0]}}'])
+def test_a_damaged_header_is_refused(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FormatError):
+        SafetensorsFile(tmp_path / "w.safetensors")
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="is not a file"):
+        SafetensorsFile(tmp_path)
+
+
+def rewrite(source: Path, name: str, value: torch.Tensor) -> None:
+    save_file(load_file(source / "model.safetensors") | {name: value}, source / "model.safetensors", {"format": "pt"})
+
+
+def test_an_integer_norm_is_refused(source: Path) -> None:
+    rewrite(source, "model.norm.weight", torch.ones(72, dtype=torch.int64))
+    with pytest.raises(FormatError, match=r"'model.norm.weight' is torch.int64; it must be floating point"):
+        planned(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("model.norm.weight", (72,)), ("model.embed_tokens.weight", (48, 72)), ("lm_head.weight", (48, 72))]
+)
+def test_a_nan_outside_the_linear_layers_is_refused(source: Path, name: str, shape: tuple[int, ...]) -> None:
+    value = torch.ones(shape, dtype=torch.bfloat16)
+    value[-1] = math.nan
+    rewrite(source, name, value)
+    with pytest.raises(FormatError, match=rf"'{name}' has \d+ values that are NaN or infinite"):
+        quantize_checkpoint(source, source.parent / "out", Options("nf4"))
+    assert not (source.parent / "out").exists()
+
+
+def test_what_the_model_does_not_know_may_hold_a_nan(source: Path) -> None:
+    rewrite(source, "model.extra", torch.tensor([math.nan]))
+    quantize_checkpoint(source, source.parent / "out", Options("nf4", keep_unknown=True))
+    assert load_file(source.parent / "out/model.safetensors")["model.extra"].isnan().all()
