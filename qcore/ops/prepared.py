@@ -45,6 +45,38 @@ class _Ready(NamedTuple):
     bias_address: int
 
 
+class _Back:
+    """``dY W`` for a handle's weight, packed once; what is not plain goes the general way."""
+
+    __slots__ = ("_addresses", "_call", "_columns", "_general", "_selected")
+
+    def __init__(self, backend: Backend, weight: Weight4bit, general: Callable[[Tensor, Weight4bit], Tensor]) -> None:
+        self._general, self._columns, self._selected = general, weight.shape[1], selection()
+        self._addresses = (weight.packed.data_ptr(), weight.absmax.data_ptr())
+        served = backend.supports("gemm_4bit_transposed")
+        self._call = backend.prepare_gemm_4bit_transposed(weight) if served else None
+
+    def __call__(self, gradient: Tensor, weight: Weight4bit) -> Tensor:
+        if (
+            self._call is None
+            or type(gradient) is not Tensor
+            or not gradient.is_contiguous()
+            or gradient.is_neg()
+            or (gradient.requires_grad and is_grad_enabled())
+            or selection() is not self._selected
+            or (weight.packed.data_ptr(), weight.absmax.data_ptr()) != self._addresses
+            or gradient.device != weight.packed.device
+            or gradient.shape[-1] != weight.shape[0]
+            or is_compiling()
+            or _len_torch_dispatch_stack()
+            or peek_interpreter_stack() is not None
+        ):
+            return self._general(gradient, weight)
+        out = gradient.new_empty((*gradient.shape[:-1], self._columns))
+        self._call(gradient, out)
+        return out
+
+
 class PreparedGemm4bit:
     """``handle(x, bias=None) -> x @ W.T + bias`` for one weight; made by :func:`prepare_gemm_4bit`.
 
@@ -91,7 +123,7 @@ class PreparedGemm4bit:
             backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
         )
         addresses = (self._packed_address(), self._state.absmax.data_ptr())
-        factor = Factor(weight, self._run_any, self._back)
+        factor = Factor(weight, self._run_any, _Back(backend, weight, self._back))
         return _Ready(selected, backend, prepare(weight), *addresses, device, factor, None, None, (), None, 0)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
