@@ -5,7 +5,7 @@
     python benchmarks/results.py tables --check               # exit 1 if README.md says anything else
 
 ``demo.json`` is written by ``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by
-``benchmarks/transformers_models.py``.
+``benchmarks/transformers_models.py``, ``qlora.json`` by ``examples/qlora.py``.
 """
 
 from __future__ import annotations
@@ -111,7 +111,26 @@ def models_table(tree: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"conformance": conformance_table, "demo": demo_table, "transformers": models_table}
+def qlora_table(tree: dict[str, Any]) -> str:
+    lines = [
+        f"{tree['steps']} steps of {tree['batch']} sequences of {tree['length']} tokens, rank {tree['rank']}.",
+        "",
+        "| base | bytes, adapters included | trained values | loss held out, before | after |",
+        "|---|---|---|---|---|",
+    ]
+    for name, run in tree["runs"].items():
+        losses = " | ".join(f"{run[key]:.3f}" for key in ("held_out_before", "held_out_after"))
+        size = f"{run['footprint_bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {name} | {size} | {run['trainable_parameters']:,} | {losses} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "conformance": conformance_table,
+    "demo": demo_table,
+    "transformers": models_table,
+    "qlora": qlora_table,
+}
 
 
 def with_tables(text: str) -> str:

@@ -4,7 +4,7 @@ LoRA of rank 16 on q, k, v and o, gradient checkpointing, paged 8-bit AdamW, a q
 batches in the same order from the same initial adapters, and are judged on text that neither was trained on. The
 adapter is saved, reloaded and merged at the end.
 
-    python examples/qlora.py [--steps 40] [--json FILE] [--image FILE]
+    python examples/qlora.py [--steps 60] [--json FILE] [--image FILE]
 
 The model and the text come out of packages and are kept in the demo's cache: ``qcore demo`` makes the checkpoint.
 """
@@ -34,8 +34,8 @@ HELD_OUT = 8  # windows at the start of the text, which no step sees
 
 
 def base_model(path: Path, format: str | None) -> Any:
-    """The model, float32 where it is not quantized: adapters are trained in float32 on a CPU."""
-    config = None if format is None else qcore.QcoreConfig(format)
+    """The model: quantized layers compute in bfloat16 as in QLoRA's paper, the rest and the adapters are float32."""
+    config = None if format is None else qcore.QcoreConfig(format, compute_dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float32)
     if config is not None:
         return prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=default_cache() / "SmolLM2-135M")
     parser.add_argument("--format", choices=["nf4", "fp4", "int8"], default="nf4")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
