@@ -107,13 +107,14 @@ class Text:
 
 
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-# Each at a usual rate: Lion's is about a tenth of AdamW's.
+# Each at a usual rate: Lion's is a fraction of AdamW's. AdEMAMix needs a second moment that forgets no faster than its
+# slow average: with 0.95 as AdamW has it, the rows of rare bytes divide an old average by a vanished moment.
 OPTIMIZERS: dict[str, Make] = {
     "AdamW fp32": lambda params: torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
     "AdamW8bit": lambda params: optim.AdamW8bit(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
     "Lion8bit": lambda params: optim.Lion8bit(params, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.5),
     "AdEMAMix8bit": lambda params: optim.AdEMAMix8bit(
-        params, lr=1e-3, betas=(0.9, 0.95, 0.999), alpha=2.0, t_alpha=1000, t_beta3=1000, weight_decay=0.1
+        params, lr=1e-3, betas=(0.9, 0.999, 0.999), alpha=2.0, t_alpha=1000, t_beta3=1000, weight_decay=0.1
     ),
 }
 

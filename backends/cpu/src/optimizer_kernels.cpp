@@ -2,8 +2,9 @@
 //
 // Memory picture, fp32 parameters: one pass over the data, block by block of 256 elements, everything between reading
 // and writing in L1. Per element 8-bit Adam reads 4 (gradient) + 4 (parameter) + 2 (codes) bytes and writes 4 + 2: 16
-// bytes where 32-bit Adam moves 28. The floor is that traffic; beside it stand one square root, one division, and per
-// 8-bit state one look-up to decode and one to encode.
+// bytes where 32-bit Adam moves 28. The floor is that traffic. Beside it stands, for 16 elements with AVX-512, work for
+// about 33 cycles of the two vector ports: of some 66 operations 13 decode, 29 encode, 24 are the rule's. The divider
+// takes 22 of these cycles for a square root and a quotient; IEEE results leave no room for approximations.
 //
 // A block takes two loops: the rule (old states and gradient to new states and update) and the parameter; 8-bit states
 // are encoded beside the next block's first loop (optimizer_encoding.h). What is rare, elements that keep their values,
