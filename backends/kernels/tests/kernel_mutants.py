@@ -21,6 +21,7 @@ _QUANTIZED = ("quantize_4bit/L1/nf4-f32-bs1024-lengths", "quantize_4bit/L1/nf4-f
 _STEPS = ("optimizer_step/L1/adam-8-lengths", "optimizer_step/L1/momentum-8-lengths")
 _NORMS = ("optimizer_step/L1/adam-max-unorm", "optimizer_step/L1/momentum-max-unorm")
 _THRESHOLDS = ("optimizer_step/L1/momentum-8-thresholds", "optimizer_step/L1/adagrad-8-thresholds")
+_TILES = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m320-k320-bs4096")
 _PRODUCTS = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m1-k131-bs64")
 
 MUTANTS = (
@@ -101,8 +102,8 @@ MUTANTS = (
         "product.cuh",
         "            }\n        }\n        block_barrier();\n    }\n}",
         "            }\n        }\n    }\n}",
-        "gemm_4bit.cu",
-        ("gemm_4bit/L1/nf4-f16-one-hot-m320-k320-bs4096", "gemm_4bit/L2/nf4-f16-rows"),
+        "int8_gemm.cu",
+        ("int8_gemm/L1/sizes",),
     ),
     KernelMutant(
         "one-wave-left-out-of-the-sum",
@@ -190,7 +191,7 @@ MUTANTS = (
         "half];\n        }\n        block_barrier();",
         "half];\n        }",
         "optimizer.cu",
-        _NORMS,
+        ("optimizer_step/L1/adam-8-max-unorm-many-blocks",),
     ),
     KernelMutant(
         "kept-compensation-overwritten",
@@ -215,5 +216,29 @@ MUTANTS = (
         "j <= terms.expanded",
         "int8_gemm.cu",
         ("int8_linear/L1/f32-many-outliers-m7",),
+    ),
+    KernelMutant(
+        "tile-taken-before-it-has-landed",
+        "tiled.cuh",
+        "wait_for_copies<kStages - 3>();",
+        "wait_for_copies<kStages - 2>();",
+        "gemm_4bit.cu",
+        _TILES,
+    ),
+    KernelMutant(
+        "tile-read-before-it-is-decoded",
+        "tiled.cuh",
+        "        block_barrier();  // this tile",
+        "        // this tile",
+        "gemm_4bit.cu",
+        _TILES,
+    ),
+    KernelMutant(
+        "last-part-of-the-depth-not-added",
+        "tiled.cuh",
+        "for (int part = 1; part < splits; ++part) {",
+        "for (int part = 1; part + 1 < splits; ++part) {",
+        "gemm_4bit.cu",
+        _TILES,
     ),
 )
