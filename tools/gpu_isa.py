@@ -248,7 +248,12 @@ def write(found: list[Kernel], folder: Path) -> None:
     rows = [[asdict(kernel)[column] for column in columns] for kernel in found]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     source = run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty").strip()
-    head = f' "schema": 1,\n "source": "{source}",\n "columns": {json.dumps(columns)},\n'
+    compilers = [run(name, "--version").splitlines() for name in ("clang++-19", "nvcc") if shutil.which(name)]
+    machine = {
+        "compilers": [next(line for line in said if "version" in line or "release" in line) for said in compilers]
+    }
+    about = {"schema": 1, "kind": "machine code", "machine": machine, "source": source, "columns": columns}
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
     text = f'{{\n{head} "kernels": [\n{lines}\n ]\n}}\n'
     (folder / "gpu-isa.json").write_text(text, encoding="utf-8")
     (folder / "gpu-isa.md").write_text(summary(found), encoding="utf-8")
