@@ -263,9 +263,11 @@ def isa(session: nox.Session) -> None:
     """Build both GPU libraries, check their machine code, and that they load without a GPU; `-- hip`, `-- cuda` one."""
     backends = session.posargs or ["hip", "cuda"]
     libraries: dict[str, Path] = {}
-    path = os.environ["PATH"]
+    path, root = os.environ["PATH"], ""
     if "hip" in backends:
-        libraries["hip"] = _gpu_library(session, "hip", *_hip_options(session))
+        options = _hip_options(session)
+        libraries["hip"] = _gpu_library(session, "hip", *options)
+        root = options[0].partition("=")[2]
     if "cuda" in backends:
         _require_nvcc(session)
         libraries["cuda"] = _gpu_library(session, "cuda")
@@ -275,7 +277,6 @@ def isa(session: nox.Session) -> None:
     chosen = [str(library) for library in libraries.values()]
     _python(session, "tools/gpu_isa.py", *chosen, "--expect", ",".join(expected), "--out", out, PATH=path)
     where = {f"QCORE_{backend.upper()}_LIBRARY": str(library) for backend, library in libraries.items()}
-    root = next((option.partition("=")[2] for option in _hip_options(session) if "HIP_ROOT" in option), "")
     tests = [f"backends/{backend}/tests" for backend in libraries]
     _pytest(session, "gpu-builds", *tests, QCORE_HIP_ROOT=root, **where)
 

@@ -186,7 +186,7 @@ def nvidia_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
     names = demangle([symbol for _, symbol, _ in found])
     for target, symbol, said in found:
         lines, plain = code[target, symbol], target.rstrip("af")
-        loads = [line for line in lines if re.match(r"LDG\b|LDG\.", line)]
+        loads = [line for line in lines if re.match(r"LDG(STS)?\b", line)]
         shared = max(0, said["SHARED"] - TARGETS[plain].reserved_shared)
         threads = _threads_of(names[symbol])
         yield Kernel(
@@ -201,7 +201,7 @@ def nvidia_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
             shared,
             TARGETS[plain].waves(said["REG"], shared, threads),
             len(lines),
-            sum(".128" in line.split()[0] for line in loads),
+            sum("128" in line.split()[0].split(".") for line in loads),
             sum(re.match(r"STG\S*\.128", line) is not None for line in lines),
             len(loads),
             sum(re.match(r"(HMMA|IMMA)\b", line) is not None for line in lines),
@@ -248,7 +248,13 @@ def write(found: list[Kernel], folder: Path) -> None:
     rows = [[asdict(kernel)[column] for column in columns] for kernel in found]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     source = run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty").strip()
-    text = f'{{\n "schema": 1,\n "source": "{source}",\n "columns": {json.dumps(columns)},\n "kernels": [\n{lines}\n ]\n}}\n'
+    compilers = [run(name, "--version").splitlines() for name in ("clang++-19", "nvcc") if shutil.which(name)]
+    machine = {
+        "compilers": [next(line for line in said if "version" in line or "release" in line) for said in compilers]
+    }
+    about = {"schema": 1, "kind": "machine code", "machine": machine, "source": source, "columns": columns}
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
+    text = f'{{\n{head} "kernels": [\n{lines}\n ]\n}}\n'
     (folder / "gpu-isa.json").write_text(text, encoding="utf-8")
     (folder / "gpu-isa.md").write_text(summary(found), encoding="utf-8")
 

@@ -38,7 +38,7 @@ _ROUND_INT8 = 14  # statistic, then product, rounding and limits
 _FROM_INT32 = 8
 
 BLOCK_4BIT, BLOCK_8BIT = 64, 256
-ROWS_OF_PASS = 64  # of X for one reading and decoding of W (product.cuh)
+ROWS_OF_PASS, ROWS_OF_TILE = 64, 128  # of X for one reading of W: product.cuh; tiled.cuh, for more than 16 rows
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))
 ROWS = (1, 8, 16, 64, 512, 2048)
 
@@ -137,7 +137,7 @@ def elementwise(n: int, k: int) -> Iterator[Work]:
 def gemm_4bit(m: int, n: int, k: int) -> Work:
     """NF4 weight ``(n, k)``, blocks of 64, times ``m`` rows of bfloat16."""
     weight = n * k // 2 + 4 * math.ceil(n * k / BLOCK_4BIT)
-    passes = math.ceil(m / ROWS_OF_PASS)
+    passes = math.ceil(m / ROWS_OF_TILE)
     return Work(
         "gemm_4bit",
         "nf4 bf16",
