@@ -151,7 +151,7 @@ def test_codes_are_not_taken_for_numbers(tmp_path: Path) -> None:
 def test_other_methods_are_refused(tmp_path: Path) -> None:
     out = quantized(tmp_path, "llama", "nf4")
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "gptq"
+    config["quantization_config"]["quant_method"] = "hqq"
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="quant_method is 'gptq'"):
+    with pytest.raises(FormatError, match="quant_method is 'hqq'"):
         load_model(out)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import qcore
 from fake_hub import running_hub
 from qcore import QcoreConfig
-from qcore.errors import BackendUnavailable, FormatError, InvalidArgument, InvalidDtype, Unsupported
+from qcore.errors import BackendUnavailable, FormatError, InvalidArgument, InvalidDtype
 from qcore.formats.plan import Options
 from qcore.formats.quantize import quantize_checkpoint
 from qcore.integrations.checkpoint import load_model
@@ -178,8 +178,7 @@ def test_generation_is_the_same_with_a_static_cache_and_under_compile(tmp_path: 
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown format": ({"format": "nf5"}, InvalidArgument, "format is 'nf5', expected nf4, fp4 or int8"),
-    "later format": ({"format": "gptq"}, Unsupported, "'gptq' is not supported yet"),
+    "unknown format": ({"format": "nf5"}, InvalidArgument, "format is 'nf5', expected nf4, fp4, int8, gptq or awq"),
     "block size": ({"format": "nf4", "blocksize": 48}, InvalidArgument, "blocksize is 48"),
     "dtype": ({"format": "nf4", "compute_dtype": "int32"}, InvalidDtype, "compute_dtype is 'int32'"),
     "no dtype": ({"format": "nf4", "compute_dtype": "bf16"}, FormatError, "'bf16', which is no dtype"),

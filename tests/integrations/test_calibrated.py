@@ -1,0 +1,147 @@
+"""Checkpoints quantized to GPTQ and AWQ, block by block: what they compute, interruption, Transformers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import contents, save_model
+from transformers import AutoModelForCausalLM
+
+import qcore
+from qcore.errors import InvalidArgument, Unsupported
+from qcore.formats.plan import Options
+from qcore.formats.quantize import Listener, quantize_checkpoint
+from qcore.integrations.calibrated import make_blocks
+from qcore.integrations.checkpoint import load_model
+from qcore.nn import LinearInt4
+from qcore.ops.int4 import dequantize_int4
+
+IDS = torch.randint(0, 48, (40, 24), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS[:4]).logits
+
+
+def quantize(source: Path, out: Path, format_: str, *, calibrated: bool = True, **options: Any) -> Path:
+    chosen = Options(format_, group_size=8, dtype="float32", calibration="text" if calibrated else None, **options)
+    listener = options.pop("listener", None)
+    make = partial(make_blocks, IDS if calibrated else None, chosen)
+    quantize_checkpoint(source, out, chosen, make=make, listener=listener)
+    return out
+
+
+def with_large_channels(folder: Path) -> Path:
+    """The model with three channels behind each norm that are ten times as large: what real models have."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        if value.dim() == 1 and name.endswith("weight") and ("layernorm" in name or ".ln_" in name):
+            value[5:8] *= 10
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "format_", "options"),
+    [
+        ("llama", "gptq", {"act_order": True, "symmetric": False}),
+        ("gpt2", "gptq", {}),
+        ("qwen2", "awq", {"symmetric": False}),
+    ],
+)
+def test_a_calibrated_checkpoint_computes_with_its_weights_and_beats_rounding(
+    tmp_path: Path, name: str, format_: str, options: dict[str, Any]
+) -> None:
+    source = with_large_channels(save_model(name, tmp_path / "float", torch.float32))
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    truth = logits(plain)
+    model = load_model(quantize(source, tmp_path / "out", format_, **options))
+    layers = {key: module for key, module in model.named_modules() if isinstance(module, LinearInt4)}
+    assert len(layers) == (8 if name == "gpt2" else 21)
+    assert not (tmp_path / "out" / "blocks").exists()
+    found = logits(model)
+    nearest = {key: value for key, value in options.items() if key != "act_order"}
+    rounded = load_model(quantize(source, tmp_path / "nearest", format_, calibrated=False, **nearest))
+    assert (found - truth).square().mean() < 0.8 * (logits(rounded) - truth).square().mean()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for key, value in plain.state_dict().items():
+        if key in stored:
+            value.copy_(stored[key])
+    for key, module in layers.items():
+        weight = dequantize_int4(module.weight.value(), torch.float32)
+        plain.get_submodule(key).weight.data.copy_(weight.t() if name == "gpt2" else weight)
+    assert torch.allclose(logits(plain), found, atol=2e-4)
+
+
+class _Stops(Listener):
+    def calibrated(self, block: int, count: int) -> None:
+        if block == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_with_the_next_block(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "float", torch.float32)
+    chosen = Options("gptq", group_size=8, calibration="text", symmetric=False)
+    make = partial(make_blocks, IDS, chosen)
+    quantize_checkpoint(source, tmp_path / "whole", chosen, make=make)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "out", chosen, make=make, listener=_Stops())
+    finished = sorted((tmp_path / "out.partial" / "blocks").iterdir())
+    assert [file.name for file in finished] == ["block-00000.safetensors", "block-00001.safetensors"]
+    times = [file.stat().st_mtime_ns for file in finished]
+    seen = []
+
+    class Watches(Listener):
+        def planned(self, plan: Any) -> None:
+            seen.extend(times)
+
+        def read(self, nbytes: int) -> None:
+            if finished[0].exists():
+                assert [file.stat().st_mtime_ns for file in finished] == times
+
+    quantize_checkpoint(source, tmp_path / "out", chosen, make=make, listener=Watches())
+    assert seen
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("format_", "options"), [("gptq", {"act_order": True}), ("awq", {"symmetric": False})])
+def test_transformers_loads_generates_and_saves(tmp_path: Path, format_: str, options: dict[str, Any]) -> None:
+    source = save_model("llama-tied", tmp_path / "float", torch.float32)
+    out = quantize(source, tmp_path / "out", format_, **options)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(model.model.layers[0].mlp.up_proj, LinearInt4)
+    assert torch.allclose(logits(model), logits(load_model(out)), atol=1e-5)
+    assert model.generate(IDS[:1], max_new_tokens=4, do_sample=False).shape == (1, IDS.shape[1] + 4)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=qcore.QcoreConfig(format_))
+    assert torch.equal(logits(again), logits(model))
+    first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "saved"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.allclose(logits(model.dequantize()), logits(again), atol=1e-4)
+
+
+def test_a_float_checkpoint_is_not_calibrated_while_it_loads(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "float", torch.float32)
+    with pytest.raises(Unsupported, match="qcore quantize MODEL -o OUT --format awq --calibration TEXT"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=qcore.QcoreConfig("awq"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"format": "awq", "group_size": 16}, "groups of 16 do not divide as awq wants"),
+        ({"format": "gptq", "group_size": 12}, "multiple of 8"),
+        ({"format": "gptq", "act_order": True}, "calibration text"),
+        ({"format": "awq", "quantize_head": True}, "stays in floating point"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    source = save_model("llama", tmp_path / "float", torch.float32)
+    with pytest.raises(InvalidArgument, match=says):
+        quantize_checkpoint(source, tmp_path / "out", Options(**options))
