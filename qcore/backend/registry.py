@@ -179,6 +179,8 @@ def _status(name: str) -> BackendStatus:
         kinds = tuple(sorted(backend.device_types))
         device = torch.device("cpu" if ANY_DEVICE in kinds or "cpu" in kinds else kinds[0])
         description = backend.describe(device)
+        if not isinstance(description, Description):
+            raise BackendUnavailable(f"backend {name!r}: describe() gave a {type(description).__name__}")
     except BackendError as error:
         return BackendStatus(name, False, str(error), _FIRST_PARTY.get(name, ""), origin)
     except Exception as error:  # a third party's code may raise anything

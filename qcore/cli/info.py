@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import click
@@ -27,7 +27,7 @@ def command(as_json: bool) -> None:
     """Show which backends there are, which can run here, why the rest cannot, and what to do about it."""
     report = collect()
     if as_json:
-        console().print_json(data=report, default=_as_json)
+        console().print_json(data=report)
     else:
         _print(report)
 
@@ -43,15 +43,21 @@ def collect() -> dict[str, Any]:
         },
         "devices": _devices(),
         "selection": {"variable": VARIABLE, "value": os.environ.get(VARIABLE, ""), "serves": _serving()},
-        "backends": {name: asdict(status) for name, status in backend_report().items()},
+        "backends": {name: _plain(status) for name, status in backend_report().items()},
     }
 
 
-def _as_json(value: Any) -> Any:
-    """What a third party's declarations may hold that JSON has no form for."""
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it: a third party's description may hold anything."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {part.name: _plain(getattr(value, part.name)) for part in fields(value)}
     if isinstance(value, Mapping):
-        return dict(value)
-    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _version(name: str) -> str | None:
