@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     KernelMutant(
         "absmax-of-every-second-lane",
-        "optimizer.cu",
+        "optimizer_step.cuh",
         "for (int mask = 1; mask < kLanesOfBlock; mask *= 2) {",
         "for (int mask = 2; mask < kLanesOfBlock; mask *= 2) {",
         "optimizer.cu",
@@ -131,7 +131,7 @@ MUTANTS = (
     ),
     KernelMutant(
         "elements-past-the-end-count",
-        "optimizer.cu",
+        "optimizer_step.cuh",
         "        if (count < 8) {\n            clear_from(count);",
         "        if (count < 0) {\n            clear_from(count);",
         "optimizer.cu",
@@ -139,7 +139,7 @@ MUTANTS = (
     ),
     KernelMutant(
         "runs-cut-to-whole-teams",
-        "optimizer.cu",
+        "optimizer_step.cuh",
         "for (int64_t base = run; base < end; base += kBlocksAtOnce) {",
         "for (int64_t base = run; base + kBlocksAtOnce <= end; base += kBlocksAtOnce) {",
         "optimizer.cu",
@@ -147,7 +147,7 @@ MUTANTS = (
     ),
     KernelMutant(
         "first-tensor-of-a-run-missed",
-        "optimizer.cu",
+        "optimizer_step.cuh",
         "if (middle.first_block() <= run) {",
         "if (middle.first_block() <= run + 1) {",
         "optimizer.cu",
