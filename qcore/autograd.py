@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from qcore.errors import InvalidArgument
+from qcore.errors import InvalidArgument, InvalidDtype
 from qcore.ops import validate
 from qcore.ops.fourbit import dequantize_4bit, gemm_4bit
 from qcore.ops.int8 import int8_quantize_rows
@@ -66,7 +66,10 @@ class MatmulLtState:
 
 def compute_dtype_of(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes ``x``: its own, or that of an active ``torch.autocast``."""
+    validate.tensor("matmul", "A", x)
     kind = x.device.type
+    if kind == "meta":  # torch has no autocast there
+        return x.dtype
     if torch.is_autocast_enabled(kind) and x.dtype in validate.FLOATS:
         return torch.get_autocast_dtype(kind)
     return x.dtype
@@ -76,6 +79,8 @@ def bias_for(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``bias`` in a dtype that a product in ``dtype`` takes (QC-GEMM4-003): float32 is added unrounded."""
     if bias is None or bias.dtype in (dtype, torch.float32):
         return bias
+    if not bias.is_floating_point():
+        raise InvalidDtype(f"matmul: bias is {bias.dtype}, needs a floating-point dtype")
     return bias.to(dtype)
 
 
@@ -114,6 +119,8 @@ def matmul_4bit(
     """
     if quant_state is None:
         raise InvalidArgument("matmul_4bit: quant_state is None; pass the state that quantize_4bit returned with B")
+    if not hasattr(quant_state, "weight"):  # its class is above this module
+        raise InvalidArgument(f"matmul_4bit: quant_state is a {type(quant_state).__name__}, needs a qcore QuantState")
     dtype = compute_dtype_of(A)
     weight = quant_state.weight(B)
     if len(weight.shape) == 2 and A.dim() > 0 and weight.shape[0] == A.shape[-1] != weight.shape[1]:
@@ -123,9 +130,9 @@ def matmul_4bit(
             DeprecationWarning,
             stacklevel=2,
         )
-        result = torch.nn.functional.linear(
-            A.to(dtype), dequantize_4bit(weight, dtype).t(), None if bias is None else bias.to(dtype)
-        )
+        bias = bias_for(bias, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        result = torch.nn.functional.linear(A.to(dtype), dequantize_4bit(weight, dtype).t(), bias)
     else:
         result = gemm_4bit(A.to(dtype), weight, bias_for(bias, dtype))
     return _into(out, result, "matmul_4bit")
@@ -153,7 +160,7 @@ def matmul(
         Keeps the quantized weight between calls. Codes in ``state.CB`` go before ``B``
         unless ``state.has_fp16_weights``.
     threshold : float
-        If positive, becomes ``state.threshold``.
+        Unless 0, becomes ``state.threshold``.
     bias : Tensor, optional
         ``(N,)``.
 
@@ -166,10 +173,14 @@ def matmul(
     Raises
     ------
     InvalidArgument, InvalidDtype
-        Shapes, dtypes or devices do not fit, or int8 codes come without their scales.
+        Shapes, dtypes or devices do not fit, int8 codes come without their scales, or ``threshold`` is negative or not
+        finite.
     """
     state = MatmulLtState() if state is None else state
-    if threshold > 0.0:
+    if not isinstance(state, MatmulLtState):
+        raise InvalidArgument(f"matmul: state is a {type(state).__name__}, needs a MatmulLtState")
+    if threshold != 0.0:
+        validate.threshold("matmul", threshold)
         state.threshold = threshold
     dtype = compute_dtype_of(A)
     weight, scales = int8_weight(B, state)
@@ -183,6 +194,7 @@ def int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]
     """The weight as codes and scales, or as numbers and None, which the op quantizes itself."""
     if not state.has_fp16_weights and state.CB is not None and state.SCB is not None:
         return state.CB, state.SCB
+    validate.tensor("matmul", "B", B)
     if not B.is_floating_point():
         scales = state.SCB if state.SCB is not None else getattr(B, "SCB", None)
         if scales is None:

@@ -104,7 +104,7 @@ def run(
     timeout: float | None,
 ) -> None:
     """Run the suite on a backend."""
-    from qcore_conformance.report import verdict, write_all
+    from qcore_conformance.report import probe, verdict, write_all
     from qcore_conformance.runner import Target, run_cases
     from qcore_conformance.waivers import apply_waivers, read_waivers
 
@@ -114,6 +114,8 @@ def run(
     selection = {"backend": backend, "device": device, "ops": list(ops), "levels": list(levels)}
     try:
         known = read_waivers(waivers) if waivers is not None else []
+        if report_dir is not None:
+            probe(report_dir)  # a suite takes minutes: better refused now than when there is something to lose
         with _progress(len(selected)) as on_result:
             report = run_cases(target, selected, jobs=jobs, on_result=on_result, selection=selection)
         report, unused = apply_waivers(report, known)
@@ -155,13 +157,15 @@ def repro(case_id: str, backend: str, device: str | None, seed: int) -> None:
         case = cases.case_by_id(case_id)
     except KeyError:
         near = difflib.get_close_matches(case_id, [case.id for case in cases.all_cases()], n=3)
-        fail(f"no case {case_id!r}." + (f" Did you mean one of: {', '.join(near)}?" if near else ""))
+        hint = f"Did you mean one of: {', '.join(near)}? " if near else ""
+        fail(f"no case {case_id!r}. {hint}`qcore-conformance list` names them all")
         return
     try:
         session = Session(get_backend(backend), device, seed, spec=backend)
     except BackendError as error:
         fail(str(error))
         return
+    session.isolated = True  # a crash ends this process, which does nothing else
     result = session.run_case(case)
     worst = "" if result.worst is None else f", worst error / bound {result.worst:.3g}"
     click.echo(f"{result.outcome.value}: {case.id} [{' '.join(case.clauses)}] ({result.seconds:.3f} s{worst})")

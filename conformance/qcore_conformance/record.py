@@ -38,7 +38,7 @@ from qcore.backend import (
     Weight8bit,
     get_backend,
 )
-from qcore.errors import BackendError, OutputError
+from qcore.errors import BackendError
 from qcore_conformance import oracle
 from qcore_conformance.bounds import GemmDeclaration, gemm_bound
 from qcore_conformance.floats import Floats
@@ -247,11 +247,11 @@ def record(path: Path, declared_by: str, ops: tuple[str, ...], seed: int) -> Non
 
     try:
         library, reference = get_backend(declared_by), get_backend("cpu_reference")
+        said = library.describe(default_device(library)).declarations
+        declared = {op: GemmDeclaration.parse(said, op) for op in PRODUCTS}
     except BackendError as error:
         fail(str(error))
         return
-    said = library.describe(default_device(library)).declarations
-    declared = {op: GemmDeclaration.parse(said, op) for op in PRODUCTS}
     try:
         with path.open("wb") as file:
             recorder = Recorder(reference, file, declared)
@@ -263,7 +263,8 @@ def record(path: Path, declared_by: str, ops: tuple[str, ...], seed: int) -> Non
                 if result.outcome not in (Outcome.PASSED, Outcome.NOT_RUN):
                     fail(f"cpu_reference itself: {result.outcome.value} {case.id}: {result.message}")
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+        fail(f"{path}: cannot be written: {error}")
+        return
     if not recorder.counts:
         fail("no call was recorded")
     click.echo(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from qcore.backend import Backend, Description
-from qcore.errors import Unsupported
+from qcore.errors import BackendUnavailable, Unsupported
 from qcore_conformance import generators
 from qcore_conformance.bounds import GemmDeclaration
 from qcore_conformance.floats import Floats, differs
@@ -64,19 +64,24 @@ class Session:
         The run's seed; a case's random numbers also depend on its id.
     spec : str, optional
         What the user wrote for the backend (name, path or ``module:Class``).
+
+    Raises
+    ------
+    BackendUnavailable
+        torch cannot use ``device`` here, or the backend cannot.
     """
 
     def __init__(
         self, backend: Backend, device: torch.device | str | None = None, seed: int = 0, spec: str | None = None
     ) -> None:
         self.backend = backend
-        self.device = torch.device(device) if device is not None else default_device(backend)
+        self.device = default_device(backend) if device is None else _usable_device(device)
         self.seed = seed
         self.spec = spec or getattr(backend, "name", type(backend).__name__)
         self.description: Description = backend.describe(self.device)
         self.rng = generators.rng_for("", seed)
         self.worst: float | None = None
-        self.isolated = False  # whether a crash ends a worker only; set by the worker
+        self.isolated = False  # whether a crash ends a process of its own; set by the worker and by ``repro``
         # How tensors are placed: a call runs once for each. How a call is made: as it is, or captured, or on a stream.
         self.placements: Sequence[Placement] = GUARDS
         self.around: Callable[[Callable[[], None]], None] = lambda call: call()
@@ -211,6 +216,18 @@ class Session:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "xpu":
             torch.xpu.synchronize(self.device)
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        usable = torch.device(device)
+        torch.empty(1, device=usable)
+    except Exception as error:  # torch raises AssertionError where it was built without the device
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackendUnavailable(f"--device {device}: torch cannot use it here: {reason}") from error
+    if usable.type == "meta":
+        raise BackendUnavailable("--device meta: holds no values, so nothing could be checked")
+    return usable
 
 
 def default_device(backend: Backend) -> torch.device:

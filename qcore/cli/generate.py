@@ -55,6 +55,7 @@ def command(
     threads: int | None,
 ) -> None:
     """Generate text from the checkpoint in folder MODEL, quantized or not; tokens appear as they are made."""
+    check_device(device)
     quiet_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -70,6 +71,23 @@ def command(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
         streamer = stream(network, tokenizer, inputs.to(device), max_new_tokens, sampling)
     click.echo(f"loaded in {loaded:.1f} s; {streamer.summary(inputs.shape[1])}", err=True)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not have here, before anything is loaded onto it.
+
+    Raises
+    ------
+    InvalidArgument
+        Its name is unknown, torch was built without it, it is not there, or it holds no values (meta).
+    """
+    try:
+        kind = torch.empty(1, device=device).device.type
+    except Exception as error:  # an AssertionError where torch was built without the device
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidArgument(f"--device {device}: torch cannot use it here: {reason}") from error
+    if kind == "meta":
+        raise InvalidArgument("--device meta: holds no values, so there is nothing to generate from")
 
 
 def chat_inputs(tokenizer: Any, text: str, chat: bool | None = None) -> torch.Tensor:

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,8 @@ from qcore.cli.console import console
 from qcore.errors import QcoreError
 
 _DISTRIBUTIONS = ("qcore-quant", "qcore-cpu", "torch", "numpy", "transformers", "safetensors", "gguf", "bitsandbytes")
+
+_EXACT = 1 << 62
 
 
 @click.command("info")
@@ -68,12 +71,22 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    devices: list[dict[str, Any]] = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": _processor()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             devices.append({"device": f"cuda:{index}", "name": properties.name, "memory": properties.total_memory})
     return devices
+
+
+def _processor() -> str:
+    """The processor's name; ``platform`` knows the instruction set only, on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _serving() -> dict[str, dict[str, str]]:
@@ -109,6 +122,13 @@ def _print(report: dict[str, Any]) -> None:
     out.print(table)
 
 
+def _declared(value: Any) -> Any:
+    """A declaration as it is read: more lanes than any sum has terms stand for an exact sum (QC-GEMM4-004)."""
+    if isinstance(value, Mapping):
+        return {key: _declared(item) for key, item in value.items()}
+    return "exact" if isinstance(value, int) and value >= _EXACT else value
+
+
 def _cells(status: dict[str, Any]) -> list[str]:
     if not status["available"]:
         fix = f"\nfix: {status['fix']}" if status["fix"] and status["fix"] not in status["reason"] else ""
@@ -120,7 +140,7 @@ def _cells(status: dict[str, Any]) -> list[str]:
         description.get("library", ""),
     ]
     for name, value in (description.get("declarations") or {}).items():
-        lines.append(f"{name}: {value}")
+        lines.append(f"{name}: {_declared(value)}")
     return [
         "available",
         "\n".join(line for line in lines if line),

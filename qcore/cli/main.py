@@ -57,6 +57,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="qcore-quant", prog_name="qcore")
 def cli() -> None:
     """Quantize language models and run them on any device.
 

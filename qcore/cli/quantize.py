@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
@@ -128,6 +129,8 @@ def command(
     appears when it is complete and has been read back; until then the work is in OUT.partial, and after an interruption
     the same command goes on there.
     """
+    if format_ not in ("nf4", "fp4"):
+        _refuse_4bit_options(format_)
     text = _calibration(format_, calibration, round_to_nearest)
     options = Options(
         format=format_,
@@ -153,6 +156,14 @@ def command(
             _dry_run(model, out, options, force)
         else:
             _run(model, out, options, force, restart, text)
+
+
+def _refuse_4bit_options(format_: str) -> None:
+    """An option that the format has no use for would be ignored."""
+    context = click.get_current_context()
+    for name, option in (("blocksize", "--blocksize"), ("double_quant", "--double-quant/--no-double-quant")):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option} is for nf4 and fp4; --format {format_} has no blocks", context)
 
 
 def _dry_run(model: Path, out: Path, options: Options, force: bool) -> None:

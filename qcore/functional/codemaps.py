@@ -41,6 +41,12 @@ def _filled(values: list[float], op: str) -> Tensor:
     return torch.tensor(sorted([*values, *[0.0] * (256 - len(values))]), dtype=torch.float32)
 
 
+def _require_counts(op: str, **bits: int) -> None:
+    for name, value in bits.items():
+        if not isinstance(value, int):
+            raise InvalidArgument(f"{op}: {name} is {value!r}, needs an int")
+
+
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
     """Dynamic tree quantization: as the exponent shrinks, its unary code leaves fewer bits to the fraction.
 
@@ -57,6 +63,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     Tensor
         float32 ``(256,)``, ascending; unused codes are 0.
     """
+    _require_counts("create_dynamic_map", max_exponent_bits=max_exponent_bits, total_bits=total_bits)
     if (max_exponent_bits, total_bits) == (7, 8):
         return torch.tensor(codebooks.DYNAMIC if signed else codebooks.DYNAMIC_UNSIGNED, dtype=torch.float32)
     op, spare = "create_dynamic_map", total_bits - 1 - max_exponent_bits
@@ -99,6 +106,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     Tensor
         float32 ``(256,)``; unused codes are 0, in the middle.
     """
+    _require_counts("create_linear_map", total_bits=total_bits)
     if total_bits == 8 and add_zero:
         return torch.tensor(codebooks.LINEAR if signed else codebooks.LINEAR_UNSIGNED, dtype=torch.float32)
     if not 1 <= total_bits <= 8:
@@ -123,9 +131,10 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     Tensor
         float32 ``(256,)``, ascending; unused codes are 0.
     """
+    op = "create_fp8_map"
+    _require_counts(op, exponent_bits=exponent_bits, precision_bits=precision_bits, total_bits=total_bits)
     if (signed, exponent_bits, precision_bits, total_bits) == (True, 5, 2, 8):
         return torch.tensor(codebooks.FP8, dtype=torch.float32)
-    op = "create_fp8_map"
     if exponent_bits + precision_bits + (1 if signed else 0) != total_bits or exponent_bits < 1 or precision_bits < 0:
         raise InvalidArgument(
             f"{op}: {exponent_bits} exponent bits, {precision_bits} precision bits and signed={signed} do not make "
@@ -186,12 +195,23 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     -------
     Tensor
         float32 ``(16,)``.
+
+    Raises
+    ------
+    Unsupported
+        There is no such format, or AF4 at another block size.
+    InvalidArgument
+        torch knows no such device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tables = {"nf4": codebooks.NF4, "fp4": codebooks.FP4, "int4": _INT4, "af4": _AF4}
-    if typename not in tables:
+    if not isinstance(typename, str) or typename not in tables:
         raise Unsupported(f"get_4bit_type: typename is {typename!r}, needs one of {', '.join(tables)}")
     if typename == "af4" and blocksize != 64:
         raise Unsupported(f"get_4bit_type: af4 is defined for blocksize 64, not {blocksize}")
-    return torch.tensor(tables[typename], dtype=torch.float32, device=device)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgument(f"get_4bit_type: device is {device!r}, which torch does not know") from error
+    return torch.tensor(tables[typename], dtype=torch.float32, device=place)

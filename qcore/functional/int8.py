@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qcore.errors import InvalidArgument
 from qcore.functional.quantization import into
-from qcore.ops import int8
+from qcore.ops import int8, validate
 
 
 def _columns(mask: Tensor | None) -> Tensor | None:
@@ -66,8 +66,13 @@ def int8_double_quant(
     rows, by_row, mask = int8.int8_quantize_rows(A, threshold)
     cols, by_col = int8.int8_quantize_cols(A, threshold)
     op = "int8_double_quant"
-    out_row, out_col = into(op, "out_row", out_row, rows), into(op, "out_col", out_col, cols)
-    row_stats, col_stats = into(op, "row_stats", row_stats, by_row), into(op, "col_stats", col_stats, by_col)
+    out_row, out_col, row_stats, col_stats = into(
+        op,
+        ("out_row", out_row, rows),
+        ("out_col", out_col, cols),
+        ("row_stats", row_stats, by_row),
+        ("col_stats", col_stats, by_col),
+    )
     return out_row, out_col, row_stats, col_stats, _columns(mask)
 
 
@@ -114,13 +119,18 @@ def int8_mm_dequant(
     Tensor
         The shape of ``A``; float16 unless ``out`` says otherwise.
     """
+    op = "int8_mm_dequant"
+    if out is not None:
+        validate.tensor(op, "out", out)
     dtype = torch.float16 if out is None else out.dtype
     result = int8.int8_dequantize_gemm(A, row_stats, col_stats, _bias(bias, dtype), dtype)
-    return into("int8_mm_dequant", "out", out, result)
+    return into(op, ("out", out, result))[0]
 
 
 def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The ops take a bias in the output's dtype or float32; a 16-bit one of another dtype is exact in float32."""
+    if bias is not None:
+        validate.floats("int8", "bias", bias)
     return bias if bias is None or bias.dtype in (dtype, torch.float32) else bias.float()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from qcore import codebooks
 from qcore.backend.interface import Weight4bit
 from qcore.errors import FormatError, InvalidArgument
+from qcore.ops import validate
 from qcore.ops.validate import BLOCKSIZES, FLOATS, QUANT_TYPES
 
 _TABLES = {"nf4": codebooks.NF4, "fp4": codebooks.FP4}
@@ -152,11 +154,12 @@ class QuantState:
                 f"QuantState.weight: quant_type is {self.quant_type!r}, blocksize {self.blocksize}, shape "
                 f"{self.shape}; only a state of quantize_4bit describes a 4-bit weight"
             )
+        validate.tensor("QuantState.weight", "packed", packed)
         data = packed.detach().reshape(-1)
         data = data if data.dtype == torch.uint8 else data.view(torch.uint8)
         meta = (self.quant_type, self.blocksize, tuple(self.shape))
         if self.state2 is None:
-            return Weight4bit(data, _float32(self.absmax), *meta)
+            return Weight4bit(data, widened("absmax", self.absmax), *meta)
         state2 = self.state2
         if state2.code is None or state2.blocksize is None or self.offset is None:
             raise InvalidArgument("QuantState.weight: nested, but state2.code, state2.blocksize or offset is missing")
@@ -164,9 +167,9 @@ class QuantState:
             data,
             self.absmax,
             *meta,
-            nested_absmax=_float32(state2.absmax),
-            nested_code=_float32(state2.code),
-            nested_offset=_float32(self.offset).reshape(1),
+            nested_absmax=widened("state2.absmax", state2.absmax),
+            nested_code=widened("state2.code", state2.code),
+            nested_offset=widened("offset", self.offset).reshape(1),
             nested_blocksize=state2.blocksize,
         )
 
@@ -221,7 +224,7 @@ class QuantState:
         quant_type, blocksize = items["quant_type"], items["blocksize"]
         if quant_type not in (*QUANT_TYPES, None):
             raise FormatError(f"quant_state: quant_type is {quant_type!r}, needs 'nf4' or 'fp4'")
-        if blocksize not in BLOCKSIZES:
+        if type(blocksize) is not int or blocksize not in BLOCKSIZES:
             raise FormatError(f"quant_state: blocksize is {blocksize!r}, needs a power of two from 32 to 4096")
         absmax = _tensor(items, "absmax")
         shape = items["shape"]
@@ -256,7 +259,7 @@ class QuantState:
         if missing:
             raise FormatError(f"quant_state: nested_absmax without {', '.join(f'nested_{key}' for key in missing)}")
         nested_absmax, blocksize = _tensor(items, "nested_absmax"), items["nested_blocksize"]
-        if blocksize not in BLOCKSIZES:
+        if type(blocksize) is not int or blocksize not in BLOCKSIZES:
             raise FormatError(f"quant_state: nested_blocksize is {blocksize!r}, needs a power of two from 32 to 4096")
         if absmax.dtype != torch.uint8:
             raise FormatError(f"quant_state: absmax is {absmax.dtype}, nested absmax needs uint8 codes")
@@ -267,8 +270,10 @@ class QuantState:
             )
         try:
             offset = torch.tensor(float(items["nested_offset"]), dtype=torch.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise FormatError(f"quant_state: nested_offset is {items['nested_offset']!r}, needs a number") from error
+        if not math.isfinite(float(offset)):
+            raise FormatError(f"quant_state: nested_offset is {items['nested_offset']!r}, needs a finite float32")
         state2 = cls(
             absmax=nested_absmax.float().to(device),
             code=_codebook(items, "nested_quant_map", None).to(device),
@@ -278,8 +283,18 @@ class QuantState:
         return offset.to(device), state2
 
 
-def _float32(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float32 else value.float()
+def widened(name: str, value: Tensor) -> Tensor:
+    """``value`` in float32, which holds every 16-bit float; a dtype that would be rounded or reinterpreted is refused.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        ``value`` is no tensor of float32, float16 or bfloat16.
+    """
+    if isinstance(value, Tensor) and value.dtype == torch.float32:
+        return value
+    validate.floats("quant_state", name, value)
+    return value.float()
 
 
 def _close(a: Tensor | None, b: Tensor | None) -> bool:
@@ -336,7 +351,7 @@ def _codebook(items: Mapping[str, Any], key: str, quant_type: str | None) -> Ten
     code = _tensor(items, key)
     if code.dtype not in FLOATS:
         raise FormatError(f"quant_state: {key} is {code.dtype}, needs float32")
-    code = _float32(code)
+    code = widened(key, code)
     if code.is_meta:
         return code
     if quant_type is None:

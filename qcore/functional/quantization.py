@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qcore.errors import InvalidArgument
 from qcore.functional.codemaps import dynamic_code, get_4bit_type
-from qcore.functional.quant_state import QuantState
+from qcore.functional.quant_state import QuantState, widened
 from qcore.ops import blockwise, fourbit, validate
 
 NESTED_BLOCKSIZE = 256  # of every file that bitsandbytes writes (QC-NEST-002)
@@ -21,16 +21,36 @@ def _require_finite(op: str, A: Tensor) -> None:
         raise InvalidArgument(f"{op}: A has {len(where)} NaN or infinite elements, the first at {first}")
 
 
-def into(op: str, name: str, given: Tensor | None, result: Tensor) -> Tensor:
-    """``result``, in the caller's tensor if there is one."""
-    if given is None:
-        return result
-    if given.dtype != result.dtype or given.shape != result.shape:
+def into(op: str, *targets: tuple[str, Tensor | None, Tensor]) -> list[Tensor]:
+    """The result of each (name, caller's tensor, result), in the caller's tensor if there is one.
+
+    All of them are checked before the first is written.
+    """
+    for name, given, result in targets:
+        if given is not None:
+            validate.tensor(op, name, given)
+            if given.dtype != result.dtype or given.shape != result.shape:
+                raise InvalidArgument(
+                    f"{op}: {name} is {given.dtype} of shape {tuple(given.shape)}, the result is {result.dtype} of "
+                    f"shape {tuple(result.shape)}"
+                )
+            validate.out(op, given, result.shape, result.dtype, result.device, name)
+    return [result if given is None else given.copy_(result) for _, given, result in targets]
+
+
+def _table(op: str, code: Tensor | None, device: torch.device) -> Tensor:
+    """The 8-bit codebook in float32 on ``device``; a 16-bit one is exact in it."""
+    if code is None:
+        return dynamic_code(device)
+    validate.floats(op, "code", code)
+    return code.to(device=device, dtype=torch.float32)
+
+
+def _require_state(op: str, state: QuantState) -> None:
+    if not isinstance(state, QuantState):
         raise InvalidArgument(
-            f"{op}: {name} is {given.dtype} of shape {tuple(given.shape)}, the result is {result.dtype} of shape "
-            f"{tuple(result.shape)}"
+            f"{op}: quant_state is a {type(state).__name__}, needs the QuantState of the quantization"
         )
-    return given.copy_(result)
 
 
 def quantize_blockwise(
@@ -71,12 +91,12 @@ def quantize_blockwise(
     validate.floats(op, "A", A)
     if check_finite:
         _require_finite(op, A)
-    code = dynamic_code(A.device) if code is None else code.to(device=A.device, dtype=torch.float32)
+    code = _table(op, code, A.device)
     codes, scales = blockwise.quantize_blockwise(A, code, blocksize)
     offset = state2 = None
     if nested:
         scales, offset, state2 = _nest(scales, blocksize)
-    scales, codes = into(op, "absmax", absmax, scales), into(op, "out", out, codes)
+    scales, codes = into(op, ("absmax", absmax, scales), ("out", out, codes))
     state = QuantState(
         absmax=scales, code=code.clone(), blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2
     )
@@ -124,6 +144,9 @@ def dequantize_blockwise(
         The shape of ``A`` in ``quant_state.dtype``; without a state in the dtype of ``out``, or float32.
     """
     op = "dequantize_blockwise"
+    validate.tensor(op, "A", A)
+    if out is not None:
+        validate.tensor(op, "out", out)
     if quant_state is None:
         if absmax is None:
             raise InvalidArgument(f"{op}: neither quant_state nor absmax was given, needs one of them")
@@ -131,13 +154,11 @@ def dequantize_blockwise(
             raise InvalidArgument(f"{op}: nested absmax needs quant_state, which holds its codebook and offset")
         dtype = torch.float32 if out is None else out.dtype
         quant_state = QuantState(absmax=absmax, code=code, blocksize=blocksize, dtype=dtype)
+    _require_state(op, quant_state)
     if quant_state.blocksize is None:
         raise InvalidArgument(f"{op}: quant_state has no blocksize")
     scales = _scales(quant_state)
-    if quant_state.code is None:
-        table = dynamic_code(A.device)
-    else:
-        table = quant_state.code.to(device=A.device, dtype=torch.float32)
+    table = _table(op, quant_state.code, A.device)
     dtype = quant_state.dtype or torch.float32
     return blockwise.dequantize_blockwise(A, scales, table, quant_state.blocksize, dtype, out)
 
@@ -146,7 +167,7 @@ def _scales(state: QuantState) -> Tensor:
     """The float32 absmax of a state, decoded if it is nested (QC-NEST-003)."""
     state2 = state.state2
     if state2 is None:
-        return state.absmax.to(torch.float32)
+        return widened("absmax", state.absmax)
     if state2.blocksize is None or state.offset is None:
         raise InvalidArgument("dequantize: quant_state is nested, but state2.blocksize or offset is missing")
     code = dynamic_code(state.absmax.device) if state2.code is None else state2.code
@@ -222,6 +243,7 @@ def quantize_4bit(
     op = "quantize_4bit"
     blocksize = 64 if blocksize is None else blocksize
     validate.floats(op, "A", A)
+    validate.storage_dtype(op, quant_storage)
     storage_bytes = (A.numel() + 1) // 2
     if storage_bytes % quant_storage.itemsize:
         raise InvalidArgument(
@@ -236,7 +258,7 @@ def quantize_4bit(
     offset = state2 = None
     if compress_statistics:
         scales, offset, state2 = _nest(scales, NESTED_BLOCKSIZE)
-    scales, packed = into(op, "absmax", absmax, scales), into(op, "out", out, packed)
+    scales, packed = into(op, ("absmax", absmax, scales), ("out", out, packed))
     state = QuantState(
         absmax=scales,
         shape=A.shape,
@@ -303,8 +325,10 @@ def dequantize_4bit(
     if quant_state is None:
         if absmax is None or out is None:
             raise InvalidArgument(f"{op}: without quant_state both absmax and out are needed")
+        validate.tensor(op, "out", out)
         shape, size = out.shape, 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax=absmax, shape=shape, dtype=out.dtype, blocksize=size, quant_type=quant_type)
+    _require_state(op, quant_state)
     result = fourbit.dequantize_4bit(quant_state.weight(A), quant_state.dtype or torch.float32, out)
     # A tensor that packs into one byte is (1, 1) either way: it is no row.
     is_row = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
@@ -344,4 +368,5 @@ def gemv_4bit(
         raise InvalidArgument(f"{op}: state is None, needs the QuantState of quantize_4bit")
     if transposed_A or transposed_B:
         raise InvalidArgument(f"{op}: transposed_A and transposed_B are not supported; pass A.t() or requantize B.t()")
-    return into(op, "out", out, fourbit.gemm_4bit(A, state.weight(B)))
+    _require_state(op, state)
+    return into(op, ("out", out, fourbit.gemm_4bit(A, state.weight(B))))[0]

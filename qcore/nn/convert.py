@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
@@ -21,6 +22,8 @@ Progress = Callable[[str, int, int], None]
 
 log = logging.getLogger("qcore")
 
+DEFAULT_SKIPS = ("lm_head",)
+
 # Hooks are kept by handing over the very dictionaries: the handles that remove them point at these.
 _HOOKS = (
     "_forward_hooks",
@@ -35,7 +38,7 @@ _HOOKS = (
 
 def convert_module_to_linear4bit(
     model: Model,
-    skip_modules: Iterable[str] = ("lm_head",),
+    skip_modules: Iterable[str] = DEFAULT_SKIPS,
     *,
     quant_type: str = "nf4",
     compute_dtype: torch.dtype | None = None,
@@ -66,9 +69,14 @@ def convert_module_to_linear4bit(
     Raises
     ------
     InvalidArgument
-        ``model`` is no module, or ``skip_modules`` is one string.
+        ``model`` is no module, or ``skip_modules`` is one string or holds something else than names.
     InvalidDtype
         A weight is not float32, float16 or bfloat16; no layer has been replaced then.
+
+    Warns
+    -----
+    UserWarning
+        A name in ``skip_modules`` is nowhere in the model.
 
     Notes
     -----
@@ -86,7 +94,7 @@ def convert_module_to_linear4bit(
 
 def convert_module_to_linear8bit(
     model: Model,
-    skip_modules: Iterable[str] = ("lm_head",),
+    skip_modules: Iterable[str] = DEFAULT_SKIPS,
     *,
     threshold: float = 6.0,
     has_fp16_weights: bool = False,
@@ -111,10 +119,17 @@ def convert_module_to_linear8bit(
     Raises
     ------
     InvalidArgument
-        ``model`` is no module, or ``skip_modules`` is one string.
+        ``model`` is no module, ``skip_modules`` is one string or holds something else than names, or ``threshold`` is
+        negative or not finite.
     InvalidDtype
         A weight is not float32, float16 or bfloat16; no layer has been replaced then.
+
+    Warns
+    -----
+    UserWarning
+        A name in ``skip_modules`` is nowhere in the model.
     """
+    validate.threshold("convert_module_to_linear8bit", threshold)
 
     def make(old: nn.Linear) -> Linear8bitLt:
         options = (old.bias is not None, has_fp16_weights, threshold, None, "meta")
@@ -128,12 +143,11 @@ def _convert(
 ) -> Model:
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"{op}: model is a {type(model).__name__}, needs a torch.nn.Module")
-    if isinstance(skip, str):
-        raise InvalidArgument(f"{op}: skip_modules is the string {skip!r}, needs names such as [{skip!r}]")
+    skip = _skip_names(model, skip, op)
     if _is_plain(model):
         _check_dtype(op, "model", model)
         return _quantized(model, make, {})  # type: ignore[return-value,arg-type]
-    layers = _candidates(model, tuple(skip))
+    layers = _candidates(model, skip)
     for path, parent, name in layers:
         _check_dtype(op, path, getattr(parent, name))
     # Layers that appear twice, or share a weight, are converted once. Their ids hold while `shared` keeps them alive.
@@ -147,6 +161,21 @@ def _convert(
         if progress is not None:
             progress(path, done, len(layers))
     return model
+
+
+def _skip_names(model: nn.Module, skip: Iterable[str], op: str) -> tuple[str, ...]:
+    """The names to skip; one that is nowhere in the model is probably misspelt, and warned of."""
+    if isinstance(skip, str):
+        raise InvalidArgument(f"{op}: skip_modules is the string {skip!r}, needs names such as [{skip!r}]")
+    names = tuple(skip) if isinstance(skip, Iterable) else (skip,)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise InvalidArgument(f"{op}: skip_modules holds {wrong[0]!r}, needs names of modules; () for none")
+    known = [f".{path}." for path, _ in model.named_modules()]
+    absent = [name for name in names if not any(f".{name}." in path for path in known)]
+    if absent and names != DEFAULT_SKIPS:
+        warnings.warn(f"{op}: skip_modules names {', '.join(absent)}, which the model does not have", stacklevel=4)
+    return names
 
 
 def _is_plain(module: nn.Module | None) -> bool:

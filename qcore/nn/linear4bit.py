@@ -13,6 +13,7 @@ from qcore.autograd import bias_for, compute_dtype_of, matmul_4bit
 from qcore.functional import QuantState
 from qcore.nn.params import Params4bit
 from qcore.nn.quantized import Quantized4bit
+from qcore.ops import validate
 from qcore.ops.fourbit import PreparedGemm4bit, prepare_gemm_4bit
 
 
@@ -42,8 +43,9 @@ class Linear4bit(Quantized4bit, nn.Linear):
 
     Raises
     ------
-    InvalidArgument
-        Unknown ``quant_type`` or ``blocksize``; in ``forward``, a weight that is not quantized yet.
+    InvalidArgument, InvalidDtype
+        Unknown ``quant_type``, ``blocksize``, ``quant_storage`` or ``compute_dtype``; in ``forward``, a weight that is
+        not quantized yet.
     """
 
     # The handle, with the weight and the state that it was made for.
@@ -63,6 +65,8 @@ class Linear4bit(Quantized4bit, nn.Linear):
         blocksize: int = 64,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if compute_dtype is not None:
+            validate.float_dtype("Linear4bit", compute_dtype, "compute_dtype")
         super().__init__(input_features, output_features, bias, device, dtype)
         self.weight = Params4bit(
             self.weight.data,

@@ -13,6 +13,7 @@ from qcore.autograd import MatmulLtState, matmul
 from qcore.errors import InvalidArgument
 from qcore.nn.int8_params import Int8Params
 from qcore.nn.quantized import Quantized8bit
+from qcore.ops import validate
 from qcore.ops.prepared_int8 import PreparedInt8Linear
 
 
@@ -31,6 +32,11 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
     index : None
         Accepted as None alone: reordered weights have not been in use since 2023.
     device : torch.device, optional
+
+    Raises
+    ------
+    InvalidArgument
+        ``index`` is given, or ``threshold`` is negative or not finite.
 
     Attributes
     ----------
@@ -55,6 +61,7 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
     ) -> None:
         if index is not None:
             raise InvalidArgument("Linear8bitLt: index is given, needs None; weights are stored by rows, in order")
+        validate.threshold("Linear8bitLt", threshold)
         super().__init__(input_features, output_features, bias, device, dtype)
         self.state = MatmulLtState(threshold=threshold, has_fp16_weights=has_fp16_weights)
         self.index = index

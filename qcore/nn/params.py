@@ -46,8 +46,8 @@ class Params4bit(CodedParameter):
 
     Raises
     ------
-    InvalidArgument
-        Unknown ``quant_type`` or ``blocksize``.
+    InvalidArgument, InvalidDtype
+        Unknown ``quant_type`` or ``blocksize``, or a ``quant_storage`` that no bytes can be kept under.
     """
 
     blocksize: int
@@ -76,6 +76,7 @@ class Params4bit(CodedParameter):
         validate.quant_type("Params4bit", quant_type)
         blocksize = 64 if blocksize is None else blocksize
         validate.blocksize("Params4bit", blocksize)
+        validate.storage_dtype("Params4bit", quant_storage)
         self: Params4bit = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
         self.__dict__.update(attributes)
         self.blocksize = blocksize

@@ -241,6 +241,8 @@ class Quantized8bit(QuantizedModule):
             if scales is not None:
                 raise FormatError(f"{prefix}weight is missing, but {prefix}SCB is there")
             return None
+        if isinstance(layout, Tensor) and layout.numel() != 1:
+            raise FormatError(f"{prefix}weight_format has {layout.numel()} values, needs one number")
         layout = layout.item() if isinstance(layout, Tensor) else layout
         layout = _INT8_LAYOUTS.get(layout, layout) if isinstance(layout, int) else layout
         if layout not in (None, "row"):

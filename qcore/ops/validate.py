@@ -20,6 +20,9 @@ BLOCKSIZES = frozenset(2**power for power in range(5, 13))  # QC-NUM-005
 QUANT_TYPES = ("nf4", "fp4")
 MAX_INT8_K = 131_071  # QC-INT8-005
 
+# A bool that is neither 0 nor 1 is undefined, and quantized tensors need scales to be viewed as bytes.
+_NO_STORAGE = frozenset({torch.bool, torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+
 # id(codebook) -> (the codebook, version and address at the time of the check, finite, sorted)
 _codebooks: dict[int, tuple[weakref.ref[Tensor], int, int, bool, bool]] = {}
 
@@ -46,10 +49,16 @@ def dtype(op: str, name: str, value: Tensor, needed: torch.dtype) -> None:
         raise InvalidDtype(f"{op}: {name} is {value.dtype}, needs {needed}")
 
 
-def float_dtype(op: str, value: torch.dtype) -> None:
+def float_dtype(op: str, value: torch.dtype, name: str = "dtype") -> None:
     """``value`` is a dtype that an op can write."""
-    if value not in FLOATS:
-        raise InvalidDtype(f"{op}: dtype is {value}, needs float32, float16 or bfloat16")
+    if not isinstance(value, torch.dtype) or value not in FLOATS:
+        raise InvalidDtype(f"{op}: {name} is {value!r}, needs torch.float32, float16 or bfloat16")
+
+
+def storage_dtype(op: str, value: torch.dtype) -> None:
+    """``value`` is a dtype of plain numbers, under which packed bytes can be kept."""
+    if not isinstance(value, torch.dtype) or value in _NO_STORAGE or value.is_complex:
+        raise InvalidDtype(f"{op}: quant_storage is {value!r}, needs a real dtype of torch such as torch.uint8")
 
 
 def blocksize(op: str, value: int, name: str = "blocksize") -> None:
@@ -90,19 +99,27 @@ def bias(op: str, value: Tensor | None, n: int, out_dtype: torch.dtype) -> None:
         raise InvalidArgument(f"{op}: bias has shape {tuple(value.shape)}, {n} output features need ({n},)")
 
 
-def out(op: str, value: Tensor, shape: Iterable[int], needed: torch.dtype, where: torch.device) -> None:
+def out(
+    op: str, value: Tensor, shape: Iterable[int], needed: torch.dtype, where: torch.device, name: str = "out"
+) -> None:
     """``value`` can take a result of this shape, dtype and device."""
-    dtype(op, "out", value, needed)
+    dtype(op, name, value, needed)
     if tuple(value.shape) != tuple(shape):
-        raise InvalidArgument(f"{op}: out has shape {tuple(value.shape)}, the result has {tuple(shape)}")
+        raise InvalidArgument(f"{op}: {name} has shape {tuple(value.shape)}, the result has {tuple(shape)}")
     if value.device != where:
-        raise InvalidArgument(f"{op}: out is on {value.device}, the inputs on {where}")
+        raise InvalidArgument(f"{op}: {name} is on {value.device}, the inputs on {where}")
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        raise InvalidArgument(f"{op}: {name} is expanded, several elements share one address; pass a tensor of its own")
 
 
 def threshold(op: str, value: float) -> None:
     """``value`` is a finite, non-negative float32 (QC-INT8-001)."""
-    if not (math.isfinite(value) and 0.0 <= value <= torch.finfo(torch.float32).max):
-        raise InvalidArgument(f"{op}: threshold is {value}, needs a finite float32 that is not negative; 0 for none")
+    try:
+        valid = math.isfinite(value) and 0.0 <= value <= torch.finfo(torch.float32).max
+    except TypeError:
+        valid = False
+    if not valid:
+        raise InvalidArgument(f"{op}: threshold is {value!r}, needs a finite float32 that is not negative; 0 for none")
 
 
 def codebook(op: str, value: Tensor, name: str = "code") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import subprocess
@@ -71,6 +72,9 @@ def test_a_dry_run_writes_nothing(source: Path, capsys: pytest.CaptureFixture[st
         (["--format", "nf5"], "'nf5' is not one of"),
         (["--shard-size", "none"], "is not a size like 500MB or 2GB"),
         (["--nosuch"], "No such option"),
+        (["--format", "int8", "--blocksize", "128"], "--format int8 has no blocks"),
+        (["--format", "int8", "--no-double-quant"], "--format int8 has no blocks"),
+        (["--skip", "*"], "every linear layer is skipped"),
     ],
 )
 def test_wrong_usage_ends_with_2(
@@ -172,6 +176,32 @@ def test_generate_runs_a_quantized_folder(source: Path, format_: str, capsys: py
 def test_generate_without_a_chat_template_says_so(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", str(source), "--prompt", "x", "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["nope", "meta", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_generate_refuses_a_device_before_it_loads(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "nosuch", "--prompt", "x", "--device", device]) == 2
+    assert f"--device {device}: " in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert importlib.metadata.version("qcore-quant") in capsys.readouterr().out
+
+
+def test_an_empty_backend_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["quantize", str(source), "-o", str(source.parent / "out"), "--backend", ""]) == 2
+    assert "names no backend" in capsys.readouterr().err
+
+
+def test_info_reads_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert str(2**62) not in printed
+    assert "'lanes': 'exact'" in printed
+    if "model name" in Path("/proc/cpuinfo").read_text():
+        assert "device cpu: x86_64" not in printed
 
 
 def test_eval_measures_perplexity(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,11 @@ def test_a_run_that_passes_exits_with_0(tmp_path: Path) -> None:
         (("list", "--op", "nonesuch"), "unknown op 'nonesuch'"),
         (("repro", "int8_gemm/L1/one-hott", "--backend", "cpu_reference"), "int8_gemm/L1/one-hot"),
         (("repro", "int8_gemm/L1/one-hot", "--backend", "nonesuch"), "no backend 'nonesuch'"),
+        (("repro", "nope", "--backend", "cpu_reference"), "`qcore-conformance list` names them all"),
+        (("repro", "int8_gemm/L1/one-hot", "--backend", "cpu_reference", "--device", "meta"), "--device meta: "),
         (("run", "--backend", "cpu_reference", "--waivers", "nonesuch.toml"), "nonesuch.toml"),
+        (("run", "--backend", "cpu_reference", "--device", "nope"), "--device nope: torch cannot use it here"),
+        (("record", "/nonesuch/calls", "--declared-by", "cpu_reference"), "/nonesuch/calls: cannot be written"),
     ],
 )
 def test_a_question_that_makes_no_sense_exits_with_2(words: tuple[str, ...], text: str) -> None:
@@ -142,6 +146,22 @@ def test_cases_that_need_a_device_are_not_run_on_a_host() -> None:
     report = run_cases(Target("broken_backends:Right"), only_devices)
     assert [r.outcome for r in report.results] == [Outcome.NOT_RUN]
     assert verdict(report).exit_code == 2
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcore_conformance.runner.run_cases", lambda *_, **__: pytest.fail("the suite has run"))
+    result = _cli("run", "--backend", "cpu_reference", "--report", "/proc/x")
+    assert result.exit_code == 2, result.output
+    assert "/proc/x" in result.output
+
+
+def test_an_isolated_case_is_reproduced() -> None:
+    case = next(case for case in all_cases() if case.params.get("isolated") and case.op == "dequantize_absmax")
+    result = _cli("repro", case.id, "--backend", "broken_backends:Right")
+    assert "needs a worker process" not in result.output
+    case = next(case for case in all_cases() if case.id.startswith("dequantize_absmax") and "pages" in case.id)
+    result = _cli("repro", case.id, "--backend", "cpu_reference")
+    assert result.exit_code == 0, result.output
 
 
 def test_list_prints_every_case_once() -> None:

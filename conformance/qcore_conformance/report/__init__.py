@@ -28,6 +28,13 @@ __all__ = [
 ]
 
 
+def probe(directory: Path) -> None:
+    """Make ``directory`` if it is missing, and see that a file can be written there; raises ``OutputError``."""
+    trial = directory / ".report"
+    write_text(trial, "")
+    trial.unlink()
+
+
 def write_all(report: Report, directory: Path) -> list[Path]:
     """Write every rendering into ``directory`` (made if missing) and return their paths.
 

@@ -71,12 +71,12 @@ def _replay(calls: list[Call]) -> tuple[Call, bool]:
 
 def _seconds(work: Call, repeats: int) -> float:
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()  # type: ignore[no-untyped-call]
+    first.record()
     for _ in range(repeats):
         work()
-    last.record()  # type: ignore[no-untyped-call]
-    last.synchronize()  # type: ignore[no-untyped-call]
-    return float(first.elapsed_time(last)) / 1e3  # type: ignore[no-untyped-call]
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def build(work: Work, device: torch.device) -> Call:
