@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcore import codebooks
 from qcore.errors import InvalidArgument, Unsupported
+from qcore.ops import validate
 
 # AF4 for blocks of 64 (arXiv 2306.06965, table of codes), by code: descending.
 _AF4 = (
@@ -31,6 +32,20 @@ def dynamic_code(device: torch.device) -> Tensor:
     if code is None:
         code = _dynamic[device] = torch.tensor(codebooks.DYNAMIC, dtype=torch.float32, device=device)
     return code
+
+
+def code_table(op: str, code: Tensor | None, device: torch.device) -> Tensor:
+    """An 8-bit codebook in float32 on ``device``, the signed dynamic one by default; a 16-bit one is exact in it.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        ``code`` is no tensor of float32, float16 or bfloat16.
+    """
+    if code is None:
+        return dynamic_code(device)
+    validate.floats(op, "code", code)
+    return code.to(device=device, dtype=torch.float32)
 
 
 def _filled(values: list[float], op: str) -> Tensor:
@@ -62,6 +77,11 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     -------
     Tensor
         float32 ``(256,)``, ascending; unused codes are 0.
+
+    Raises
+    ------
+    InvalidArgument
+        The bits are no ints, or do not make a codebook of at most 256 values.
     """
     _require_counts("create_dynamic_map", max_exponent_bits=max_exponent_bits, total_bits=total_bits)
     if (max_exponent_bits, total_bits) == (7, 8):
@@ -105,6 +125,11 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     -------
     Tensor
         float32 ``(256,)``; unused codes are 0, in the middle.
+
+    Raises
+    ------
+    InvalidArgument
+        ``total_bits`` is not an int from 1 to 8.
     """
     _require_counts("create_linear_map", total_bits=total_bits)
     if total_bits == 8 and add_zero:
@@ -130,6 +155,11 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     -------
     Tensor
         float32 ``(256,)``, ascending; unused codes are 0.
+
+    Raises
+    ------
+    InvalidArgument
+        The bits are no ints, or do not add up to ``total_bits``.
     """
     op = "create_fp8_map"
     _require_counts(op, exponent_bits=exponent_bits, precision_bits=precision_bits, total_bits=total_bits)
@@ -165,6 +195,11 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     -------
     Tensor
         float32 ``(256,)``, ascending; all but 15 (or 14) codes are 0.
+
+    Raises
+    ------
+    InvalidArgument
+        ``offset`` is not between 0.5 and 1.
     """
     if not 0.5 < offset < 1.0:
         raise InvalidArgument(f"create_normal_map: offset is {offset}, needs a quantile between 0.5 and 1")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qcore.errors import InvalidArgument
-from qcore.functional.quantization import into
+from qcore.functional.outputs import into
 from qcore.ops import int8, validate
 
 
@@ -33,6 +33,11 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
         float32 ``(rows,)``.
     outlier_cols : Tensor or None
         int64 indices of the outlier columns; None when ``threshold`` is 0.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        ``A`` is no float matrix, or ``threshold`` is negative or not finite.
     """
     codes, row_stats, mask = int8.int8_quantize_rows(A, threshold)
     return codes, row_stats, _columns(mask)
@@ -62,6 +67,11 @@ def int8_double_quant(
     out_row, out_col, row_stats, col_stats, outlier_cols
         int8, int8 of the shape of ``A``; float32 ``(rows,)`` and ``(K,)``; int64 indices, or None when ``threshold``
         is 0.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        ``A``, ``threshold`` or a tensor that takes a result does not fit; nothing is written then.
     """
     rows, by_row, mask = int8.int8_quantize_rows(A, threshold)
     cols, by_col = int8.int8_quantize_cols(A, threshold)
@@ -92,6 +102,11 @@ def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: t
     -------
     Tensor
         int32 ``(..., N)``.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Dtypes or shapes do not fit, or ``K`` is so large that int32 could overflow.
     """
     if dtype != torch.int32:
         raise InvalidArgument(f"int8_linear_matmul: dtype is {dtype}, the product is exact in torch.int32 only")
@@ -118,6 +133,11 @@ def int8_mm_dequant(
     -------
     Tensor
         The shape of ``A``; float16 unless ``out`` says otherwise.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Dtypes, shapes or devices of the parts do not fit each other or ``out``.
     """
     op = "int8_mm_dequant"
     if out is not None:
@@ -142,7 +162,29 @@ def int8_scaled_mm(
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`int8_linear_matmul` and :func:`int8_mm_dequant` in one (QC-INT8-007); float16 by default."""
+    """:func:`int8_linear_matmul` and :func:`int8_mm_dequant` in one (QC-INT8-007).
+
+    Parameters
+    ----------
+    A, B : Tensor
+        int8, ``(..., K)`` and ``(N, K)``.
+    row_stats, col_stats : Tensor
+        float32, one value a row of ``A`` and ``(N,)``.
+    bias : Tensor, optional
+        ``(N,)``, float32, float16 or bfloat16.
+    dtype : torch.dtype, optional
+        Of the result; float16 by default.
+
+    Returns
+    -------
+    Tensor
+        ``(..., N)`` in ``dtype``.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Dtypes, shapes or devices do not fit, or ``K`` is so large that int32 could overflow.
+    """
     dtype = torch.float16 if dtype is None else dtype
     return int8.int8_scaled_gemm(A, B, row_stats, col_stats, _bias(bias, dtype), dtype)
 
@@ -175,6 +217,11 @@ def int8_mixed_scaled_mm(
     -------
     out, outliers : Tensor
         ``(rows, N)`` in the dtype of ``A``; the outlier columns of ``A``, empty if there are none.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Dtypes, shapes or devices do not fit, or ``K`` is so large that int32 could overflow.
     """
     if outlier_cols is None or outlier_cols.numel() == 0:
         return int8_scaled_mm(CA, CB, SCA, SCB, bias, A.dtype), A.new_empty(0)
@@ -194,5 +241,15 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
         int8 ``(..., K)``.
     stats : Tensor
         float32, one value a row.
+
+    Returns
+    -------
+    Tensor
+        float32, the shape of ``A``.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        ``A`` is not int8, or ``stats`` has not one float32 value a row.
     """
     return int8.int8_dequantize_rows(A, stats, torch.float32)

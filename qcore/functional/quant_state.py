@@ -22,12 +22,43 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 def pack_dict_to_tensor(source_dict: Mapping[str, Any]) -> Tensor:
-    """``source_dict`` as the uint8 bytes of its JSON text, byte for byte what bitsandbytes writes."""
-    return torch.frombuffer(bytearray(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8)
+    """``source_dict`` as the bytes of its JSON text, byte for byte what bitsandbytes writes.
+
+    Parameters
+    ----------
+    source_dict : mapping
+        What JSON can hold.
+
+    Returns
+    -------
+    Tensor
+        uint8 ``(bytes,)`` on the CPU.
+
+    Raises
+    ------
+    InvalidArgument
+        It holds something that JSON cannot.
+    """
+    try:
+        text = json.dumps(source_dict)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"pack_dict_to_tensor: source_dict is not what JSON can hold: {error}") from error
+    return torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8)
 
 
 def unpack_tensor_to_dict(tensor_data: Tensor) -> dict[str, Any]:
-    """The inverse of :func:`pack_dict_to_tensor`; raises ``FormatError`` if it is no JSON object."""
+    """The inverse of :func:`pack_dict_to_tensor`.
+
+    Parameters
+    ----------
+    tensor_data : Tensor
+        uint8, any shape and device.
+
+    Raises
+    ------
+    FormatError
+        Its bytes are no JSON object.
+    """
     try:
         if tensor_data.dtype != torch.uint8:
             raise ValueError(f"it is {tensor_data.dtype}, not uint8")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qcore.errors import InvalidArgument
-from qcore.functional.codemaps import dynamic_code, get_4bit_type
+from qcore.functional.codemaps import code_table, dynamic_code, get_4bit_type
+from qcore.functional.outputs import into
 from qcore.functional.quant_state import QuantState, widened
 from qcore.ops import blockwise, fourbit, validate
 
@@ -19,31 +20,6 @@ def _require_finite(op: str, A: Tensor) -> None:
         where = (~finite).nonzero()
         first = tuple(where[0].tolist())
         raise InvalidArgument(f"{op}: A has {len(where)} NaN or infinite elements, the first at {first}")
-
-
-def into(op: str, *targets: tuple[str, Tensor | None, Tensor]) -> list[Tensor]:
-    """The result of each (name, caller's tensor, result), in the caller's tensor if there is one.
-
-    All of them are checked before the first is written.
-    """
-    for name, given, result in targets:
-        if given is not None:
-            validate.tensor(op, name, given)
-            if given.dtype != result.dtype or given.shape != result.shape:
-                raise InvalidArgument(
-                    f"{op}: {name} is {given.dtype} of shape {tuple(given.shape)}, the result is {result.dtype} of "
-                    f"shape {tuple(result.shape)}"
-                )
-            validate.out(op, given, result.shape, result.dtype, result.device, name)
-    return [result if given is None else given.copy_(result) for _, given, result in targets]
-
-
-def _table(op: str, code: Tensor | None, device: torch.device) -> Tensor:
-    """The 8-bit codebook in float32 on ``device``; a 16-bit one is exact in it."""
-    if code is None:
-        return dynamic_code(device)
-    validate.floats(op, "code", code)
-    return code.to(device=device, dtype=torch.float32)
 
 
 def _require_state(op: str, state: QuantState) -> None:
@@ -86,12 +62,17 @@ def quantize_blockwise(
         uint8, the shape of ``A``.
     state : QuantState
         What :func:`dequantize_blockwise` needs.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        A dtype, shape, device, codebook or block size does not fit; nothing is written then.
     """
     op = "quantize_blockwise"
     validate.floats(op, "A", A)
     if check_finite:
         _require_finite(op, A)
-    code = _table(op, code, A.device)
+    code = code_table(op, code, A.device)
     codes, scales = blockwise.quantize_blockwise(A, code, blocksize)
     offset = state2 = None
     if nested:
@@ -142,6 +123,11 @@ def dequantize_blockwise(
     -------
     Tensor
         The shape of ``A`` in ``quant_state.dtype``; without a state in the dtype of ``out``, or float32.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Neither ``quant_state`` nor ``absmax`` is given, or parts do not fit each other or ``out``.
     """
     op = "dequantize_blockwise"
     validate.tensor(op, "A", A)
@@ -158,7 +144,7 @@ def dequantize_blockwise(
     if quant_state.blocksize is None:
         raise InvalidArgument(f"{op}: quant_state has no blocksize")
     scales = _scales(quant_state)
-    table = _table(op, quant_state.code, A.device)
+    table = code_table(op, quant_state.code, A.device)
     dtype = quant_state.dtype or torch.float32
     return blockwise.dequantize_blockwise(A, scales, table, quant_state.blocksize, dtype, out)
 
@@ -184,7 +170,13 @@ def quantize_fp4(
     *,
     check_finite: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """:func:`quantize_4bit` to FP4."""
+    """:func:`quantize_4bit` to FP4: its arguments, its result (packed codes and their state) and its errors.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        As :func:`quantize_4bit`.
+    """
     options = (blocksize, compress_statistics, "fp4", quant_storage)
     return quantize_4bit(A, absmax, out, *options, check_finite=check_finite)
 
@@ -199,7 +191,13 @@ def quantize_nf4(
     *,
     check_finite: bool = False,
 ) -> tuple[Tensor, QuantState]:
-    """:func:`quantize_4bit` to NF4."""
+    """:func:`quantize_4bit` to NF4: its arguments, its result (packed codes and their state) and its errors.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        As :func:`quantize_4bit`.
+    """
     options = (blocksize, compress_statistics, "nf4", quant_storage)
     return quantize_4bit(A, absmax, out, *options, check_finite=check_finite)
 
@@ -239,6 +237,11 @@ def quantize_4bit(
         ``(ceil(A.numel() / 2) / itemsize, 1)`` in ``quant_storage``.
     state : QuantState
         What :func:`dequantize_4bit` needs.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        A dtype, shape, device, format or block size does not fit; nothing is written then.
     """
     op = "quantize_4bit"
     blocksize = 64 if blocksize is None else blocksize
@@ -279,7 +282,13 @@ def dequantize_fp4(
     out: Tensor | None = None,
     blocksize: int | None = None,
 ) -> Tensor:
-    """:func:`dequantize_4bit` of FP4."""
+    """:func:`dequantize_4bit` of FP4: its arguments, its result (the tensor) and its errors.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        As :func:`dequantize_4bit`.
+    """
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 
@@ -290,7 +299,13 @@ def dequantize_nf4(
     out: Tensor | None = None,
     blocksize: int | None = None,
 ) -> Tensor:
-    """:func:`dequantize_4bit` of NF4."""
+    """:func:`dequantize_4bit` of NF4: its arguments, its result (the tensor) and its errors.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        As :func:`dequantize_4bit`.
+    """
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
@@ -320,6 +335,11 @@ def dequantize_4bit(
     -------
     Tensor
         ``quant_state.shape`` in ``quant_state.dtype``, transposed if ``A`` is a row.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Parts of ``quant_state`` are missing, or do not fit each other, ``A`` or ``out``.
     """
     op = "dequantize_4bit"
     if quant_state is None:
@@ -362,6 +382,11 @@ def gemv_4bit(
     -------
     Tensor
         ``(..., N)`` in the dtype of ``A``.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        ``state`` is missing, an argument is transposed, or shapes, dtypes or devices do not fit.
     """
     op = "gemv_4bit"
     if state is None:

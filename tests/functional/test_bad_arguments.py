@@ -154,3 +154,18 @@ def test_a_weight_format_of_several_numbers_is_refused() -> None:
     entries = layer.state_dict() | {"weight_format": torch.zeros(3, dtype=torch.uint8)}
     with pytest.raises(FormatError, match="weight_format has 3 values"):
         layer.load_state_dict(entries)
+
+
+PUBLIC = [name for name in F.__all__ if name != "QuantState"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_function_says_what_it_raises(name: str) -> None:
+    text = getattr(F, name).__doc__
+    assert "Raises\n" in text
+    assert "Parameters\n" in text or "its arguments" in text
+
+
+def test_what_json_cannot_hold_is_not_packed() -> None:
+    with pytest.raises(InvalidArgument, match="JSON"):
+        F.pack_dict_to_tensor({"dtype": torch.float32})
