@@ -57,8 +57,8 @@ std::string description() {
            ", \"arch\": " + json_string(architecture() + " " + isa_name(isa_choice().isa)) +
            ", \"driver\": \"\", \"runtime\": " + json_string(threading_description()) +
            ", \"torch_device\": \"cpu\", \"declarations\": {\"gemm_4bit\": " + gemm_4bit_declaration() +
-           ", \"gemm_int4\": " + gemm_4bit_declaration() + ", \"gemm_4bit_transposed\": " +
-           gemm_4bit_transposed_declaration() + "}}";
+           ", \"gemm_int4\": " + gemm_4bit_declaration() +
+           ", \"gemm_4bit_transposed\": " + gemm_4bit_transposed_declaration() + "}}";
 }
 
 qc_status device_count(int32_t *count) {
