@@ -9,6 +9,7 @@ import torch
 
 import qcore.optim
 from qcore import functional as F
+from qcore.backend.weights import WeightInt4
 from qcore.bench import peers
 from qcore.bench.measure import Call
 from qcore.bench.workload import BLOCKSIZE, BLOCKSIZE_8BIT, DTYPES, Build, Shared, Spec, Workload, nbytes
@@ -16,8 +17,10 @@ from qcore.functional.codemaps import dynamic_code
 from qcore.ops import int8
 from qcore.ops.fourbit import dequantize_absmax, gemm_4bit_transposed, prepare_gemm_4bit, quantize_absmax
 from qcore.ops.int8_linear import int8_linear
+from qcore.ops.prepared_int4 import prepare_int4
 
 QUANT_TYPES = ("nf4", "fp4")
+GROUP_SIZE = 64  # of gemm_int4
 
 
 def specs(shape: tuple[int, int], dtypes: Sequence[str], rows: Sequence[int]) -> Iterator[Spec]:
@@ -43,6 +46,7 @@ def specs(shape: tuple[int, int], dtypes: Sequence[str], rows: Sequence[int]) ->
             for kind in QUANT_TYPES[: 1 if index else 2]:
                 yield Spec("gemm_4bit", kind, dtype, shape, m, _gemm_4bit(kind, dtype, m))
             yield Spec("gemm_4bit_transposed", "nf4", dtype, shape, m, _gemm_4bit_transposed(dtype, m))
+            yield Spec("gemm_int4", f"groups of {GROUP_SIZE}", dtype, shape, m, _gemm_int4(dtype, m))
             yield Spec("int8_quantize_rows", "threshold 6", dtype, shape, m, _quantize_rows(dtype, m))
         yield Spec("int8_gemm", "", "int8", shape, m, _int8_gemm(m))
         yield Spec("int8_linear", "", dtypes[0], shape, m, _int8_linear(dtypes[0], m))
@@ -164,6 +168,30 @@ def _gemm_4bit_transposed(dtype: str, m: int) -> Build:
         return Workload(calls, nbytes(packed, state.absmax, y), m * k * y.element_size(), 2 * m * n * k, dtype)
 
     return build
+
+
+def _gemm_int4(dtype: str, m: int) -> Build:
+    def build(s: Shared) -> Workload:
+        (n, k), x = s.shape, s.normal(m, s.shape[1], dtype)
+        weight = s.once("integers", make=lambda: _integers(n, k))
+        handle = s.once("integers' handle", make=lambda: prepare_int4(weight))
+        calls: dict[str, Call] = {"qcore": lambda: handle.eager(x, None)}
+        if s.torch and n % 16 == 0 and k % GROUP_SIZE == 0:
+            packed = s.once("torch's integers", make=lambda: peers.torch_int4(weight))
+            grid = torch.stack([weight.scales.t(), torch.zeros(k // GROUP_SIZE, n)], 2).to(x.dtype).contiguous()
+            calls["torch int4"] = lambda: torch._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, grid)
+        s.with_torch(calls, x, "f32", "bf16")
+        read = nbytes(weight.packed, weight.scales, x)
+        return Workload(calls, read, m * n * x.element_size(), 2 * m * n * k, dtype)
+
+    return build
+
+
+def _integers(n: int, k: int) -> WeightInt4:
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (n, (k + 1) // 2), dtype=torch.uint8, generator=generator)
+    scales = 0.01 + torch.rand((n, -(-k // GROUP_SIZE)), generator=generator) / 100
+    return WeightInt4(packed, scales, None, GROUP_SIZE, (n, k))
 
 
 def _quantize_rows(dtype: str, m: int) -> Build:

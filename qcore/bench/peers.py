@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from qcore.backend.weights import WeightInt4
 from qcore.errors import InvalidArgument
 
 NAMES = ("torch", "bitsandbytes")
@@ -96,3 +98,9 @@ def linear8bit(plain: torch.nn.Linear, threshold: float) -> Any:
     layer = module.nn.Linear8bitLt(k, n, bias=plain.bias is not None, has_fp16_weights=False, threshold=threshold)
     layer.load_state_dict({name: value.half() for name, value in plain.state_dict().items()})
     return layer.to("cpu").eval()
+
+
+def torch_int4(weight: WeightInt4) -> Tensor:
+    """The codes of ``weight`` (N, K) as torch's own CPU kernel for 4-bit integers in groups wants them."""
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], 2).view(weight.shape)
+    return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
