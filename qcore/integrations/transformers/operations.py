@@ -70,14 +70,24 @@ class _Reporting(ConversionOps):  # type: ignore[misc]
         # Transformers copies an operation for each tensor; what is wrong belongs to the one quantizer it knows.
         return copy.copy(self)
 
-    def convert(self, input_dict: dict[str, Any], *patterns: Any, **context: Any) -> dict[str, Tensor]:
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *patterns: Any,
+        model: Any,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
         try:
-            return self._convert(input_dict, **context)
+            return self._convert(input_dict, model, full_layer_name, missing_keys)
         except (QcoreError, RuntimeError) as error:
             self.quantizer.broken.append(str(error))
             return {}
 
-    def _convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Tensor]:
+    def _convert(
+        self, input_dict: dict[str, Any], model: Any, layer_name: str, missing_keys: set[str] | None
+    ) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
@@ -88,7 +98,7 @@ class Quantize(_Reporting):
         self.quantizer = quantizer
 
     def _convert(
-        self, input_dict: dict[str, Any], *, model: Any, missing_keys: set[str] | None = None, **_: Any
+        self, input_dict: dict[str, Any], model: Any, layer_name: str, missing_keys: set[str] | None
     ) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
@@ -131,17 +141,19 @@ class Load(_Reporting):
         # Transformers looks for this name: the parts are not to be cast on the way.
         self.hf_quantizer = self.quantizer = quantizer
 
-    def _convert(self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **_: Any) -> dict[str, Tensor]:
-        module, _leaf = get_module_from_name(model, full_layer_name)
+    def _convert(
+        self, input_dict: dict[str, Any], model: Any, layer_name: str, missing_keys: set[str] | None
+    ) -> dict[str, Tensor]:
+        module, _leaf = get_module_from_name(model, layer_name)
         entries = {key: _only(value) for key, value in input_dict.items()}
         if not isinstance(module, (Linear4bit, Linear8bitLt, LinearInt4)):
-            return {key: self._cast(model, full_layer_name, value) for key, value in entries.items()}
+            return {key: self._cast(model, layer_name, value) for key, value in entries.items()}
         if not isinstance(module, LinearInt4) and "weight" not in entries:
-            raise FormatError(f"{full_layer_name} is missing, but {', '.join(entries)} beside it are there")
+            raise FormatError(f"{layer_name} is missing, but {', '.join(entries)} beside it are there")
         try:
             module.load_state_dict(entries, strict=False, assign=True)
         except (RuntimeError, QcoreError) as error:
-            raise FormatError(f"{full_layer_name}: {error}") from error
+            raise FormatError(f"{layer_name}: {error}") from error
         return {"weight": _install(module, module.weight)}
 
     def _cast(self, model: Any, name: str, value: Tensor) -> Tensor:
