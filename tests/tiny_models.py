@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
 )
 
 _SENTENCE = "the sky is blue because light of short waves scatters more in air than long"
@@ -39,8 +40,8 @@ _LLAMA: dict[str, Any] = {
 def config_of(name: str) -> PretrainedConfig:
     """The configuration called ``name``.
 
-    llama, llama-tied, qwen2 (biases), gpt2 (transposed weights), mixtral and gpt-oss (fused experts; those of gpt-oss
-    transposed, interleaved and with biases).
+    llama, llama-tied, qwen2 (biases), gpt2 (transposed weights); mixtral, qwen2-moe and gpt-oss have fused experts,
+    qwen2-moe a shared one beside them, and those of gpt-oss are transposed, interleaved and have biases.
     """
     if name == "llama":
         return LlamaConfig(**_LLAMA, tie_word_embeddings=False)
@@ -54,6 +55,10 @@ def config_of(name: str) -> PretrainedConfig:
         )
     if name == "mixtral":
         return MixtralConfig(**_LLAMA, num_local_experts=4)
+    if name == "qwen2-moe":
+        return Qwen2MoeConfig(
+            **_LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56
+        )
     if name == "gpt-oss":
         return GptOssConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=12)
     raise KeyError(name)

@@ -79,6 +79,22 @@ def counts(root: ElementTree.Element) -> dict[str, Any]:
     return result
 
 
+def table(results: dict[str, Any]) -> str:
+    """The counts of both, file by file, in Markdown."""
+    lines = [
+        "| file | bitsandbytes: passed, failed, skipped | qcore: passed, failed, skipped |",
+        "|---|---|---|",
+    ]
+    for file, subjects in sorted(results.items()):
+        cells = []
+        for subject in ("bitsandbytes", "qcore"):
+            found = subjects.get(subject, {"error": "not run"})
+            numbers = ", ".join(str(found.get(key)) for key in ("passed", "failed", "skipped"))
+            cells.append(found["error"].splitlines()[-1] if "error" in found else numbers)
+        lines.append(f"| `{file}` | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkout", type=Path)
@@ -102,6 +118,7 @@ def main() -> int:
             print(f"{file:28} {subject:13} {shown}", flush=True)
             if options.output is not None:
                 options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
     return 0
 
 

@@ -52,6 +52,7 @@ _DATA = (
 _TRAINER = f"from transformers import Trainer, TrainingArguments, default_data_collator as data_collator\n{_DATA}"
 _NAMES_8BIT = "any(type(m).__name__ == 'Linear8bitLt' for m in {}.modules())"
 _NAMES_4BIT = "any(type(m).__name__ == 'Linear4bit' for m in {}.modules())"
+_NAMES_INT4 = "sum(type(m).__name__ == 'LinearInt4' for m in {}.modules()) == 3 * 7"
 
 # Questions to a GPU's runtime, where there is no GPU.
 WITHOUT_GPU = (
@@ -115,18 +116,46 @@ _GUIDE = (
     ),
 )
 
+# qcore's own GPTQ and AWQ, where the libraries that the guide calibrates with are not there: block 7 would make the
+# model, block 14 the folder.
+_CALIBRATE = """
+import torch
+from functools import partial
+from qcore.formats.plan import Options
+from qcore.formats.quantize import quantize_checkpoint
+from qcore.integrations.calibrated import make_blocks
+options = Options("{format}", group_size=8, dtype="float32", calibration="text")
+if not Path("{folder}").exists():
+    make = partial(make_blocks, torch.arange(3, 35).view(4, 8), options)
+    quantize_checkpoint(Path(LLAMA), Path("{folder}"), options, make=make)
+"""
+_MAKE_GPTQ = _CALIBRATE.format(format="gptq", folder="made-gptq") + (
+    "from transformers import AutoModelForCausalLM\n"
+    "quantized_model = AutoModelForCausalLM.from_pretrained('made-gptq')\n"
+    "ids = torch.arange(3, 11).view(1, 8).to(DEVICE)"
+)
+_LOADS_AGAIN = (
+    "torch.equal(AutoModelForCausalLM.from_pretrained('{}')(ids).logits, quantized_model(ids).logits) and "
+    + _NAMES_INT4.format("quantized_model")
+)
+
 _ROCM_GUIDE = (
     Snippet(3, waits_for="auto_gptq"),
     Snippet(4, waits_for="auto_gptq"),
     Snippet(5, waits_for="auto_gptq"),
-    Snippet(6, waits_for=GPTQ),
+    Snippet(6, check="gptq_config.bits == 4"),
     Snippet(7, waits_for=GPTQ),
-    Snippet(8, waits_for=GPTQ),
-    Snippet(9, waits_for=GPTQ),
-    Snippet(10, waits_for=GPTQ),
+    Snippet(8, setup=_MAKE_GPTQ, check=_LOADS_AGAIN.format("hub/llama-2-7b-hf-gptq")),
+    Snippet(9, check=_LOADS_AGAIN.format("llama-2-7b-gptq")),
+    Snippet(10, waits_for=GPTQ),  # asks for the library's own ExLlama kernels
     Snippet(13, waits_for="awq"),
     Snippet(14, waits_for="awq"),
-    Snippet(15, waits_for=GPTQ),
+    Snippet(
+        15,
+        setup=_CALIBRATE.format(format="awq", folder="llama-2-7b-hf-awq"),
+        check=_NAMES_INT4.format("model") + " and bool(torch.isfinite(model(ids).logits).all())",
+    ),
+    # asks for the library's own ExLlama kernels
     Snippet(16, replace=(('device_map="auto"', 'device_map="auto")'),), waits_for=GPTQ),
     Snippet(
         19,

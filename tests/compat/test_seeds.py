@@ -71,6 +71,9 @@ def test_every_block_runs(digest: str, tmp_path: Path) -> None:
     assert [result["index"] for result in results] == [snippet.index for snippet in snippets]
     failed = [f"block {result['index']}: {result['why']}" for result in results if result["outcome"] == "failed"]
     assert not failed, "\n".join(failed)
+    # `pytest -rP` shows the table.
+    blocks = blocks_of(path.read_text(encoding="utf-8"))
+    print("| block | begins with | outcome |\n|---|---|---|")
     for result in results:
-        if result["outcome"] == "waiting":
-            print(f"block {result['index']} waits for {result['why']}")
+        first = next(line for line in blocks[result["index"]].text.splitlines() if line.strip())
+        print(f"| {result['index']} | `{first.strip()[:60]}` | {result['outcome']} {result['why']} |")

@@ -17,7 +17,7 @@ from qcore.integrations.checkpoint import load_model
 from qcore.integrations.experts import ExpertList
 
 IDS = torch.arange(2, 30)[None]
-MODELS = ["mixtral", "gpt-oss"]
+MODELS = ["mixtral", "qwen2-moe", "gpt-oss"]
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -36,7 +36,7 @@ def by_hand(source: Path) -> Any:
                 for matrix in turned:
                     codes, state = quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=True)
                     matrix.copy_(dequantize_4bit(codes, state))
-            elif name.endswith("_proj.weight"):
+            elif name.endswith(("_proj.weight", "shared_expert_gate.weight")):
                 codes, state = quantize_4bit(value, quant_type="nf4", compress_statistics=True)
                 value.copy_(dequantize_4bit(codes, state))
     return model

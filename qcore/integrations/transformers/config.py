@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -63,7 +66,7 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        format: str,
+        format: str | None = None,
         *,
         blocksize: int = 64,
         double_quant: bool = True,
@@ -73,11 +76,24 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quantize_head: bool = False,
         threshold: float = 6.0,
         fp32_cpu_offload: bool = False,
+        **unknown: Any,
     ) -> None:
-        if format not in (*FORMATS, *GROUPED):
-            raise InvalidArgument(f"QcoreConfig: format is {format!r}, expected nf4, fp4, int8, gptq or awq")
+        for name in unknown:
+            known = [each for each in inspect.signature(type(self)).parameters if each != "unknown"]
+            near = difflib.get_close_matches(name.removeprefix("bnb_4bit_").removeprefix("llm_int8_"), known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise InvalidArgument(f"QcoreConfig: unknown argument {name}; {hint}")
+        if format is None or format not in (*FORMATS, *GROUPED):
+            raise InvalidArgument(
+                f'QcoreConfig: format is {format!r}, expected nf4, fp4, int8, gptq or awq, as in QcoreConfig("nf4")'
+            )
         if blocksize not in BLOCKSIZES:
             raise InvalidArgument(f"QcoreConfig: blocksize is {blocksize!r}, expected a power of two from 32 to 4096")
+        if not (isinstance(threshold, (int, float)) and 0 <= threshold < math.inf):
+            raise InvalidArgument(f"QcoreConfig: threshold is {threshold!r}, expected a number from 0 on; 0 for none")
+        for name, value in (("double_quant", double_quant), ("quantize_head", quantize_head)):
+            if not isinstance(value, bool):
+                raise InvalidArgument(f"QcoreConfig: {name} is {value!r}, expected True or False")
         if isinstance(skip_modules, str):
             raise InvalidArgument(f"QcoreConfig: skip_modules is the string {skip_modules!r}, needs a list of names")
         compute = _dtype("compute_dtype", compute_dtype, tuple(validate.FLOATS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from qcore.errors import FormatError
+from qcore.errors import FormatError, QcoreError
 from qcore.formats import architecture
 from qcore.formats.quantization_config import GROUPED
 from qcore.functional import awq_layers, gptq_layers
@@ -60,21 +61,44 @@ def _install(module: Any, weight: CodedParameter) -> CodedParameter:
     return weight
 
 
-class Quantize(ConversionOps):  # type: ignore[misc]
+class _Reporting(ConversionOps):  # type: ignore[misc]
+    """An operation whose errors reach the caller: Transformers would log their text and raise one without it."""
+
+    quantizer: QcoreQuantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reporting:
+        # Transformers copies an operation for each tensor; what is wrong belongs to the one quantizer it knows.
+        return copy.copy(self)
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *patterns: Any,
+        model: Any,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        try:
+            return self._convert(input_dict, model, full_layer_name, missing_keys)
+        except (QcoreError, RuntimeError) as error:
+            self.quantizer.broken.append(str(error))
+            return {}
+
+    def _convert(
+        self, input_dict: dict[str, Any], model: Any, layer_name: str, missing_keys: set[str] | None
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class Quantize(_Reporting):
     """A float tensor becomes a quantized weight, or one weight an expert."""
 
     def __init__(self, quantizer: QcoreQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str] | None = None,
-        target_patterns: list[str] | None = None,
-        *,
-        model: Any,
-        missing_keys: set[str] | None = None,
-        **_: Any,
+    def _convert(
+        self, input_dict: dict[str, Any], model: Any, layer_name: str, missing_keys: set[str] | None
     ) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
@@ -82,8 +106,11 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             if fused is None:
                 module, _leaf = get_module_from_name(model, name)
                 transposed = name.removesuffix(".weight") in self.quantizer.transposed
+                expected = tuple(module.weight.shape)
+                _check_shape(name, _only(value), expected[::-1] if transposed else expected)
                 result[name] = self._quantized(module, _only(value), transposed)
                 continue
+            _check_shape(name, _only(value), fused.shape)
             layers = experts.install(model, fused, self.quantizer.quantization_config.settings)
             for index, matrix in enumerate(_only(value)):
                 result[f"{name}.{index}.weight"] = self._quantized(layers[index], matrix, fused.transposed)
@@ -100,44 +127,34 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         return _install(module, weight.quantize())
 
 
-class Load(ConversionOps):  # type: ignore[misc]
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise FormatError(
+            f"{name} has shape {tuple(value.shape)}, the model {shape}; is config.json that of the weights?"
+        )
+
+
+class Load(_Reporting):
     """The parts of a quantized weight become one parameter; a weight that is not quantized goes through."""
 
     def __init__(self, quantizer: QcoreQuantizer) -> None:
         # Transformers looks for this name: the parts are not to be cast on the way.
-        self.hf_quantizer = quantizer
+        self.hf_quantizer = self.quantizer = quantizer
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str] | None = None,
-        target_patterns: list[str] | None = None,
-        *,
-        model: Any,
-        full_layer_name: str,
-        **_: Any,
+    def _convert(
+        self, input_dict: dict[str, Any], model: Any, layer_name: str, missing_keys: set[str] | None
     ) -> dict[str, Tensor]:
-        module, _leaf = get_module_from_name(model, full_layer_name)
+        module, _leaf = get_module_from_name(model, layer_name)
         entries = {key: _only(value) for key, value in input_dict.items()}
-        if isinstance(module, LinearInt4):
-            return {"weight": self._int4(module, full_layer_name, entries)}
-        if not isinstance(module, (Linear4bit, Linear8bitLt)):
-            return {key: self._cast(model, full_layer_name, value) for key, value in entries.items()}
-        if "weight" not in entries:
-            raise FormatError(f"{full_layer_name} is missing, but {', '.join(entries)} beside it are there")
+        if not isinstance(module, (Linear4bit, Linear8bitLt, LinearInt4)):
+            return {key: self._cast(model, layer_name, value) for key, value in entries.items()}
+        if not isinstance(module, LinearInt4) and "weight" not in entries:
+            raise FormatError(f"{layer_name} is missing, but {', '.join(entries)} beside it are there")
         try:
             module.load_state_dict(entries, strict=False, assign=True)
-        except RuntimeError as error:
-            raise FormatError(f"{full_layer_name}: {error}") from error
+        except (RuntimeError, QcoreError) as error:
+            raise FormatError(f"{layer_name}: {error}") from error
         return {"weight": _install(module, module.weight)}
-
-    @staticmethod
-    def _int4(module: LinearInt4, name: str, entries: dict[str, Tensor]) -> CodedParameter:
-        try:
-            module.load_state_dict(entries, strict=False, assign=True)
-        except (RuntimeError, FormatError) as error:
-            raise FormatError(f"{name}: {error}") from error
-        return _install(module, module.weight)
 
     def _cast(self, model: Any, name: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():

@@ -5,26 +5,31 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from qcore.backend.registry import backend_for
-from qcore.errors import BackendUnavailable, FormatError, InvalidArgument, Unsupported
+from qcore.errors import BackendUnavailable, FormatError, InvalidArgument, InvalidDtype, Unsupported
 from qcore.formats import architecture
 from qcore.formats.quantization_config import GROUPED, dtype_of
 from qcore.integrations import experts, layers
 from qcore.integrations.experts import ExpertList, FusedExperts
 from qcore.integrations.transformers.config import QcoreConfig
 from qcore.nn import Linear4bit, Linear8bitLt, LinearInt4
+from qcore.ops import validate
 
 log = logging.get_logger(__name__)
 
 _QUANTIZED = (Linear4bit, Linear8bitLt, LinearInt4)
+# Tensors beside quantized weights: of bitsandbytes and qcore, of GPTQ and AWQ.
+_CODES = re.compile(r"\.(SCB|weight\.absmax|weight\.quant_state\..*|qweight)$")
 
 
 class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -38,17 +43,25 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         Layers that are ``Conv1D`` in the float model: their weights are transposed.
     dtype : torch.dtype
         Of what stays in floating point.
+    broken : list of str
+        What was found to be wrong with tensors while they were loaded.
     """
 
     requires_calibration = False
     quantization_config: QcoreConfig
 
     def __init__(self, quantization_config: QcoreConfig, **options: Any) -> None:
+        if not isinstance(quantization_config, QcoreConfig):
+            raise InvalidArgument(
+                f"from_pretrained: quantization_config is {quantization_config!r}, needs an object such as "
+                'QcoreConfig("nf4")'
+            )
         # A copy: what loading finds out about the model is noted in it, and the caller may use theirs again.
         super().__init__(copy.deepcopy(quantization_config), **options)
         self.experts: dict[str, FusedExperts] = {}
         self.transposed: set[str] = set()
         self.dtype = torch.float32
+        self.broken: list[str] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **options: Any) -> None:
         """Refuse what cannot work; Transformers asks before loading, and again once it has made the map."""
@@ -99,13 +112,25 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         return key == "weight" and isinstance(model.get_submodule(path), _QUANTIZED)
 
     def _process_model_before_weight_loading(
-        self, model: Any, device_map: Any = None, dtype: torch.dtype | None = None, **options: Any
+        self,
+        model: Any,
+        device_map: Any = None,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **options: Any,
     ) -> None:
         config, self.dtype = self.quantization_config, dtype or torch.get_default_dtype()
+        if not self.pre_quantized:
+            _refuse_codes(checkpoint_files or [])
         if config.format in GROUPED and not self.pre_quantized:
             raise Unsupported(
                 f"QcoreConfig: {config.format} needs a calibration text, which from_pretrained does not have; run "
                 f"`qcore quantize MODEL -o OUT --format {config.format} --calibration TEXT`, and load OUT"
+            )
+        if self.dtype not in validate.FLOATS:
+            raise InvalidDtype(
+                f"from_pretrained: dtype is {self.dtype}, which quantized layers do not compute in; pass "
+                "dtype=torch.float32, torch.bfloat16 or torch.float16"
             )
         skips = self._skips(model)
         if config.fp32_cpu_offload and self.pre_quantized:
@@ -172,6 +197,9 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         return [WeightConverter(part_names(self.quantization_config.format), "weight", [Load(self)])]
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        if self.broken:
+            more = f" (and {len(self.broken) - 1} more)" if len(self.broken) > 1 else ""
+            raise FormatError(f"the checkpoint does not fit: {self.broken[0]}{more}")
         missing = [
             name
             for name, module in model.named_modules()
@@ -245,6 +273,26 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _refuse_codes(files: list[str]) -> None:
+    """Transformers would cast int8 codes to numbers before anything of ours sees them."""
+    for path in map(Path, files):
+        found = [name for name in _tensor_names(path) if _CODES.search(name)]
+        if found:
+            raise FormatError(
+                f"{path}: quantized already ({found[0]}), but the folder's config.json has no quantization_config; "
+                "put that section back, or name the float checkpoint"
+            )
+
+
+def _tensor_names(path: Path) -> list[str]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    if path.suffix == ".bin":
+        return list(torch.load(path, map_location="meta", weights_only=True))
+    return []
 
 
 def _matches_one(names: list[str], pattern: str) -> bool:
