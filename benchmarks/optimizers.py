@@ -7,8 +7,8 @@ LAMB and LARS read everything once more beforehand, because no parameter can mov
 
     python benchmarks/optimizers.py [--families NAME ...] [--threads N] [--seconds S] [--no-peers] [--json FILE]
 
-Calls that take longer than a fair share of the time are measured in fewer rounds, three at least. torchao compiles its
-step, so the first run of a machine takes a minute longer.
+Calls that take longer than a fair share of the time are measured in fewer rounds, three at least. torchao, where it is
+installed, compiles its step, so the first run of a machine takes a minute longer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def large(size: int, family: str, peers: bool) -> dict[str, Call]:
         for bits in (8, 32):
             name = f"{family}{bits}bit"
             calls[f"bitsandbytes {bits}-bit"] = late(lambda name=name: bitsandbytes(name, params, **arguments))
-        if family == "AdamW":
+        if family == "AdamW" and find_spec("torchao") is not None:
             calls["torchao 8-bit"] = late(lambda: torchao(params))
     return calls
 
