@@ -43,6 +43,24 @@ bool inside(float x, float threshold) {
     return threshold > 0.0f ? magnitude(x) < threshold : magnitude(x) <= __builtin_inff();
 }
 
+// Sets the bytes of the columns first ... end - 1 in which `x` is an outlier; other rows may be setting theirs.
+template <class T>
+void mark_outliers(const T *x, int64_t first, int64_t end, float threshold, uint8_t *outlier_cols) {
+    int64_t i = first;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m512 limit = (__m512)splat(threshold);
+    for (; i + kLanes <= end; i += kLanes) {
+        const auto outside = _mm512_cmp_ps_mask((__m512)magnitude(load(x + i)), limit, _CMP_NLT_UQ);
+        _mm_mask_storeu_epi8(outlier_cols + i, outside, _mm_set1_epi8(1));
+    }
+#endif
+    for (; i < end; ++i) {
+        if (!inside(to_float(x[i]), threshold)) {
+            __atomic_store_n(outlier_cols + i, uint8_t{1}, __ATOMIC_RELAXED);
+        }
+    }
+}
+
 template <class T>
 float row_stat_of(const T *x, int64_t k, float threshold, uint8_t *outlier_cols) {
     const F32 limit = splat(threshold > 0.0f ? threshold : __builtin_inff());
@@ -80,11 +98,7 @@ float row_stat_of(const T *x, int64_t k, float threshold, uint8_t *outlier_cols)
             }
         }
         if (threshold > 0.0f && (scalar_outside || any(outside))) {
-            for (int64_t j = i0; j < end; ++j) {
-                if (!inside(to_float(x[j]), threshold)) {
-                    __atomic_store_n(outlier_cols + j, uint8_t{1}, __ATOMIC_RELAXED);  // rows share the mask
-                }
-            }
+            mark_outliers(x, i0, end, threshold, outlier_cols);
         }
     }
     const float vector = highest(most);
