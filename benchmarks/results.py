@@ -125,9 +125,52 @@ def qlora_table(tree: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def optimizers_table(tree: dict[str, Any]) -> str:
+    said = tree["machine"]
+    lines = [
+        f"{said['processor']}, {said['threads']} threads, {said['isa']}, {tree['started'][:10]}.",
+        "",
+        "| optimizer | 8-bit, ms | of its traffic | 32-bit, ms | of its traffic | 8-bit over torch | bitsandbytes over 8-bit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in tree["results"]:
+        ratios = row["ratios"]
+        cells = [row["optimizer"]]
+        for bits in (8, 32):
+            cells += [f"{row['ms'][f'qcore {bits}-bit']['ms']:.1f}", _times(ratios, f"qcore {bits}-bit / floor")]
+        peers = [f"{_times(ratios, f'qcore 8-bit / torch {kind}')} {kind}" for kind in ("fused", "foreach")]
+        cells.append(", ".join(text for text in peers if not text.startswith("-")) or "-")
+        cells.append(_times(ratios, "bitsandbytes 8-bit / qcore 8-bit"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(ratios: dict[str, float], name: str) -> str:
+    return f"{ratios[name]:.2f}x" if name in ratios else "-"
+
+
+def training_table(tree: dict[str, Any]) -> str:
+    runs, settings = tree["runs"], tree["settings"]
+    (first, base), *_ = runs.items()
+    parameters = base["parameter_bytes"] // 4
+    lines = [
+        f"{parameters:,} parameters, {settings['steps']} steps, seed {settings['seed']}.",
+        "",
+        f"| optimizer | loss on held-out text | over {first} | state |",
+        "|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        loss = run["validation"][-1][1]
+        change = "" if run is base else f"{loss / base['validation'][-1][1] - 1:+.1%}"
+        lines.append(f"| {name} | {loss:.3f} | {change} | {run['state_bytes'] / 1e6:.2f} MB |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "conformance": conformance_table,
     "demo": demo_table,
+    "optimizers": optimizers_table,
+    "train-gpt": training_table,
     "transformers": models_table,
     "qlora": qlora_table,
 }
