@@ -1,9 +1,9 @@
 """An optimizer step beside torch, bitsandbytes, torchao and its traffic, all measured in the same rounds.
 
 Two shapes of work: one parameter of 4096 x 4096 in float32 (memory-bound), and 1000 parameters of 1000 elements
-(overhead-bound), every one with its own gradient. What the table calls the floor is torch going once over buffers of the
-optimizer's sizes: the gradient is read, parameter and states are changed in place, 8-bit states with a scale for 256. It
-is no bound: torch does one after the other, and a step that does both at once can be faster.
+(overhead-bound), every one with its own gradient. What the table calls the floor is torch going once over buffers of
+the optimizer's sizes: the gradient is read, parameter and states are changed in place, 8-bit states with a scale for
+256. It is no bound: torch does one after the other, and a step that does both at once can be faster.
 LAMB and LARS read everything once more beforehand, because no parameter can move before the norm of all is known.
 
     python benchmarks/optimizers.py [--families NAME ...] [--threads N] [--seconds S] [--no-peers] [--json FILE]

@@ -130,7 +130,7 @@ def optimizers_table(tree: dict[str, Any]) -> str:
     lines = [
         f"{said['processor']}, {said['threads']} threads, {said['isa']}, {tree['started'][:10]}.",
         "",
-        "| optimizer | 8-bit, ms | of its traffic | 32-bit, ms | of its traffic | 8-bit over torch | bitsandbytes over 8-bit |",
+        "| optimizer | 8-bit, ms | of its traffic | 32-bit, ms | of its traffic | over torch | bitsandbytes over it |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in tree["results"]:

@@ -35,6 +35,30 @@ inline void split_even_odd(const T *x, int64_t k, float *out) {
     }
 }
 
+// The products of one row in float32: two chains, each fed by every other group.
+struct FloatSums {
+    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+
+    // The 32 weights of 16 bytes by the table of their block, `x` in the order of split_even_odd.
+    void add(const uint8_t *bytes, __m512 table, const float *x) {
+        _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
+        const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
+        const auto high = (F32)_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table);
+        const auto low = (F32)_mm512_permutexvar_ps(pair, table);
+        const F32 even = multiply_add(load(x), high, s0);
+        const F32 odd = multiply_add(load(x + 16), low, s1);
+        s0 = s2;
+        s1 = s3;
+        s2 = even;
+        s3 = odd;
+    }
+    float total() const {
+        float sums[kStrip];
+        sum_lanes(s0, s1, s2, s3, sums);
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+};
+
 // What float_gemv_row takes from one row to the next, before row `end`.
 inline ScaleRuns float_scales(const Gemm4 &p, int64_t end) { return {p.w, p.w.shift, end * (p.k >> p.w.shift)}; }
 
@@ -45,31 +69,20 @@ inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x, ScaleRuns
     const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
     const int64_t blocks = p.k >> w.shift;
     const int64_t groups = int64_t{1} << (w.shift - 5);
-    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    FloatSums sums;
     for (int64_t b0 = 0; b0 < blocks; b0 += kAbsmaxRun) {
         const int64_t count = b0 + kAbsmaxRun < blocks ? kAbsmaxRun : blocks - b0;
         const float *absmax = scales.at(n * blocks + b0, count);
         for (int64_t b = 0; b < count; ++b) {
             const auto table = (__m512)rounded_to<T>(load(w.table) * splat(absmax[b]));
             for (int64_t g = 0; g < groups; ++g) {
-                _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
-                const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
-                const auto high = (F32)_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table);
-                const auto low = (F32)_mm512_permutexvar_ps(pair, table);
-                const F32 even = multiply_add(load(x), high, s0);
-                const F32 odd = multiply_add(load(x + 16), low, s1);
-                s0 = s2;
-                s1 = s3;
-                s2 = even;
-                s3 = odd;
+                sums.add(bytes, table, x);
                 bytes += 16;
                 x += 32;
             }
         }
     }
-    float sums[kStrip];
-    sum_lanes(s0, s1, s2, s3, sums);
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return sums.total();
 }
 
 // Rows must be made of 32 weights of one group each.
@@ -88,7 +101,7 @@ template <class T>
 inline float float_gemv_row(const GemmInt4 &p, int64_t n, const float *x, ConvertedScales &scales) {
     const Int4Weight &w = p.w;
     const uint8_t *bytes = w.packed + n * w.row_bytes;
-    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    FloatSums sums;
     for (int64_t j0 = 0; j0 < w.groups; j0 += kAbsmaxRun) {
         const int64_t groups = j0 + kAbsmaxRun < w.groups ? kAbsmaxRun : w.groups - j0;
         convert_scales(w, n * w.groups + j0, groups, scales.value);
@@ -97,24 +110,13 @@ inline float float_gemv_row(const GemmInt4 &p, int64_t n, const float *x, Conver
             const auto table = (__m512)rounded_to<T>(load(grid) * splat(scales.value[j]));
             const int64_t left = p.k - (j0 + j) * w.group_size;
             for (int64_t i = left < w.group_size ? left : w.group_size; i > 0; i -= 32) {
-                _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
-                const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
-                const auto high = (F32)_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table);
-                const auto low = (F32)_mm512_permutexvar_ps(pair, table);
-                const F32 even = multiply_add(load(x), high, s0);
-                const F32 odd = multiply_add(load(x + 16), low, s1);
-                s0 = s2;
-                s1 = s3;
-                s2 = even;
-                s3 = odd;
+                sums.add(bytes, table, x);
                 bytes += 16;
                 x += 32;
             }
         }
     }
-    float sums[kStrip];
-    sum_lanes(s0, s1, s2, s3, sums);
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return sums.total();
 }
 
 // Columns n0 ... n1 - 1 of the only row; scratch for p.k floats.
