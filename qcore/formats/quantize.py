@@ -19,6 +19,7 @@ from qcore.formats.convert import ErrorSum, run_step
 from qcore.formats.grouped import FILES
 from qcore.formats.output import PartialOutput, check_target, open_partial, write_text, writing_failed
 from qcore.formats.plan import Options, Plan, Step, make_plan
+from qcore.formats.safetensors import SafetensorsFile
 from qcore.formats.shard_writer import ShardWriter, verify_shard
 from qcore.formats.source import INDEX, Source, open_source
 from qcore.formats.step_log import StepLog, StepRecord
@@ -272,8 +273,16 @@ def _write_companions(plan: Plan, source: Source, partial: PartialOutput) -> Non
 def _index(plan: Plan, folder: Path) -> dict[str, Any]:
     names = plan.shard_names()
     weight_map = {spec.name: name for name, shard in zip(names, plan.shards, strict=True) for spec in _specs(shard)}
-    total = sum((folder / name).stat().st_size for name in names)
+    total = sum(_tensor_bytes(folder / name) for name in names)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _tensor_bytes(shard: Path) -> int:
+    file = SafetensorsFile(shard)
+    try:
+        return sum(entry.nbytes for entry in file.entries.values())
+    finally:
+        file.close()
 
 
 def planned_rows(plan: Plan) -> list[KindRow]:

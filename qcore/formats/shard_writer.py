@@ -184,8 +184,8 @@ class ShardWriter:
         try:
             os.ftruncate(self._open_fd(), self._late_start + len(tail))
             os.fsync(self._open_fd())
-            # What verification reads back should come from the disk.
-            os.posix_fadvise(self._open_fd(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # what verification reads back should come from the disk
+                os.posix_fadvise(self._open_fd(), 0, 0, os.POSIX_FADV_DONTNEED)
             self.close()
         except OSError as error:
             raise writing_failed(self.path, error) from error
@@ -198,7 +198,9 @@ class ShardWriter:
 
 
 def _claim(fd: int, nbytes: int) -> None:
-    """Reserve disk blocks, so that a full disk is known before hours of work; not every file system can."""
+    """Reserve disk blocks, so that a full disk is known before hours of work; not every system and file system can."""
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:

@@ -114,7 +114,10 @@ class FileMemory(MemoryTier):
             raise OutputError(f"paged state: no file can be made in {self.directory}: {error.strerror}") from error
         try:
             os.unlink(name)
-            os.posix_fallocate(file, 0, size)
+            if hasattr(os, "posix_fallocate"):  # elsewhere a full disk is known when a page is first written
+                os.posix_fallocate(file, 0, size)
+            else:
+                os.truncate(file, size)
             return mmap.mmap(file, size)
         except OSError as error:
             raise OutOfMemory(

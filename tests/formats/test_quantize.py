@@ -150,6 +150,8 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     single = load_file(tmp_path / "a/model.safetensors")
     assert together.keys() == single.keys()
     assert all(torch.equal(tensor, single[name]) for name, tensor in together.items())
+    index = json.loads((tmp_path / "b/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in together.values())
     one, other = (by_bitsandbytes(tmp_path / name) for name in "ab")
     ids = torch.arange(2, 20)[None]
     assert torch.equal(one(ids).logits, other(ids).logits)
