@@ -18,6 +18,9 @@ nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
 
+# Hundreds of processes start in these sessions; where nothing compiled is kept, each compiles all of qcore again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 ROOT = Path(__file__).parent
 BIN = Path(sys.executable).parent
 REPORTS = ROOT / "build" / "reports"
@@ -36,7 +39,7 @@ def _tool(session: nox.Session, name: str, *args: str, **env: str) -> None:
 def _pytest(session: nox.Session, report: str, *args: str, **env: str) -> None:
     REPORTS.mkdir(parents=True, exist_ok=True)
     junit = REPORTS / f"{report}.xml"
-    _python(session, "-m", "pytest", f"--junitxml={junit}", *args, **env)
+    _python(session, "-m", "pytest", f"--junitxml={junit}", "--durations=15", *args, **env)
 
 
 def _conformance(session: nox.Session, backend: str, report: str, *args: str, **env: str) -> None:

@@ -1,12 +1,12 @@
 """The worker process: loads a backend, then runs the cases that are named on its standard input.
 
-One JSON line each way. To the worker: ``{"case": id}``. From it, first ``{"ready": {...}}`` or ``{"error": {...}}``,
-then ``{"result": {...}}`` for each case. Whatever a backend prints goes to standard error.
+One JSON line each way. To the worker, first what to test and where: ``{"backend": ..., "device": ..., "seed": ...,
+"folder": ..., "environment": {...}}``, then ``{"case": id}``. From it, first ``{"ready": {...}}`` or
+``{"error": {...}}``, then ``{"result": {...}}`` for each case. Whatever a backend prints goes to standard error.
 """
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import json
 import os
@@ -53,13 +53,15 @@ def _open_session(backend: str, device: str | None, seed: int) -> tuple[Any, dic
     return session, {"ready": {"backend": description, "environment": environment()}}
 
 
-def _serve(commands: IO[str], replies: IO[str], backend: str, device: str | None, seed: int) -> int:
+def _serve(commands: IO[str], replies: IO[str]) -> int:
     def say(message: dict[str, Any]) -> None:
         # A third party's declarations may be any mapping; what JSON cannot hold at all is shown as text.
         replies.write(json.dumps(message, default=lambda x: dict(x) if isinstance(x, Mapping) else str(x)) + "\n")
         replies.flush()
 
-    session, first = _open_session(backend, device, seed)
+    asked = json.loads(commands.readline())
+    _settle(asked["folder"], asked["environment"])
+    session, first = _open_session(asked["backend"], asked["device"], asked["seed"])
     say(first)
     if session is None:
         return 2
@@ -70,18 +72,18 @@ def _serve(commands: IO[str], replies: IO[str], backend: str, device: str | None
     return 0
 
 
+def _settle(folder: str, environment: dict[str, str]) -> None:
+    """Be where ``python -m`` in this folder and environment would be: the fork server may have started elsewhere."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--backend", required=True)
-    parser.add_argument("--device")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    """Serve until standard input ends; the exit code is 2 where the backend cannot be had."""
     faulthandler.enable()
     # Keep the real standard output for replies: a backend that prints must not break the protocol.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return _serve(sys.stdin, replies, arguments.backend, arguments.device, arguments.seed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return _serve(os.fdopen(0, encoding="utf-8", closefd=False), replies)

@@ -1,18 +1,22 @@
-"""The pytest plugin, run by pytester as a third party runs it."""
+"""The pytest plugin, run by pytester: once as a third party runs it, else in this process, which has torch already."""
 
 from __future__ import annotations
 
 import pytest
 
+import qcore_conformance.runner  # noqa: F401 (stays loaded: pytester forgets what a run in this process imports)
+from qcore_conformance.cases import all_cases
+
+all_cases()
 pytest_plugins = ["pytester"]
 
-RUN = ("-p", "qcore_conformance.plugin", "--pyargs", "qcore_conformance", "-p", "no:cacheprovider")
+RUN = ("-p", "qcore_conformance.plugin", "--pyargs", "qcore_conformance", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester):
     def run(*arguments: str) -> pytest.RunResult:
-        return pytester.runpytest_subprocess(*RUN, *arguments, timeout=280)
+        return pytester.runpytest_inprocess(*RUN, *arguments)
 
     return run
 
@@ -24,8 +28,9 @@ def test_cases_are_items_with_their_ids(suite) -> None:
     assert result.ret == 0
 
 
-def test_a_right_backend_passes(suite) -> None:
-    result = suite("--qcore-backend=cpu_reference", "--qcore-op=int8_gemm", "-k", "sizes or extremes-k64")
+def test_a_right_backend_passes(pytester: pytest.Pytester) -> None:
+    arguments = ("--qcore-backend=cpu_reference", "--qcore-op=int8_gemm", "-k", "sizes or extremes-k64")
+    result = pytester.runpytest_subprocess(*RUN, *arguments, timeout=280)
     result.assert_outcomes(passed=2, deselected=result.parseoutcomes()["deselected"])
     result.stdout.fnmatch_lines(["qcore-conformance: backend cpu_reference, seed 0"])
 
@@ -61,6 +66,7 @@ def test_an_op_that_is_left_out_is_skipped(suite, pytester: pytest.Pytester) -> 
                 return Description("acme", "Acme A1", "a1")
         """
     )
+    pytester.syspathinsert()
     result = suite("--qcore-backend=acme:Acme", "--qcore-op=int8_gemm", "-rs", "-k", "sizes")
     result.assert_outcomes(skipped=1, deselected=result.parseoutcomes()["deselected"])
     result.stdout.fnmatch_lines(["SKIPPED*unsupported: *does not serve int8_gemm*"])

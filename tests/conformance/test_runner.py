@@ -59,7 +59,7 @@ def test_a_crash_is_a_result_and_the_run_goes_on(backend: str, says: tuple[str, 
 
 def test_a_hang_is_a_result_and_the_run_goes_on() -> None:
     p, h = Outcome.PASSED, Outcome.HUNG
-    assert _outcomes("Hangs", case_seconds=8.0) == [p, h, h, p]
+    assert _outcomes("Hangs", case_seconds=3.0) == [p, h, h, p]
 
 
 def test_an_exception_of_a_backend_is_a_failure() -> None:

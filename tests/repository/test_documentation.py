@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 GUIDES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/*.md")])
 SPEC = sorted((ROOT / "docs" / "spec").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BIN = Path(sys.executable).parent
 
 
 def name(path: Path) -> str:
@@ -79,12 +80,13 @@ def test_make_targets_exist() -> None:
 
 
 @cache
-def help_of(*command: str) -> str:
-    program = shutil.which(command[0], path=str(BIN))
-    assert program is not None, f"{command[0]} is not installed beside {sys.executable}"
-    run = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, f"{' '.join(command)} --help: {run.stderr}"
-    return run.stdout
+def help_of(program: str, *command: str) -> str:
+    (script,) = entry_points(group="console_scripts", name=program)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
+        script.load()([*command, "--help"])
+    assert not end.value.code, f"{program} {' '.join(command)} --help"
+    return said.getvalue()
 
 
 @pytest.mark.parametrize(

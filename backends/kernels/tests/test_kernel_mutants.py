@@ -5,6 +5,7 @@ Needs the libraries of ``nox -s simt`` (build/simt): a mutant compiles one file 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -52,6 +53,7 @@ def outcome(library: Path, case_id: str) -> tuple[Outcome, str]:
 
 
 def _run(library: Path, case_id: str, sender: Connection) -> None:
+    faulthandler.disable()  # pytest's would print a traceback of a crash that is expected, and is reported as an outcome
     session = Session(CffiBackend("mutant", library), spec=str(library))
     session.isolated = True
     result = session.run_case(cases.case_by_id(case_id))
