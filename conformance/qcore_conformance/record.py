@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -234,6 +234,41 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def record_cases(path: Path, declared_by: Backend, cases: Iterable[Case], seed: int = 0) -> Recorder:
+    """Run cases on ``cpu_reference`` and write their calls into a file; the recorder knows what it wrote.
+
+    Parameters
+    ----------
+    path : Path
+    declared_by : Backend
+        Whose declarations of the 4-bit products a replay is held to.
+    cases : iterable of Case
+        Those of ops without a place in the file are left out.
+    seed : int
+
+    Raises
+    ------
+    BackendError
+        ``declared_by`` has no device here.
+    OSError
+        The file cannot be written.
+    AssertionError
+        A case fails on ``cpu_reference`` itself.
+    """
+    said = declared_by.describe(default_device(declared_by)).declarations
+    declared = {op: GemmDeclaration.parse(said, op) for op in PRODUCTS}
+    with path.open("wb") as file:
+        recorder = Recorder(get_backend("cpu_reference"), file, declared)
+        session = Session(recorder, "cpu", seed)
+        session.placements = GUARDS[:1]  # where memory lies is the replay's concern
+        for case in (case for case in cases if case.op not in LEFT_OUT):
+            recorder.case = case
+            result = session.run_case(case)
+            if result.outcome not in (Outcome.PASSED, Outcome.NOT_RUN):
+                raise AssertionError(f"cpu_reference itself: {result.outcome.value} {case.id}: {result.message}")
+    return recorder
+
+
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
@@ -246,22 +281,10 @@ def record(path: Path, declared_by: str, ops: tuple[str, ...], seed: int) -> Non
     from qcore_conformance.cli import chosen_cases, fail
 
     try:
-        library, reference = get_backend(declared_by), get_backend("cpu_reference")
-        said = library.describe(default_device(library)).declarations
-        declared = {op: GemmDeclaration.parse(said, op) for op in PRODUCTS}
-    except BackendError as error:
+        recorder = record_cases(path, get_backend(declared_by), chosen_cases(ops, LEVELS), seed)
+    except (BackendError, AssertionError) as error:
         fail(str(error))
         return
-    try:
-        with path.open("wb") as file:
-            recorder = Recorder(reference, file, declared)
-            session = Session(recorder, "cpu", seed)
-            session.placements = GUARDS[:1]  # where memory lies is the replay's concern
-            for case in (case for case in chosen_cases(ops, LEVELS) if case.op not in LEFT_OUT):
-                recorder.case = case
-                result = session.run_case(case)
-                if result.outcome not in (Outcome.PASSED, Outcome.NOT_RUN):
-                    fail(f"cpu_reference itself: {result.outcome.value} {case.id}: {result.message}")
     except OSError as error:
         fail(f"{path}: cannot be written: {error}")
         return

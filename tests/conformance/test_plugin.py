@@ -10,7 +10,8 @@ from qcore_conformance.cases import all_cases
 all_cases()
 pytest_plugins = ["pytester"]
 
-RUN = ("-p", "qcore_conformance.plugin", "--pyargs", "qcore_conformance", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+WITHOUT = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+RUN = ("-p", "qcore_conformance.plugin", "--pyargs", "qcore_conformance", *WITHOUT)
 
 
 @pytest.fixture

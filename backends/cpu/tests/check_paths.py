@@ -108,7 +108,7 @@ def check_blockwise(comparison: Comparison | Digest, blocksize: int, seed: int) 
         code = torch.from_numpy(values)
         for name, x in vectors(midpoints(values), blocksize, seed):
             # The look-up table serves large calls, the search small ones (kMinIndexedValues).
-            for repeat in (1, -(-4096 // max(x.numel(), 1))):
+            for repeat in sorted({1, -(-4096 // max(x.numel(), 1))}):
                 a = x.repeat(repeat)
                 n, blocks = a.numel(), -(-a.numel() // blocksize)
                 what = f"{table}, {name} x{repeat}, blocksize {blocksize}, seed {seed}"
@@ -173,21 +173,23 @@ def check_4bit(comparison: Comparison | Digest, blocksize: int, seed: int) -> No
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--op", choices=("blockwise", "4bit"), required=True)
-    parser.add_argument("--blocksize", type=int, choices=BLOCKSIZES, required=True)
+    parser.add_argument("--blocksize", type=int, choices=BLOCKSIZES, nargs="+", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--library", help="another build of the library, such as one with sanitizers")
     parser.add_argument("--digest", choices=("library", "reference"), help="hash the outputs of this side alone")
     arguments = parser.parse_args()
     check = {"blockwise": check_blockwise, "4bit": check_4bit}[arguments.op]
-    if arguments.digest:
-        digest = Digest(qcore_cpu_reference.load() if arguments.digest == "reference" else native(arguments.library))
-        check(digest, arguments.blocksize, arguments.seed)
-        print(f"{digest.count} outputs, {digest.hexdigest()}")
-        return
-    comparison = Comparison(arguments.library)
-    check(comparison, arguments.blocksize, arguments.seed)
-    arch = comparison.backends[1].describe(torch.device("cpu")).arch
-    print(f"{arch}: {comparison.count} outputs equal")
+    for blocksize in arguments.blocksize:
+        if arguments.digest:
+            one = qcore_cpu_reference.load() if arguments.digest == "reference" else native(arguments.library)
+            digest = Digest(one)
+            check(digest, blocksize, arguments.seed)
+            print(f"blocksize {blocksize}: {digest.count} outputs, {digest.hexdigest()}")
+            continue
+        comparison = Comparison(arguments.library)
+        check(comparison, blocksize, arguments.seed)
+        arch = comparison.backends[1].describe(torch.device("cpu")).arch
+        print(f"{arch}, blocksize {blocksize}: {comparison.count} outputs equal")
 
 
 if __name__ == "__main__":

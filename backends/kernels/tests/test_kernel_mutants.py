@@ -53,7 +53,7 @@ def outcome(library: Path, case_id: str) -> tuple[Outcome, str]:
 
 
 def _run(library: Path, case_id: str, sender: Connection) -> None:
-    faulthandler.disable()  # pytest's would print a traceback of a crash that is expected, and is reported as an outcome
+    faulthandler.disable()  # a crash is an outcome here: a fatal traceback in the log would look like a failure
     session = Session(CffiBackend("mutant", library), spec=str(library))
     session.isolated = True
     result = session.run_case(cases.case_by_id(case_id))
