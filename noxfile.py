@@ -26,6 +26,8 @@ BIN = Path(sys.executable).parent
 REPORTS = ROOT / "build" / "reports"
 # The paths through the native CPU backend that CI walks: what this processor has, AVX2 alone, plain C++.
 CPU_PATHS = {"cpu": {}, "cpu-avx2": {"QCORE_CPU_ISA": "avx2"}, "cpu-portable": {"QCORE_CPU_ISA": "portable"}}
+# As many processes as cores, each with a team of threads: one that waits has to leave its core to the others.
+CROWDED = {"OMP_WAIT_POLICY": "passive"}
 
 
 def _python(session: nox.Session, *args: str, **env: str) -> None:
@@ -39,12 +41,13 @@ def _tool(session: nox.Session, name: str, *args: str, **env: str) -> None:
 def _pytest(session: nox.Session, report: str, *args: str, **env: str) -> None:
     REPORTS.mkdir(parents=True, exist_ok=True)
     junit = REPORTS / f"{report}.xml"
-    _python(session, "-m", "pytest", f"--junitxml={junit}", "--durations=15", *args, **env)
+    _python(session, "-m", "pytest", f"--junitxml={junit}", "--durations=15", *args, **(CROWDED | env))
 
 
 def _conformance(session: nox.Session, backend: str, report: str, *args: str, **env: str) -> None:
     target = str(REPORTS / f"conformance-{report}")
-    _tool(session, "qcore-conformance", "run", "--jobs", "2", "--backend", backend, "--report", target, *args, **env)
+    command = ("run", "--jobs", "2", "--backend", backend, "--report", target)
+    _tool(session, "qcore-conformance", *command, *args, **(CROWDED | env))
 
 
 def _c_sources() -> list[str]:
@@ -97,7 +100,8 @@ def conformance(session: nox.Session) -> None:
 @nox.session
 def mutants(session: nox.Session) -> None:
     """Run the suite on backends that are wrong on purpose: every one has to be found out."""
-    _tool(session, "qcore-conformance", "mutants", "--jobs", "2", "--report", str(REPORTS / "mutants"))
+    report = str(REPORTS / "mutants")
+    _tool(session, "qcore-conformance", "mutants", "--jobs", "2", "--report", report, **CROWDED)
 
 
 @nox.session

@@ -104,6 +104,9 @@ def run(
     timeout: float | None,
 ) -> None:
     """Run the suite on a backend."""
+    from qcore_conformance.forkserver import SERVER
+
+    SERVER.start()  # it imports torch while this process does
     from qcore_conformance.report import probe, verdict, write_all
     from qcore_conformance.runner import Target, run_cases
     from qcore_conformance.waivers import apply_waivers, read_waivers
