@@ -4,6 +4,10 @@ Importing torch takes seconds, and a run that meets crashes, or looks for them, 
 imports and waits: it opens no backend and computes nothing, so that a child inherits no thread pool and no context of
 a device. It reads requests from a socket, 8 bytes each: 0 together with three file descriptors asks for a child with
 these as its standard streams and is answered with its process id; a process id asks for the exit code of that child.
+
+multiprocessing has such a server, whose children import the main module of the caller again: a program that runs the
+suite without a guard around its first call would start itself anew. Its children also keep the caller's streams, where
+a worker's have to be its own.
 """
 
 from __future__ import annotations
