@@ -17,7 +17,7 @@ VENV := .venv
 STAMPS := $(VENV)/stamps
 NOX = $(VENV)/bin/python -m nox -s
 COMPILER := $(shell command -v $(firstword $(CXX)) 2>/dev/null)
-NATIVE_SOURCES := $(shell find backends/cpu qcore/include -type f -not -path '*/build/*' -not -name '*.pyc' \
+NATIVE_SOURCES := $(shell find backends/cpu backends/common qcore/include -type f -not -path '*/build/*' -not -name '*.pyc' \
 	-not -name '*.so' 2>/dev/null)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -19,3 +19,5 @@ set(QCORE_HOST_SOURCES
 find_path(QCORE_INCLUDE qcore_backend.h
     PATHS ${KERNELS}/../../qcore/include ${CMAKE_CURRENT_SOURCE_DIR}/include
     NO_DEFAULT_PATH REQUIRED)
+# What all native libraries share; an sdist has it beside its copy of this folder, as the repository does.
+set(QCORE_COMMON ${KERNELS}/../common)

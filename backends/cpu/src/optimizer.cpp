@@ -12,6 +12,7 @@
 #include "dispatch.h"
 #include "ieee.h"
 #include "ops.h"
+#include "optimizer_checks.h"
 #include "optimizer_kernels.h"
 #include "parallel.h"
 #include "qcore_codebooks.h"
@@ -56,69 +57,6 @@ int state_count(int32_t algorithm) { return algorithm == QC_ADEMAMIX ? 3 : algor
 bool holds_squares(int32_t algorithm, int state) {
     return algorithm == QC_RMSPROP || algorithm == QC_ADAGRAD || (algorithm == QC_ADAM && state == 1) ||
            (algorithm == QC_ADEMAMIX && state == 2);
-}
-
-qc_status invalid(const char *what, const char *expected, int64_t got) {
-    return fail(QC_INVALID_ARGUMENT, "%s: %s: expected %s, got %lld", kOp, what, expected, static_cast<long long>(got));
-}
-
-qc_status check_rule(const qc_optimizer &rule) {
-    constexpr int32_t kFlags =
-        QC_OPT_NESTEROV | QC_OPT_SKIP_ZEROS | QC_OPT_STOCHASTIC | QC_OPT_BNB_CODES | QC_OPT_SIGNED_STATE;
-    if (rule.algorithm < QC_ADAM || rule.algorithm > QC_ADAGRAD) {
-        return invalid("algorithm", "QC_ADAM (0) to QC_ADAGRAD (5)", rule.algorithm);
-    }
-    if (rule.state_bits != 8 && rule.state_bits != 32) {
-        return invalid("state_bits", "8 or 32", rule.state_bits);
-    }
-    if ((rule.flags & ~kFlags) != 0) {
-        return invalid("flags", "a sum of QC_OPT_ flags", rule.flags);
-    }
-    if ((rule.flags & QC_OPT_NESTEROV) != 0 && rule.algorithm != QC_MOMENTUM) {
-        return invalid("algorithm", "QC_MOMENTUM (3), since QC_OPT_NESTEROV is set", rule.algorithm);
-    }
-    if ((rule.flags & QC_OPT_SIGNED_STATE) != 0 && rule.algorithm != QC_RMSPROP && rule.algorithm != QC_ADAGRAD) {
-        return invalid("algorithm", "QC_RMSPROP (4) or QC_ADAGRAD (5), since QC_OPT_SIGNED_STATE is set",
-                       rule.algorithm);
-    }
-    if ((rule.flags & QC_OPT_STOCHASTIC) != 0 && rule.param_dtype != QC_BF16) {
-        return invalid("param_dtype", "QC_BF16 (2), since QC_OPT_STOCHASTIC is set", rule.param_dtype);
-    }
-    if (!(std::isfinite(rule.max_unorm) && rule.max_unorm >= 0)) {
-        return fail(QC_INVALID_ARGUMENT, "%s: max_unorm: expected a finite value of at least 0, got %g", kOp,
-                    rule.max_unorm);
-    }
-    return QC_OK;
-}
-
-// Whether the lists that the rule needs are there.
-qc_status check_lists(const qc_optimizer &rule, const qc_optimizer_tensors &t) {
-    const bool two = rule.algorithm == QC_ADAM || rule.algorithm == QC_ADEMAMIX;
-    const bool coded = rule.state_bits == 8;
-    const struct {
-        const char *name;
-        const void *list;
-        bool needed;
-    } lists[] = {{"numel", t.numel, true},
-                 {"params", t.params, true},
-                 {"grads", t.grads, true},
-                 {"state1", t.state1, true},
-                 {"state2", t.state2, two},
-                 {"absmax1", t.absmax1, coded},
-                 {"absmax2", t.absmax2, coded && two},
-                 {"streams", t.streams, (rule.flags & QC_OPT_STOCHASTIC) != 0}};
-    for (const auto &entry : lists) {
-        if (entry.needed && entry.list == nullptr) {
-            return fail(QC_INVALID_ARGUMENT, "%s: %s: expected the address of %lld entries, got 0", kOp, entry.name,
-                        static_cast<long long>(t.count));
-        }
-    }
-    if (t.compensation != nullptr && (rule.param_dtype == QC_F32 || (rule.flags & QC_OPT_STOCHASTIC) != 0)) {
-        return fail(QC_INVALID_ARGUMENT,
-                    "%s: compensation: expected 0 for float32 parameters and with QC_OPT_STOCHASTIC, got an address",
-                    kOp);
-    }
-    return QC_OK;
 }
 
 // One entry of a list of addresses; fills in the name of the argument only where it is wrong.
@@ -176,25 +114,13 @@ class Tensors {
     qc_status add(const qc_optimizer &rule, const qc_optimizer_tensors &t, int64_t i) {
         const int64_t n = t.numel[i];
         if (n < 0 || n > INT64_MAX / 16) {
-            return invalid("numel", "counts from 0 to 2^59 - 1", n);
+            return invalid_step(fail, "numel", "counts from 0 to 2^59 - 1", n);
         }
-        const bool coded = rule.state_bits == 8;
+        const bool coded = is_coded(rule);
         const int64_t blocks = ceil_div(n, kOptimizerBlock);
         const int64_t rows = rule.algorithm == QC_ADEMAMIX ? 2 : 1;
         const int64_t state_size = coded ? 1 : 4;
-        const int64_t param_size = dtype_size(rule.param_dtype);
-        const struct {
-            const char *name;
-            const uintptr_t *list;
-            int64_t count, size;
-        } lists[] = {{"params", t.params, n, param_size},
-                     {"grads", t.grads, n, dtype_size(rule.grad_dtype)},
-                     {"state1", t.state1, rows * n, state_size},
-                     {"state2", state_count(rule.algorithm) > 1 ? t.state2 : nullptr, n, state_size},
-                     {"absmax1", coded ? t.absmax1 : nullptr, rows * blocks, 4},
-                     {"absmax2", coded && state_count(rule.algorithm) > 1 ? t.absmax2 : nullptr, blocks, 4},
-                     {"compensation", t.compensation, n, param_size}};
-        for (const auto &entry : lists) {
+        for (const auto &entry : optimizer_arrays(rule, t, n, blocks)) {
             const qc_status status =
                 entry.list != nullptr ? check_address(entry.name, i, entry.list[i], entry.count, entry.size) : QC_OK;
             if (status != QC_OK) {
@@ -279,12 +205,12 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
         const qc_optimizer &rule = *optimizer;
         arguments.dtype("param_dtype", rule.param_dtype).dtype("grad_dtype", rule.grad_dtype);
         arguments.count("count", list->count);
-        qc_status status = arguments.ok() ? check_rule(rule) : arguments.status();
+        qc_status status = arguments.ok() ? check_rule(rule, fail) : arguments.status();
         if (status != QC_OK || list->count == 0) {
             return status;
         }
         Tensors tensors;
-        status = check_lists(rule, *list);
+        status = check_lists(rule, *list, fail);
         status = status == QC_OK ? tensors.collect(rule, *list) : status;
         if (status != QC_OK) {
             return status;
@@ -299,7 +225,7 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
             int64_t needed = 0;
             optimizer_step_workspace(tensors.blocks(), &needed);
             if (workspace_bytes < needed) {
-                return invalid("workspace_bytes", "what workspace() says", workspace_bytes);
+                return invalid_step(fail, "workspace_bytes", "what workspace() says", workspace_bytes);
             }
             if (!arguments.array("workspace", workspace, needed, 64).ok()) {
                 return arguments.status();

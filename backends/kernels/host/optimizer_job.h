@@ -61,12 +61,7 @@ class OptimizerList {
     }
 
    private:
-    qc_status check_rule() const;
-    qc_status check_lists() const;
     qc_status check_tensor(int32_t device, int64_t i) const;
-    bool two_lists() const { return rule_.algorithm == QC_ADAM || rule_.algorithm == QC_ADEMAMIX; }
-    bool coded() const { return rule_.state_bits == 8; }
-    bool stochastic() const { return (rule_.flags & QC_OPT_STOCHASTIC) != 0; }
     // The tensors from `first` on, as many as fit; returns the number of the next.
     int64_t fill(OptimizerJob &job, int64_t first) const;
 
