@@ -5,6 +5,8 @@ set(QCORE_KERNEL_SOURCES
     ${KERNELS}/blockwise.cu
     ${KERNELS}/fourbit.cu
     ${KERNELS}/gemm_4bit.cu
+    ${KERNELS}/gemm_4bit_transposed.cu
+    ${KERNELS}/gemm_int4.cu
     ${KERNELS}/int8_gemm.cu
     ${KERNELS}/int8_linear.cu
     ${KERNELS}/int8_quantize.cu

@@ -45,9 +45,10 @@ struct TileShared {
     Vector16 codes[kStages][kTileRows];  // 32 of four bits
 };
 
-// Every thread of a block of kTiledWaves waves comes here. `weights` knows the 16 bytes of codes that begin at a place
-// of the depth (codes), their scale (scale), and eight weights of a word of codes (decode). `finish(m, n, sum)` takes
-// the sum over [first, end) of the depth, both multiples of kTileDepth.
+// Every thread of a block of kTiledWaves waves comes here. `weights` knows the kTileRows pieces of 16 bytes that are the
+// codes of a tile (fetch: one of them), and how its threads make a tile of weights of them (decode), with what a thread
+// carries from one tile to the next (Carry; begin: that of the first, a barrier before the first decode).
+// `finish(m, n, sum)` takes the sum over [first, end) of the depth, both multiples of kTileDepth.
 template <class T, int W, int Rows, bool Aligned, class Weights, class Finish>
 QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, int64_t first_row, int64_t n,
                              int64_t first_column, int64_t first, int64_t end, const Finish &finish,
@@ -57,7 +58,6 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
     constexpr int kWavesAcross = Rows / kColumnsOfWave;  // waves that share rows of W
     constexpr int kRowsOfWave = kTileRows * kWavesAcross / kTiledWaves, kA = kRowsOfWave / kRowsOfTile;
     constexpr int kB = kColumnsOfWave / Unit::kColumns;
-    constexpr int kWords = kTileRows * kTilePieces / kThreads;  // of codes that a thread decodes: two or one
     const int thread = thread_index(), lane = thread % W, wave = thread / W;
     const int wave_row = wave / kWavesAcross * kRowsOfWave, wave_column = wave % kWavesAcross * kColumnsOfWave;
     const int64_t tiles = (end - first) / kTileDepth;
@@ -67,8 +67,7 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
             const int stage = static_cast<int>(tile % kStages);
             const int64_t at = first + tile * kTileDepth;
             if (thread < kTileRows) {
-                const bool there = first_row + thread < n;
-                weights.template fetch<Aligned>(shared.codes[stage][thread], first_row + thread, at, there);
+                weights.template fetch<Aligned>(shared.codes[stage][thread], thread, first_row, at);
             }
             for (int i = thread; i < Rows * kTilePieces; i += kThreads) {
                 const int row = i / kTilePieces, p = i % kTilePieces;
@@ -89,19 +88,10 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
     for (int tile = 0; tile < kStages - 1; ++tile) {
         fetch(tile);
     }
-    const int own_row = thread * kWords / kTilePieces, own_word = thread * kWords % kTilePieces;
-    const auto scale_of = [&](int64_t tile) {
-        return weights.scale(first_row + own_row, first + tile * kTileDepth, tile < tiles && first_row + own_row < n);
-    };
-    auto scale = scale_of(0);
+    typename Weights::Carry carry = weights.template begin<kThreads>(thread, first_row, first, end);
     const auto decode = [&](int64_t tile) {
-        const auto mine = scale;
-        scale = scale_of(tile + 1);
-        const uint32_t *words = reinterpret_cast<const uint32_t *>(&shared.codes[tile % kStages][own_row]);
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-            shared.weights[tile % 2].at(own_row, own_word + i) = weights.decode(words[own_word + i], mine);
-        }
+        weights.template decode<kThreads>(shared.weights[tile % 2], shared.codes[tile % kStages], carry, thread,
+                                          first_row, first + tile * kTileDepth, end);
     };
     wait_for_copies<kStages - 2>();
     block_barrier();
@@ -208,6 +198,12 @@ add_parts_kernel(Out out, const float *partial, int64_t m, int64_t n, int splits
     }
 }
 
+template <class Out>
+qc_status add_parts(Queue &queue, const Out &out, int64_t m, int64_t n, int splits, const float *partial) {
+    return queue.launch(add_parts_kernel<Out>, {queue.resident_blocks(m * n, kAddThreads)}, kAddThreads, out, partial,
+                        m, n, splits);
+}
+
 // Parts of the depth, so that about as many blocks run as the device holds, each with a pipeline's worth of tiles.
 inline int tile_splits(int32_t device, int64_t m, int64_t n, int64_t k) {
     constexpr int64_t kFewestTiles = 2, kMostSplits = 16;
@@ -216,6 +212,17 @@ inline int tile_splits(int32_t device, int64_t m, int64_t n, int64_t k) {
     const int64_t wanted = std::max<int64_t>(blocks_at_once(device) / 4, 4) / std::max<int64_t>(blocks, 1);
     const int64_t most = std::min(kMostSplits, k / kTileDepth / kFewestTiles);
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
+}
+
+// Starts a kernel of tiles for an output of `m` by `n`, and adds the parts if there are several. `arguments`: the
+// kernel's parameters before the output.
+template <int Rows, class Kernel, class Out, class... Arguments>
+qc_status launch_tiles(Queue &queue, Kernel kernel, const Out &out, int64_t m, int64_t n, int splits, float *partial,
+                       const Arguments &...arguments) {
+    const Grid grid = {ceil_div(n, kTileRows), Queue::tile_blocks(ceil_div(m, Rows) * splits)};
+    const TileOutput<Out> to = {out, splits > 1 ? partial : nullptr, m};
+    const qc_status status = queue.launch(kernel, grid, kTiledWaves * kWave, arguments..., to, splits);
+    return status != QC_OK || splits == 1 ? status : add_parts(queue, out, m, n, splits, partial);
 }
 
 inline int64_t partial_bytes(int64_t m, int64_t n, int splits) {

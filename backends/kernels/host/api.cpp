@@ -31,8 +31,9 @@ qc_status describe(int32_t device, const char **json) {
         const std::lock_guard<std::mutex> lock(mutex);
         std::string &text = texts[device];
         if (text.empty()) {
-            text =
-                "{" + device_fields(device) + ", \"declarations\": {\"gemm_4bit\": " + gemm_4bit_declaration() + "}}";
+            const std::string product = fourbit_declaration();
+            text = "{" + device_fields(device) + ", \"declarations\": {\"gemm_4bit\": " + product +
+                   ", \"gemm_int4\": " + product + ", \"gemm_4bit_transposed\": " + product + "}}";
         }
         *json = text.c_str();
         return QC_OK;
@@ -49,18 +50,17 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_
     if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_4BIT_TRANSPOSED) {
         return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_GEMM_4BIT_TRANSPOSED, op);
     }
-    if (op > QC_OP_INT8_LINEAR) {
-        constexpr const char *kNames[] = {"gemm_int4", "gemm_4bit_transposed"};
-        return fail(QC_UNSUPPORTED, "workspace: %s is not served by this library", kNames[op - QC_OP_INT8_LINEAR - 1]);
-    }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
     }
     if (op == QC_OP_OPTIMIZER_STEP) {
         return optimizer_step_workspace(m, n, bytes);
     }
-    if (op == QC_OP_GEMM_4BIT) {
-        return gemm_4bit_workspace(device, dtype, m, n, k, bytes);
+    if (op == QC_OP_GEMM_4BIT || op == QC_OP_GEMM_INT4) {
+        return fourbit_workspace(device, dtype, m, n, k, bytes);
+    }
+    if (op == QC_OP_GEMM_4BIT_TRANSPOSED) {
+        return gemm_4bit_transposed_workspace(device, dtype, m, n, k, bytes);
     }
     if (op == QC_OP_INT8_LINEAR) {
         return int8_linear_workspace(device, dtype, m, n, k, bytes);
@@ -93,8 +93,8 @@ const qc_api kApi = {
     int8_dequantize_rows,
     optimizer_step,
     int8_linear,
-    nullptr,  // gemm_int4
-    nullptr,  // gemm_4bit_transposed
+    gemm_int4,
+    gemm_4bit_transposed,
 };
 
 }  // namespace

@@ -24,12 +24,25 @@ qc_status dequantize_absmax(int32_t device, uintptr_t stream, uintptr_t a, uintp
                             uintptr_t offset, int64_t n, int64_t blocksize, uintptr_t out);
 
 // gemm_4bit.cu
-// {"depth": ..., "weight_rounding": ...} for describe(), JSON.
-const char *gemm_4bit_declaration();
-qc_status gemm_4bit_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes);
+// {"depth": ..., "weight_rounding": ...} of the three products with four bits, for describe(), JSON.
+const char *fourbit_declaration();
+// Scratch of gemm_4bit, and of gemm_int4 with a weight without perm.
+qc_status fourbit_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes);
 qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
                     const qc_weight_4bit *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t workspace,
                     int64_t workspace_bytes);
+
+// gemm_int4.cu
+qc_status gemm_int4(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
+                    const qc_weight_int4 *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t workspace,
+                    int64_t workspace_bytes);
+
+// gemm_4bit_transposed.cu
+qc_status gemm_4bit_transposed_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                         int64_t *bytes);
+qc_status gemm_4bit_transposed(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                               uintptr_t a, const qc_weight_4bit *w, uintptr_t out, uintptr_t workspace,
+                               int64_t workspace_bytes);
 
 // int8_quantize.cu
 qc_status int8_quantize_rows(int32_t device, uintptr_t stream, int32_t dtype, uintptr_t a, int64_t m, int64_t k,

@@ -1,0 +1,261 @@
+// X[M,K] = Y[M,N] W[N,K] for an NF4 or FP4 weight (QC-GEMM4-008 to -012): the gradient of gemm_4bit. The sum runs over
+// the rows of W, so what is contiguous in its codes is a row of the result and not the depth. Two kernels, chosen by
+// dtype and shape alone:
+//
+//   matrix units   16-bit dtypes, N and K multiples of 32. tiled.cuh, with the columns of W as rows of the A operand. A
+//                  tile is 32 rows of W by 128 columns: four pieces of 16 bytes a row. A thread takes one byte (or one
+//                  nibble) of eight rows and writes the eight weights of a column side by side: the transposition costs
+//                  reads of shared memory by bytes, and those of a wave are neighbours. Scales, one for 32 columns of a
+//                  row, come two tiles ahead and pass through shared memory, for a thread needs those of eight rows.
+//   plain          any other shape, float32, units without the dtype: a lane takes eight columns, a word of codes, and
+//                  the waves of a block share out the rows of W; their sums meet in shared memory, a row of Y at a time.
+//
+// Floor: N * K / 2 bytes of codes and 4 (1 with nested absmax) a block for each 128 rows of Y (8 without units), at read
+// bandwidth; the units' rate beyond.
+#include "fourbit_product.cuh"
+#include "host/arguments.h"
+#include "host/ops.h"
+#include "host/queue.h"
+#include "weight4bit.cuh"
+
+namespace qcore::gpu {
+namespace {
+
+constexpr char kOp[] = "gemm_4bit_transposed";
+constexpr int kSegment = 32;  // columns that share a scale, whatever the blocksize, for K is a multiple of it
+constexpr int kSegments = kTileRows / kSegment;
+
+// Scales of a tile, eight of them neighbours for the thread that decodes eight rows; and of the next tile.
+struct TileScales {
+    float value[2][kSegments][kTileDepth];
+};
+
+// As tiled.cuh takes them: its row is a column here, and its depth the rows of the weight.
+template <class T>
+struct ColumnsOfCodes {
+    using Carry = float;  // a scale of the tile after the next one
+    const CodebookWeight &w;
+    const Table16 &table;
+    TileScales &scales;
+
+    template <bool Aligned>
+    QC_DEVICE void fetch(Vector16 &to, int slot, int64_t first_column, int64_t at) const {
+        const int64_t column = first_column + slot % kSegments * kSegment;
+        const bool there = column < w.k;
+        const uint8_t *bytes = w.bytes(there ? at + slot / kSegments : 0, there ? column : 0);
+        if constexpr (Aligned) {
+            copy16_async(&to, bytes, there);
+        } else {
+            to = gather_sixteen_bytes(bytes, there ? 16 : 0);
+        }
+    }
+    template <int Threads>
+    QC_DEVICE Carry begin(int thread, int64_t first_column, int64_t at, int64_t end) const {
+        put(thread, at, scale(thread, first_column, at, end));
+        return scale(thread, first_column, at + kTileDepth, end);
+    }
+    template <int Threads>
+    QC_DEVICE void decode(TilePieces<kTileRows> &tile, const Vector16 (&codes)[kTileRows], Carry &carry, int thread,
+                          int64_t first_column, int64_t at, int64_t end) const {
+        put(thread, at + kTileDepth, carry);
+        carry = scale(thread, first_column, at + 2 * kTileDepth, end);
+        constexpr int kColumns = kTileRows * kTilePieces / Threads;  // that a thread decodes: two or one
+        constexpr int kAcross = kTileRows / kColumns;
+        const int column = thread % kAcross * kColumns, p = thread / kAcross;
+        const uint8_t *byte = reinterpret_cast<const uint8_t *>(&codes[8 * p * kSegments]) + column / 2;
+        const float *scale = scales.value[parity(at)][column / kSegment] + 8 * p;
+        float even[8], odd[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t two = byte[i * kSegments * 16];
+            if constexpr (kColumns == 2) {
+                even[i] = CodebookWeight::value(table, two >> 4, scale[i]);
+                odd[i] = CodebookWeight::value(table, two & 15, scale[i]);
+            } else {
+                even[i] = CodebookWeight::value(table, column % 2 == 0 ? two >> 4 : two & 15, scale[i]);
+            }
+        }
+        tile.at(column, p) = eight_of_depth(even);
+        if constexpr (kColumns == 2) {
+            tile.at(column + 1, p) = eight_of_depth(odd);
+        }
+    }
+
+   private:
+    QC_DEVICE static int parity(int64_t at) { return static_cast<int>(at / kTileDepth % 2); }
+    // Four threads a row of the weight, one a segment.
+    QC_DEVICE float scale(int thread, int64_t first_column, int64_t at, int64_t end) const {
+        const int64_t column = first_column + thread % kSegments * kSegment;
+        const bool there = thread < kTileRows && column < w.k && at < end;
+        return there ? w.scale(at + thread / kSegments, column) : 0.0f;
+    }
+    QC_DEVICE void put(int thread, int64_t at, float scale) const {
+        if (thread < kTileRows) {
+            scales.value[parity(at)][thread % kSegments][thread / kSegments] = scale;
+        }
+    }
+    QC_DEVICE static Vector16 eight_of_depth(const float (&value)[8]) {
+        return Vector16{pack_two<T>(value[0], value[1]), pack_two<T>(value[2], value[3]),
+                        pack_two<T>(value[4], value[5]), pack_two<T>(value[6], value[7])};
+    }
+};
+
+template <class T, int W, int Rows, bool Aligned>
+QC_KERNEL(kTiledWaves *W)
+tiled_transposed_kernel(CodebookWeight w, Activations<T> y, TileOutput<Output<T>> output, int splits) {
+    struct Shared {
+        TileShared<Rows> tile;
+        TileScales scales;
+        Table16 table;
+    };
+    QC_SHARED(Shared, shared);
+    w.fill(shared.table);
+    block_barrier();
+    const ColumnsOfCodes<T> codes = {w, shared.table, shared.scales};
+    multiply_tiles<T, W, Rows, Aligned>(codes, y, w.k, splits, output, shared.tile);
+}
+
+template <class T, int W, int M>
+QC_KERNEL(kPlainThreads)
+plain_transposed_kernel(CodebookWeight w, Activations<T> y, TileOutput<Output<T>> output, int splits, bool words) {
+    constexpr int kWaves = kPlainThreads / W, kColumns = 8 * W;
+    struct Shared {
+        float sum[kWaves][kColumns];
+        Table16 table;
+    };
+    QC_SHARED(Shared, shared);
+    w.fill(shared.table);
+    block_barrier();
+    const int lane = thread_index() % W, wave = thread_index() / W;
+    const int64_t first_column = block_index_x() * kColumns, column = first_column + 8 * lane;
+    const int64_t across = (y.m + M - 1) / M, depth = y.k / kTileDepth;
+    for (int64_t i = block_index_y(); i < across * splits; i += block_count_y()) {
+        const int64_t first = i % across * M, part = i / across;
+        const int64_t start = depth * part / splits * kTileDepth;
+        const int64_t end = part + 1 == splits ? y.k : depth * (part + 1) / splits * kTileDepth;
+        float sum[M][8] = {};
+        for (int64_t row = start + wave; row < end; row += kWaves) {
+            const Eight weights = w.template eight<T>(row, column, w.k - column, words, shared.table);
+#pragma unroll
+            for (int j = 0; j < M; ++j) {
+                const float value = first + j < y.m ? to_float(y.x[(first + j) * y.k + row]) : 0.0f;
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    sum[j][c] = multiply_add(weights.value[c], value, sum[j][c]);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < M; ++j) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+                shared.sum[wave][8 * lane + c] = sum[j][c];
+            }
+            block_barrier();
+            for (int c = thread_index(); c < kColumns; c += kPlainThreads) {
+                float total = shared.sum[0][c];
+#pragma unroll
+                for (int other = 1; other < kWaves; ++other) {
+                    total += shared.sum[other][c];
+                }
+                if (first + j < y.m && first_column + c < w.k) {
+                    TileFinish<Output<T>>{output, part, w.k}(first + j, first_column + c, total);
+                }
+            }
+            block_barrier();
+        }
+    }
+}
+
+bool takes_tiles(int32_t device, int32_t dtype, int64_t n, int64_t k) {
+    return takes_matrix(device, dtype, n) && k % kSegment == 0;
+}
+
+// The sum over N, in parts for both kernels.
+int parts_of(int32_t device, int64_t m, int64_t n, int64_t k) { return tile_splits(device, m, k, n); }
+
+template <class T>
+struct Transposed {
+    CodebookWeight w;
+    Activations<T> y;
+    Output<T> output;
+    bool w_aligned;
+    Queue queue;
+    float *partial;
+    int splits;
+
+    qc_status run(bool units) {
+        if constexpr (sizeof(T) == 2) {
+            if (units) {
+                return y.m <= 32 ? tiled<32>() : y.m <= 64 ? tiled<64>() : tiled<128>();
+            }
+        }
+        return y.m == 1 ? plain<1>() : plain<8>();
+    }
+
+   private:
+    template <int Rows>
+    qc_status tiled() {
+        const auto kernel = w_aligned && y.aligned ? tiled_transposed_kernel<T, kWave, Rows, true>
+                                                   : tiled_transposed_kernel<T, kWave, Rows, false>;
+        return launch_tiles<Rows>(queue, kernel, output, y.m, w.k, splits, partial, w, y);
+    }
+    template <int M>
+    qc_status plain() {
+        const Grid grid = {ceil_div(w.k, 8 * kWave), Queue::tile_blocks(ceil_div(y.m, M) * splits)};
+        const TileOutput<Output<T>> to = {output, splits > 1 ? partial : nullptr, y.m};
+        const qc_status status = queue.launch(plain_transposed_kernel<T, kWave, M>, grid, kPlainThreads, w, y, to,
+                                              splits, w_aligned && w.k % 8 == 0);
+        return status != QC_OK || splits == 1 ? status : add_parts(queue, output, y.m, w.k, splits, partial);
+    }
+};
+
+}  // namespace
+
+qc_status gemm_4bit_transposed_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                         int64_t *bytes) {
+    Arguments arguments("workspace", device, Arguments::Starts::nothing);
+    arguments.dtype("dtype", dtype).extent("m, k", m, k);
+    if (arguments.ok()) {
+        *bytes = m == 0 || k == 0 ? 0 : partial_bytes(m, k, parts_of(device, m, n, k));
+    }
+    return arguments.status();
+}
+
+qc_status gemm_4bit_transposed(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                               uintptr_t a, const qc_weight_4bit *w, uintptr_t out, uintptr_t workspace,
+                               int64_t workspace_bytes) {
+    return guarded(kOp, [&] {
+        Arguments arguments(kOp, device);
+        arguments.dtype("dtype", dtype).count("m", m).count("n", n).count("k", k);
+        arguments.extent("m, n", m, n).extent("n, k", n, k).extent("m, k", m, k).weight("w", w);
+        if (!arguments.ok()) {
+            return arguments.status();
+        }
+        if (w->numel != elements(n, k)) {
+            return fail(QC_INVALID_ARGUMENT, "%s: w.numel: expected n * k = %lld * %lld, got %lld", kOp,
+                        static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(w->numel));
+        }
+        arguments.array("a", a, elements(m, n), dtype_size(dtype)).array("out", out, elements(m, k), dtype_size(dtype));
+        if (!arguments.ok() || m == 0 || k == 0) {
+            return arguments.status();
+        }
+        const int splits = parts_of(device, m, n, k);
+        if (!arguments.workspace(workspace, workspace_bytes, partial_bytes(m, k, splits)).ok()) {
+            return arguments.status();
+        }
+        return with_dtype(dtype, [&](auto type) {
+            using T = typename decltype(type)::type;
+            Transposed<T> product = {{weight_view(*w), k},
+                                     {pointer<const T>(a), m, n, n % 8 == 0 && aligned(a, 16)},
+                                     {pointer<T>(out), k, {nullptr, nullptr}},
+                                     aligned(w->packed, 16),
+                                     Queue(kOp, device, stream),
+                                     pointer<float>(workspace),
+                                     splits};
+            return product.run(takes_tiles(device, dtype, n, k));
+        });
+    });
+}
+
+}  // namespace qcore::gpu
