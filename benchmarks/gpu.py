@@ -29,8 +29,10 @@ from torch import Tensor
 import qcore
 from qcore import functional as F
 from qcore.backend.registry import backend_for
+from qcore.backend.weights import WeightInt4
 from qcore.ops import int8
 from qcore.ops.fourbit import prepare_gemm_4bit
+from qcore.ops.prepared_int4 import prepare_int4
 
 BF16 = torch.bfloat16
 ROWS = (1, 4, 8, 16, 32, 64, 512, 2048)
@@ -195,6 +197,7 @@ def _products_of_shape(n: int, k: int, device: torch.device) -> Iterator[Benchma
     products: dict[str, Sequence[Product]] = {
         "qcore": [_prepared(plain[i % len(plain)]) for i in range(count)],
         "torch bf16": [partial(_linear, w) for w in plain],
+        "qcore int4 group 128": [_prepared_int4(n, k, device) for _ in range(count)],
         "bitsandbytes": attempt(lambda: _their_weights(plain, count), errors, "bitsandbytes", one),
         "torch int4 group 128": attempt(lambda: _int4_weights(n, k, count, device), errors, "torch int4", one),
     }
@@ -250,6 +253,14 @@ def _bound(call: Callable[[Any], object], peer: Any) -> Call:
 def _prepared(weight: Tensor) -> Any:
     packed, state = F.quantize_4bit(weight, quant_type="nf4")
     return prepare_gemm_4bit(state.weight(packed))
+
+
+def _prepared_int4(n: int, k: int, device: torch.device) -> Product:
+    packed, zeros = (torch.randint(0, 256, (n, columns), dtype=torch.uint8, device=device) for columns in (k // 2, 1))
+    scales = torch.rand(n, -(-k // 128), device=device).to(BF16)
+    weight = WeightInt4(packed, scales, (zeros % 16).expand(scales.shape).contiguous(), 128, (n, k))
+    handle = prepare_int4(weight)
+    return lambda x: handle.eager(x, None)
 
 
 def _their_dequantize_8bit(A: Tensor) -> Sequence[Call]:

@@ -10,8 +10,12 @@
 # tools/gpu_wheels.sh fills on a machine with a network. A part that fails or runs out of its time is a line of the
 # summary, and the next one begins.
 #
-# OUT_DIR gets: summary.json (parts, states, seconds, machine), build.log, conformance.json and .md, stress.json,
-# sanitizer.log, build-hip.log, hip.json and .md, bench.json, model.json (measured beside predicted), run.log. Exit
+# What tells most comes first: every op once, the suite, the benchmarks; then the sanitizer, the stress cases and the HIP
+# host side. Each part leaves its files when it ends and the summary is written again after it, so a machine that is
+# taken away early leaves all that was done.
+#
+# OUT_DIR gets: summary.json (parts, states, seconds, machine), build.log, conformance.json and .md, bench.json,
+# model.json (measured beside predicted), sanitizer.log, stress.json, build-hip.log, hip.json and .md, run.log. Exit
 # status: 0 all parts went well, 1 some did not, 2 wrong use, 3 no GPU here.
 set -uo pipefail
 
@@ -56,16 +60,19 @@ part() {
     fi
     echo "   $name: $state ($((SECONDS - began)) s)" | tee -a "$out/run.log"
     printf '%s\t%s\t%s\t%s\n' "$name" "$state" "$status" "$((SECONDS - began))" >>"$work/parts"
+    summary 1 "cut off after $name" # what stands there if this was the last part
     [[ $state == passed ]]
 }
 skip() { # NAME WHY
     echo "   $1: skipped: $2" | tee -a "$out/run.log"
     printf '%s\tskipped: %s\t0\t0\n' "$1" "$2" >>"$work/parts"
 }
+summary() { # STATUS REASON
+    "$python" tools/gpu_summary.py "$work/parts" "$out/summary.json" --status "$1" --reason "$2" --seconds $((SECONDS - start))
+}
 # finish STATUS REASON: writes the summary and exits.
 finish() {
-    "$python" tools/gpu_summary.py "$work/parts" "$out/summary.json" --status "$1" --reason "$2" --seconds $((SECONDS - start)) ||
-        { echo "the summary could not be written" >&2 && exit 1; }
+    summary "$@" || { echo "the summary could not be written" >&2 && exit 1; }
     echo "$2; everything is in $out"
     exit "$1"
 }
@@ -103,61 +110,69 @@ else
     }
     export -f build
     export work architecture
-    part build 150 bash -c "build >'$out/build.log' 2>&1"
+    part build 180 bash -c "build >'$out/build.log' 2>&1"
     [[ -f $library ]] || finish 1 "the library was not built; build.log says why"
-    # Meanwhile the suite runs: the HIP backend's host side with the same kernels, at the end of the line for processors.
-    nice -n 10 bash -c "cmake -S backends/hip/shim -B '$work/hip' -G Ninja -DCMAKE_CUDA_ARCHITECTURES='$architecture' \
-        -DQCORE_HIP_ARCH=sm_$capability && cmake --build '$work/hip' --parallel 6" >"$out/build-hip.log" 2>&1 &
-    hip_build=$!
 fi
 
+part "small calls" 60 "$python" tools/gpu_small_calls.py "$library"
+
 conformance() { # NAME LIMIT RESULT ARGUMENT...: the suite; its JSON and page go to OUT_DIR even if cases failed
-    local name=$1 limit=$2 result=$3
+    local name=$1 limit=$2 result=$3 left=$((budget - (SECONDS - start)))
     shift 3
-    part "$name" "$limit" "$python" -m qcore_conformance run --backend "$library" --report "$work/$name" "$@"
+    ((limit > left)) && limit=$left
+    # It begins no case in the last seconds, so that its report is there.
+    part "$name" "$limit" "$python" -m qcore_conformance run --backend "$library" --report "$work/$name" \
+        --budget "$((limit > 40 ? limit - 25 : limit / 2))" "$@"
     cp "$work/$name/report.json" "$out/$result.json" 2>/dev/null
     [[ $result == stress ]] || cp "$work/$name/report.md" "$out/$result.md" 2>/dev/null
 }
 if [[ -n $rehearsal ]]; then
     conformance conformance 100 conformance --level L0 --op dequantize_absmax
-    conformance stress 100 stress --level L3 --op int8_dequantize_rows
 else
-    conformance conformance 170 conformance --jobs 6
-    conformance stress 90 stress --level L3 --jobs 2
-fi
-
-if [[ -n $rehearsal ]]; then
-    part "small calls" 100 "$python" tools/gpu_small_calls.py "$library"
-elif command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        part "$tool" 60 bash -c "compute-sanitizer --tool $tool --error-exitcode 9 '$python' tools/gpu_small_calls.py '$library' >>'$out/sanitizer.log' 2>&1"
-    done
-else
-    skip memcheck "compute-sanitizer was not found"
-fi
-
-if [[ -n $rehearsal ]]; then
-    skip hip "rehearsal on $rehearsal"
-else
-    part "hip build" 60 tail --pid="$hip_build" -f /dev/null
-    if [[ -f $work/hip/libqcore_hip_on_cuda.so ]]; then
-        library="$work/hip/libqcore_hip_on_cuda.so" conformance hip 60 hip --jobs 6 --level L0 --level L1
-    else
-        skip hip "the library was not built; build-hip.log says why"
-    fi
+    conformance conformance 170 conformance --jobs 8
 fi
 
 size=4096
-bench=(--library "$library" --json "$out/bench.json" --device "$device")
-left=$((budget - (SECONDS - start) - 20))
+left=$((budget - (SECONDS - start)))
+bench=(--library "$library" --json "$out/bench.json" --device "$device" --budget "$((left < 110 ? left - 10 : 100))")
 if [[ -n $rehearsal ]]; then
     size=64
     bench+=(--rounds 2 --seconds 0.0001)
 fi
-part bench 200 "$python" benchmarks/gpu.py "${bench[@]}" --size "$size" --budget "$((left < 180 ? left : 180))"
+part bench 120 "$python" benchmarks/gpu.py "${bench[@]}" --size "$size"
 model=(bench gpu --shape 4096x4096 --json "$out/model.json")
 part model 60 env QCORE_BACKEND="$device=$library" "$python" -c \
     'import sys; from qcore.cli.main import run; sys.exit(run(sys.argv[1:]))' "${model[@]}"
+
+# Not before: the benchmarks want the processors for themselves. The HIP backend's host side with the same kernels.
+if [[ -z $rehearsal ]]; then
+    nice -n 10 bash -c "cmake -S backends/hip/shim -B '$work/hip' -G Ninja -DCMAKE_CUDA_ARCHITECTURES='$architecture' \
+        -DQCORE_HIP_ARCH=sm_$capability && cmake --build '$work/hip' --parallel 12" >"$out/build-hip.log" 2>&1 &
+    hip_build=$!
+fi
+
+sanitize() { # TOOL LIMIT
+    part "$1" "$2" bash -c "compute-sanitizer --tool $1 --error-exitcode 9 '$python' tools/gpu_small_calls.py '$library' >>'$out/sanitizer.log' 2>&1"
+}
+if [[ -n $rehearsal ]]; then
+    skip memcheck "rehearsal on $rehearsal"
+    conformance stress 100 stress --level L3 --op int8_dequantize_rows
+    skip hip "rehearsal on $rehearsal"
+else
+    if command -v compute-sanitizer >/dev/null; then
+        sanitize memcheck 60
+    else
+        skip memcheck "compute-sanitizer was not found"
+    fi
+    conformance stress 70 stress --level L3 --jobs 2
+    part "hip build" 60 tail --pid="$hip_build" -f /dev/null
+    if [[ -f $work/hip/libqcore_hip_on_cuda.so ]]; then
+        library="$work/hip/libqcore_hip_on_cuda.so" conformance hip 60 hip --jobs 8 --level L0 --level L1
+    else
+        skip hip "the library was not built; build-hip.log says why"
+    fi
+    command -v compute-sanitizer >/dev/null && sanitize racecheck 60
+fi
 
 if grep -qvP '^[^\t]+\t(passed|skipped)' "$work/parts"; then
     finish 1 "some parts did not go well"

@@ -33,6 +33,11 @@ QC_DEVICE int64_t block_index_y() { return blockIdx.y; }
 QC_DEVICE int64_t block_count_x() { return gridDim.x; }
 QC_DEVICE int64_t block_count_y() { return gridDim.y; }
 
+template <class T>
+QC_DEVICE const T &only_parameter(const T &given) {
+    return given;
+}
+
 QC_DEVICE void block_barrier() { __syncthreads(); }
 
 template <int W, class T>

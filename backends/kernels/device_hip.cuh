@@ -45,6 +45,18 @@ QC_DEVICE int64_t block_index_y() { return blockIdx.y; }
 QC_DEVICE int64_t block_count_x() { return gridDim.x; }
 QC_DEVICE int64_t block_count_y() { return gridDim.y; }
 
+// The parameter where the host has put it. By its name a kernel would get a copy in scratch memory, for it indexes the
+// arrays at run time.
+template <class T>
+QC_DEVICE const T &only_parameter(const T &given) {
+#if defined(__HIP_DEVICE_COMPILE__)
+    static_cast<void>(given);
+    return *(const T *)__builtin_amdgcn_kernarg_segment_ptr();
+#else
+    return given;
+#endif
+}
+
 QC_DEVICE void block_barrier() { __syncthreads(); }
 
 // The word of lane `lane ^ mask`. A mask that the compiler knows, which is every one of an unrolled loop, is a data

@@ -48,14 +48,13 @@ qc_status gemm_4bit(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         }
         return with_dtype(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            FourbitProduct<CodebookWeight, T> product = {
-                {weight_view(*w), k},
-                {pointer<const T>(a), m, k, k % 8 == 0 && aligned(a, 16)},
-                {pointer<T>(out), n, bias_view<T>(bias_dtype, bias)},
-                aligned(w->packed, 16),
-                Queue(kOp, device, stream),
-                pointer<float>(workspace),
-                splits};
+            FourbitProduct<CodebookWeight, T> product = {{weight_view(*w), k},
+                                                         {pointer<const T>(a), m, k, k % 8 == 0 && aligned(a, 16)},
+                                                         {pointer<T>(out), n, bias_view<T>(bias_dtype, bias)},
+                                                         aligned(w->packed, 16),
+                                                         Queue(kOp, device, stream),
+                                                         pointer<float>(workspace),
+                                                         splits};
             return product.run(takes_matrix(device, dtype, k));
         });
     });

@@ -8,10 +8,11 @@
 //                  reads of shared memory by bytes, and those of a wave are neighbours. Scales, one for 32 columns of a
 //                  row, come two tiles ahead and pass through shared memory, for a thread needs those of eight rows.
 //   plain          any other shape, float32, units without the dtype: a lane takes eight columns, a word of codes, and
-//                  the waves of a block share out the rows of W; their sums meet in shared memory, a row of Y at a time.
+//                  the waves of a block share out the rows of W; their sums meet in shared memory, a row of Y at a
+//                  time.
 //
-// Floor: N * K / 2 bytes of codes and 4 (1 with nested absmax) a block for each 128 rows of Y (8 without units), at read
-// bandwidth; the units' rate beyond.
+// Floor: N * K / 2 bytes of codes and 4 (1 with nested absmax) a block for each 128 rows of Y (8 without units), at
+// read bandwidth; the units' rate beyond.
 #include "fourbit_product.cuh"
 #include "host/arguments.h"
 #include "host/ops.h"

@@ -90,28 +90,30 @@ struct Factor {
     bool aligned;
 };
 
-template <class Finish, int C, int KW>
+template <bool Aligned, int C, int KW, class Finish>
 qc_status launch(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
     constexpr int kColumns = C * MatrixLayout<kWave>::kColumns, kRows = kProductWaves / KW * kRowsOfTile;
     const Grid grid = {ceil_div(b.n, kRows), Queue::tile_blocks(ceil_div(a.m, kColumns))};
-    if (a.aligned && b.aligned) {
-        const Int8Rows<true> rows = {b.b, b.n, b.k};
-        return queue.launch(int8_kernel<Finish, kWave, C, KW, true>, grid, kProductWaves * kWave, rows, a, finish);
+    const Int8Rows<Aligned> rows = {b.b, b.n, b.k};
+    return queue.launch(int8_kernel<Finish, kWave, C, KW, Aligned>, grid, kProductWaves * kWave, rows, a, finish);
+}
+
+template <bool Aligned, class Finish>
+qc_status run_rows(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
+    constexpr int kUnit = MatrixLayout<kWave>::kColumns;
+    constexpr int kMost = Aligned ? 64 : 32;  // to gather 16 bytes one by one takes registers too
+    if (a.m <= kUnit) {
+        return launch<Aligned, 1, 8>(queue, b, a, finish);
     }
-    const Int8Rows<false> rows = {b.b, b.n, b.k};
-    return queue.launch(int8_kernel<Finish, kWave, C, KW, false>, grid, kProductWaves * kWave, rows, a, finish);
+    if (a.m <= 16) {
+        return launch<Aligned, 16 / kUnit, 8>(queue, b, a, finish);
+    }
+    return launch<Aligned, kMost / kUnit, 2>(queue, b, a, finish);
 }
 
 template <class Finish>
 qc_status run(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
-    constexpr int kUnit = MatrixLayout<kWave>::kColumns;
-    if (a.m <= kUnit) {
-        return launch<Finish, 1, 8>(queue, b, a, finish);
-    }
-    if (a.m <= 16) {
-        return launch<Finish, 16 / kUnit, 8>(queue, b, a, finish);
-    }
-    return launch<Finish, 64 / kUnit, 2>(queue, b, a, finish);
+    return a.aligned && b.aligned ? run_rows<true>(queue, b, a, finish) : run_rows<false>(queue, b, a, finish);
 }
 
 Arguments check_sizes(const char *op, int32_t device, int64_t m, int64_t n, int64_t k) {

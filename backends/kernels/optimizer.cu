@@ -23,12 +23,13 @@ constexpr int kMostBlocksOfRun = 64;
 
 template <class Rule, bool Coded, int W>
 QC_KERNEL(kThreads)
-step_kernel(QC_PARAMETER(OptimizerJob) job) {
+step_kernel(QC_PARAMETER(OptimizerJob) given) {
+    const OptimizerJob &job = only_parameter(given);
     using Shared = Books<Rule, Coded>;
     QC_SHARED(Shared, books);
     build_books<Rule>(job.rule, books);
     for_blocks<Rule, Coded>(job, [&](const Entry<Rule, Coded> &entry, int64_t, int64_t first, int64_t count) {
-        const Stepped<Rule, Coded> stepped(entry, books, first, count);
+        const Stepped<Rule, Coded> stepped(entry, books.values, first, count);
         if constexpr (Coded) {
             encode_states<Rule, W>(entry, books, stepped.state, first, count);
         } else if (count > 0) {
@@ -46,18 +47,20 @@ step_kernel(QC_PARAMETER(OptimizerJob) job) {
 // QC-OPT-009, the sums of blocks: of u, then of w.
 template <class Rule, bool Coded, int W>
 QC_KERNEL(kThreads)
-squares_kernel(QC_PARAMETER(OptimizerJob) job) {
+squares_kernel(QC_PARAMETER(OptimizerJob) given) {
+    const OptimizerJob &job = only_parameter(given);
     constexpr int kBlock = static_cast<int>(kOptimizerBlock);
     struct Shared {
-        Books<Rule, Coded> books;
+        StateValues<Coded> values;
         float value[kBlocksAtOnce][2][kBlock];
         double lane[kBlocksAtOnce][2][16];
     };
     QC_SHARED(Shared, shared);
-    build_books<Rule>(job.rule, shared.books);
+    shared.values.fill();
+    block_barrier();
     const int team = thread_index() / kLanesOfBlock, mine = thread_index() % kLanesOfBlock;
     for_blocks<Rule, Coded>(job, [&](const Entry<Rule, Coded> &entry, int64_t block, int64_t first, int64_t count) {
-        const Stepped<Rule, Coded> stepped(entry, shared.books, first, count);
+        const Stepped<Rule, Coded> stepped(entry, shared.values, first, count);
         store_aligned<float>(&shared.value[team][0][8 * mine], stepped.update);
         store_aligned<float>(&shared.value[team][1][8 * mine], stepped.param);
         block_barrier();
@@ -90,7 +93,8 @@ squares_kernel(QC_PARAMETER(OptimizerJob) job) {
 
 // QC-OPT-009 and QC-OPT-008 for one tensor: its step size.
 QC_KERNEL(kThreads)
-norm_kernel(QC_PARAMETER(OptimizerJob) job) {
+norm_kernel(QC_PARAMETER(OptimizerJob) given) {
+    const OptimizerJob &job = only_parameter(given);
     static_assert(kThreads == 256, "the lanes of the clause");
     struct Shared {
         double lane[2][kThreads];

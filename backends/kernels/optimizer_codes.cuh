@@ -37,9 +37,27 @@ QC_DEVICE float state_value(bool of_unsigned, int code) {
     return of_unsigned ? QC_DYNAMIC_UNSIGNED_TABLE[code] : QC_DYNAMIC_TABLE[code];
 }
 
+// What codes stand for, in shared memory.
+template <bool Coded>
+struct StateValues {
+    float of_signed[256], of_unsigned[256];
+
+    // Every thread of a block of at least 256 comes here; a barrier follows.
+    QC_DEVICE void fill() {
+        if (thread_index() < 256) {
+            of_signed[thread_index()] = state_value(false, thread_index());
+            of_unsigned[thread_index()] = state_value(true, thread_index());
+        }
+    }
+};
+template <>
+struct StateValues<false> {
+    float none;
+    QC_DEVICE static void fill() {}
+};
+
 template <int Entries>
 struct StateBook {
-    float value[256];
     uint32_t entry[Entries];
 
     // Every thread of a block of at least 256 comes here; `thresholds` is free again after the next barrier.
@@ -49,7 +67,6 @@ struct StateBook {
         const int j = thread_index();
         if (j < 256) {
             const float c = state_value(of_unsigned, j);
-            value[j] = c;
             const int place = j - scale.zero;  // threshold j lies between the codes j and j + 1
             if (j < 255 && place >= 0) {
                 const float next = state_value(of_unsigned, j + 1);

@@ -39,13 +39,14 @@ struct Entry {
 
 template <class Rule, bool Coded>
 struct Books {
+    StateValues<true> values;
     StateBook<kSignedEntries> signed_book;
     StateBook<kUnsignedEntries> unsigned_book;
     int32_t thresholds[256];
 };
 template <class Rule>
 struct Books<Rule, false> {
-    float none;
+    StateValues<false> values;
 };
 
 // Whether state s is in the unsigned codebook (QC-OPT-020).
@@ -56,6 +57,7 @@ QC_DEVICE bool is_unsigned(const qc_optimizer &o, int s) {
 
 template <class Rule>
 QC_DEVICE void build_books(const qc_optimizer &o, Books<Rule, true> &books) {
+    books.values.fill();  // the barriers of the books follow
     if (!is_unsigned<Rule>(o, 0)) {
         books.signed_book.template build<kStepThreads>(false, books.thresholds);
     }
@@ -74,7 +76,7 @@ struct Stepped {
     Eight state[Rule::kStates];
     uint32_t kept;  // bit i: the parameter of element i keeps its bits
 
-    QC_DEVICE Stepped(const Entry<Rule, Coded> &entry, const Books<Rule, Coded> &books, int64_t first, int64_t count) {
+    QC_DEVICE Stepped(const Entry<Rule, Coded> &entry, const StateValues<Coded> &values, int64_t first, int64_t count) {
         const qc_optimizer &o = entry.job.rule;
         const RawEight grad = load_raw(o.grad_dtype, entry.grad(), first, count);
         const RawEight raw = load_raw(o.param_dtype, entry.param(), first, count);
@@ -82,7 +84,7 @@ struct Stepped {
         if (entry.job.compensated != 0) {
             rest = load_raw(o.param_dtype, entry.last(), first, count);
         }
-        read_states(entry, books, first, count);
+        read_states(entry, values, first, count);
         param = convert(o.param_dtype, raw);
         if (entry.job.compensated != 0) {
             const Eight c = convert(o.param_dtype, rest);
@@ -104,7 +106,7 @@ struct Stepped {
     }
 
    private:
-    QC_DEVICE void read_states(const Entry<Rule, Coded> &entry, const Books<Rule, Coded> &books, int64_t first,
+    QC_DEVICE void read_states(const Entry<Rule, Coded> &entry, const StateValues<Coded> &values, int64_t first,
                                int64_t count) {
         if constexpr (Coded) {
             EightBytes codes[Rule::kStates];
@@ -117,8 +119,7 @@ struct Stepped {
             }
 #pragma unroll
             for (int s = 0; s < Rule::kStates; ++s) {
-                const float *table =
-                    is_unsigned<Rule>(entry.job.rule, s) ? books.unsigned_book.value : books.signed_book.value;
+                const float *table = is_unsigned<Rule>(entry.job.rule, s) ? values.of_unsigned : values.of_signed;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     state[s].value[i] = table[codes[s].byte(i)] * absmax[s];

@@ -17,8 +17,8 @@
 //                                 of this thread: a barrier follows
 //   magnitude, round_to_even, multiply_add, bits_to_float, float_to_bits
 //   square_root(float), square_root(double)   IEEE's: rounded to nearest
-//   QC_PARAMETER(T) name          a large struct as a kernel's parameter, of which it may index the arrays; all
-//                                 parameters of a kernel together: at most kParameterBytes
+//   QC_PARAMETER(T) name          a large struct as a kernel's only parameter, of at most kParameterBytes
+//   only_parameter(name)          the same, of which a kernel may index the arrays
 //
 // Everything else is C++. Contraction is off: a product and a sum are fused only by multiply_add, where
 // a clause leaves that open (QC-NUM-001). A

@@ -45,9 +45,9 @@ struct TileShared {
     Vector16 codes[kStages][kTileRows];  // 32 of four bits
 };
 
-// Every thread of a block of kTiledWaves waves comes here. `weights` knows the kTileRows pieces of 16 bytes that are the
-// codes of a tile (fetch: one of them), and how its threads make a tile of weights of them (decode), with what a thread
-// carries from one tile to the next (Carry; begin: that of the first, a barrier before the first decode).
+// Every thread of a block of kTiledWaves waves comes here. `weights` knows the kTileRows pieces of 16 bytes that are
+// the codes of a tile (fetch: one of them), and how its threads make a tile of weights of them (decode), with what a
+// thread carries from one tile to the next (Carry; begin: that of the first, a barrier before the first decode).
 // `finish(m, n, sum)` takes the sum over [first, end) of the depth, both multiples of kTileDepth.
 template <class T, int W, int Rows, bool Aligned, class Weights, class Finish>
 QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, int64_t first_row, int64_t n,

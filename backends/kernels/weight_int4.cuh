@@ -1,7 +1,7 @@
 // How kernels see a weight of 4-bit integers in groups (QC-INT4-001, QC-INT4-002).
 //
-// A code's difference from its zero point is exact in one subtraction of floats: 2^23 + q has the code as its last bits,
-// and 2^23 + z is made once a group. So a weight is a mask, a subtraction and a product: no table, no conversion.
+// A code's difference from its zero point is exact in one subtraction of floats: 2^23 + q has the code as its last
+// bits, and 2^23 + z is made once a group. So a weight is a mask, a subtraction and a product: no table, no conversion.
 #ifndef QCORE_KERNELS_WEIGHT_INT4_CUH
 #define QCORE_KERNELS_WEIGHT_INT4_CUH
 
@@ -69,8 +69,8 @@ struct Int4Weight {
                 word |= 2 * i < count ? uint32_t{from[i]} << 8 * i : 0U;
             }
         }
-        Eight out = eight_of_word<T, Int4Weight>(
-            word, table, scale_of_group(row, shift >= 0 ? at >> shift : at / group_size));
+        Eight out =
+            eight_of_word<T, Int4Weight>(word, table, scale_of_group(row, shift >= 0 ? at >> shift : at / group_size));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             out.value[i] = i < count ? out.value[i] : 0.0f;

@@ -7,6 +7,7 @@ level or case) or nothing ran.
 from __future__ import annotations
 
 import difflib
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,6 +93,12 @@ def chosen_cases(ops: Sequence[str], levels: Sequence[str]) -> tuple[Case, ...]:
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Worker processes.")
 @click.option("--waivers", type=click.Path(path_type=Path), help="TOML file of known failures.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds that a case may take.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(0),
+    default=math.inf,
+    help="Seconds after which no case is begun; the rest is not run.",
+)
 def run(
     backend: str,
     device: str | None,
@@ -102,6 +109,7 @@ def run(
     jobs: int,
     waivers: Path | None,
     timeout: float | None,
+    budget: float,
 ) -> None:
     """Run the suite on a backend."""
     from qcore_conformance.forkserver import SERVER
@@ -120,7 +128,7 @@ def run(
         if report_dir is not None:
             probe(report_dir)  # a suite takes minutes: better refused now than when there is something to lose
         with _progress(len(selected)) as on_result:
-            report = run_cases(target, selected, jobs=jobs, on_result=on_result, selection=selection)
+            report = run_cases(target, selected, jobs=jobs, on_result=on_result, selection=selection, budget=budget)
         report, unused = apply_waivers(report, known)
         paths = write_all(report, report_dir) if report_dir is not None else []
     except QcoreError as error:

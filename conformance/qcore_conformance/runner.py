@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import selectors
@@ -152,6 +153,7 @@ class _Run:
     target: Target
     groups: queue.SimpleQueue[list[Case]]
     on_result: Callable[[Result], None]
+    end: float = math.inf  # of time.monotonic(), after which no case is begun
     ready: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
@@ -203,7 +205,7 @@ class _Run:
             except queue.Empty:
                 return
             for case in group:
-                if self.stopping.is_set():
+                if self.stopping.is_set() or (self.results and time.monotonic() > self.end):
                     return
                 yield case
 
@@ -229,6 +231,7 @@ def run_cases(
     jobs: int = 1,
     on_result: Callable[[Result], None] = lambda result: None,
     selection: dict[str, Any] | None = None,
+    budget: float = math.inf,
 ) -> Report:
     """Run ``cases`` in worker processes.
 
@@ -242,6 +245,8 @@ def run_cases(
         Called with each result as it comes, from any thread, one at a time.
     selection : dict, optional
         What was asked for, for the report.
+    budget : float
+        Seconds after which no further case is begun; those that are left count as not run, and the run as partial.
 
     Raises
     ------
@@ -252,7 +257,7 @@ def run_cases(
     groups: queue.SimpleQueue[list[Case]] = queue.SimpleQueue()
     for group in _groups(cases):
         groups.put(group)
-    run = _Run(target, groups, on_result)
+    run = _Run(target, groups, on_result, start + budget)
     threads = [threading.Thread(target=run.serve) for _ in range(max(1, min(jobs, len(cases))))]
     for thread in threads:
         thread.start()
@@ -264,6 +269,10 @@ def run_cases(
         raise
     for error in run.errors:
         raise error
+    left = [case for case in cases if case.id not in run.results]
+    for case in left:
+        why = f"the run's {budget:.0f} s were over"
+        run.record(Result(case.id, case.op, case.level, list(case.clauses), Outcome.NOT_RUN, 0.0, message=why))
     return Report(
         schema=SCHEMA,
         spec_version=SPEC_VERSION,
@@ -271,7 +280,7 @@ def run_cases(
         seconds=time.monotonic() - start,
         seed=target.seed,
         selection=selection or {"backend": target.backend},
-        complete=_is_complete(cases),
+        complete=_is_complete(cases) and not left,
         backend=run.ready["backend"],
         environment=run.ready["environment"],
         results=[run.results[case.id] for case in cases],

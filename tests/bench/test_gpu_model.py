@@ -40,6 +40,19 @@ def test_a_prefill_on_an_rtx_4090_by_hand() -> None:
     assert expected.bound == "product"
 
 
+def test_integers_in_groups_by_hand() -> None:
+    """4096 x 4096 in groups of 128: 8,388,608 bytes of codes, 131,072 groups of 2 + 1 bytes, 8,192 bytes of X."""
+    work = model.gemm_int4(1, 4096, 4096)
+    assert work.read == 8_388_608 + 393_216 + 8_192
+    assert model.predict(work, H100).floor == pytest.approx((work.read + 8_192) / 3.35e12)
+
+
+def test_a_gradient_reads_what_the_product_writes() -> None:
+    there, back = model.gemm_4bit(64, 4096, 14336), model.gemm_4bit_transposed(64, 4096, 14336)
+    assert (back.read - back.again, back.written) == (there.written, there.read - there.again)
+    assert back.operations == there.operations
+
+
 def test_a_weight_beyond_the_cache_is_read_in_every_pass() -> None:
     work = model.gemm_4bit(256, 8192, 28672)  # 132 MB of weight; the RTX 4090's cache holds 72 MiB
     small_cache = model.predict(replace(work, operations=0, instructions=0), RTX4090).predicted

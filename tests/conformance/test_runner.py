@@ -62,6 +62,13 @@ def test_a_hang_is_a_result_and_the_run_goes_on() -> None:
     assert _outcomes("Hangs", case_seconds=3.0) == [p, h, h, p]
 
 
+def test_a_run_out_of_time_leaves_the_rest_not_run_and_is_partial() -> None:
+    report = run_cases(Target("broken_backends:Right"), CASES, budget=0.0)
+    assert [result.outcome for result in report.results] == [Outcome.PASSED, *[Outcome.NOT_RUN] * 3]
+    assert report.results[1].message == "the run's 0 s were over"
+    assert not report.complete
+
+
 def test_an_exception_of_a_backend_is_a_failure() -> None:
     report = run_cases(Target("broken_backends:Raises"), CASES)
     assert report.results[1].outcome is Outcome.FAILED

@@ -9,7 +9,7 @@
 #include "architectures.h"
 #include "host/arguments.h"
 #include "host/capabilities.h"
-#include "memory.h"
+#include "host/memory.h"
 
 #ifndef QC_CUDA_ARCHITECTURES
 #error "QC_CUDA_ARCHITECTURES: the compute capabilities of this build as text, such as \"75 80 90a\""
@@ -173,20 +173,12 @@ qc_status check_current_device(const char *op, int32_t device) {
 }
 
 qc_status check_memory(const char *op, const char *argument, int32_t device, uintptr_t address) {
-    static KnownPages known;
-    if (known.holds(address, device)) {
-        return QC_OK;
-    }
-    const Memory memory = look_at(address);
-    const std::string refusal = memory_refusal(memory, device, machine().devices[static_cast<size_t>(device)].pageable);
-    if (!refusal.empty()) {
-        return fail(QC_INVALID_ARGUMENT, "%s: %s: expected memory of device %d, got 0x%llx, %s", op, argument, device,
-                    static_cast<unsigned long long>(address), refusal.c_str());
-    }
-    if (memory.kind == Memory::Kind::device) {
-        known.add(address, device);
-    }
-    return QC_OK;
+    static KnownPages<21> known;
+    const bool pageable = machine().devices[static_cast<size_t>(device)].pageable;
+    const std::string refusal = address_refusal(known, address, device, pageable, look_at);
+    return refusal.empty() ? QC_OK
+                           : fail(QC_INVALID_ARGUMENT, "%s: %s: expected memory of device %d, got 0x%llx, %s", op,
+                                  argument, device, static_cast<unsigned long long>(address), refusal.c_str());
 }
 
 std::string device_fields(int32_t device) {

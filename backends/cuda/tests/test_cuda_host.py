@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[1] / "src"
+HOST = Path(__file__).parents[2] / "kernels" / "host"
 PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
@@ -32,7 +33,7 @@ int main() {
     assert(memory_refusal({Kind::unknown, -1}, 0, true).empty());
     assert(memory_refusal({Kind::pinned, -1}, 0, false).empty());
     assert(memory_refusal({Kind::managed, 1}, 0, false).empty());
-    static KnownPages pages;
+    static KnownPages<21> pages;
     const uintptr_t page = uintptr_t{1} << 21, address = uintptr_t{0x7F32} << 32;
     assert(!pages.holds(0, 0) && !pages.holds(address, 0));
     pages.add(address, 0);
@@ -41,6 +42,14 @@ int main() {
     assert(!pages.holds(address + 2048 * page, 0));  // of the same slot
     pages.add(address + 2048 * page, 1);
     assert(pages.holds(address + 2048 * page, 1) && !pages.holds(address, 0));
+    int asked = 0;
+    const auto look = [&](uintptr_t) { ++asked; return Memory{Kind::device, 0}; };
+    KnownPages<12> &small = *new KnownPages<12>;
+    for (uintptr_t address : {4096, 8191, 8192}) {
+        assert(address_refusal(small, address, 0, false, look).empty());
+    }
+    assert(asked == 2);
+    assert(address_refusal(small, 4096, 1, false, look) == "memory of device 0" && !small.holds(4096, 1));
     std::puts("yes");
 }
 """
@@ -54,7 +63,7 @@ def _compiled(folder: Path, name: str, program: str) -> Path:
         pytest.skip("no C++ compiler (c++, g++) was found")
     source = folder / f"{name}.cpp"
     source.write_text(program, encoding="utf-8")
-    subprocess.run([compiler, "-std=c++17", f"-I{SOURCES}", "-o", folder / name, source], check=True)
+    subprocess.run([compiler, "-std=c++17", f"-I{SOURCES}", f"-I{HOST}", "-o", folder / name, source], check=True)
     return folder / name
 
 

@@ -4,6 +4,7 @@
 #include "devices.h"
 #include "host/arguments.h"
 #include "host/capabilities.h"
+#include "host/memory.h"
 #include "host/runtime.h"
 
 namespace qcore::gpu {
@@ -13,6 +14,24 @@ const char *const kBackendName = "hip";
 namespace {
 
 const qcore_hip::Device &at(int32_t device) { return qcore_hip::machine().devices[static_cast<size_t>(device)]; }
+
+Memory look_at(uintptr_t address) {
+    hipPointerAttribute_t attributes = {};
+    if (hipPointerGetAttributes(&attributes, reinterpret_cast<const void *>(address)) != hipSuccess) {
+        static_cast<void>(hipGetLastError());  // memory that the runtime does not know is an error to it
+        return {Memory::Kind::unknown, -1};
+    }
+    switch (attributes.type) {
+        case hipMemoryTypeHost:
+            return {Memory::Kind::pinned, attributes.device};
+        case hipMemoryTypeManaged:
+            return {Memory::Kind::managed, attributes.device};
+        case hipMemoryTypeUnregistered:
+            return {Memory::Kind::unknown, -1};
+        default:
+            return {Memory::Kind::device, attributes.device};
+    }
+}
 
 }  // namespace
 
@@ -68,8 +87,13 @@ qc_status check_current_device(const char *op, int32_t device) {
     return QC_OK;
 }
 
-// Addresses are taken as the caller gives them: the runtime is not asked whose memory they are.
-qc_status check_memory(const char *, const char *, int32_t, uintptr_t) { return QC_OK; }
+qc_status check_memory(const char *op, const char *argument, int32_t device, uintptr_t address) {
+    static KnownPages<12> known;  // small allocations are given out in pages of 4 KiB
+    const std::string refusal = address_refusal(known, address, device, at(device).pageable, look_at);
+    return refusal.empty() ? QC_OK
+                           : fail(QC_INVALID_ARGUMENT, "%s: %s: expected memory of device %d, got 0x%llx, %s", op,
+                                  argument, device, static_cast<unsigned long long>(address), refusal.c_str());
+}
 
 std::string device_fields(int32_t device) {
     const qcore_hip::Machine &found = qcore_hip::machine();

@@ -49,6 +49,7 @@ Device look_at(int index) {
     device.arch = device.arch.substr(0, device.arch.find(':'));
     device.wave = properties.warpSize;
     device.threads = properties.multiProcessorCount * properties.maxThreadsPerMultiProcessor;
+    device.pageable = properties.pageableMemoryAccess != 0;
     if (!is_built_for(device.arch)) {
         device.refusal = "built for " QC_HIP_ARCHITECTURES "; this " + device.name + " is " + device.arch +
                          "; build qcore-hip with -DQCORE_HIP_ARCHITECTURES=" + device.arch;

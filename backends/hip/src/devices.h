@@ -11,10 +11,11 @@ namespace qcore_hip {
 
 struct Device {
     std::string name;
-    std::string arch;     // "gfx90a", without the features behind a colon
-    int wave = 0;         // 32 or 64
-    int threads = 0;      // that run at once
-    std::string refusal;  // why this build does not run there, or ""
+    std::string arch;       // "gfx90a", without the features behind a colon
+    int wave = 0;           // 32 or 64
+    int threads = 0;        // that run at once
+    bool pageable = false;  // reads the host's own memory
+    std::string refusal;    // why this build does not run there, or ""
 };
 
 struct Machine {

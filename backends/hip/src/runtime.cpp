@@ -116,6 +116,9 @@ hipError_t hipGetDevicePropertiesR0600(hipDeviceProp_tR0600 *properties, int dev
                                                 device);
 }
 hipError_t hipGetDevice(int *device) { return hand_on<hipGetDevice>("hipGetDevice", hipErrorNotInitialized, device); }
+hipError_t hipPointerGetAttributes(hipPointerAttribute_t *attributes, const void *address) {
+    return hand_on<hipPointerGetAttributes>("hipPointerGetAttributes", hipErrorNotInitialized, attributes, address);
+}
 hipError_t hipDriverGetVersion(int *version) {
     return hand_on<hipDriverGetVersion>("hipDriverGetVersion", hipErrorNotInitialized, version);
 }

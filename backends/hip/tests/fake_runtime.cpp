@@ -3,6 +3,9 @@
 //   FAKE_HIP=100                     hipGetDeviceCount answers that error
 //   FAKE_HIP=gfx906:64,gfx1100:32    these devices, with these wave sizes
 //   FAKE_HIP_LAUNCH=9                a launch answers that error
+//   FAKE_HIP_PAGEABLE=1              devices read the host's own memory
+//   FAKE_HIP_MEMORY=2:1              every address is memory of type 2 (hipMemoryTypeDevice) of device 1; an error
+//                                    of the runtime without a colon; without it, of the current device
 #include <hip/hip_runtime_api.h>
 
 #include <cstdio>
@@ -67,11 +70,29 @@ hipError_t hipGetDevicePropertiesR0600(hipDeviceProp_tR0600 *properties, int dev
     properties->warpSize = wave;
     properties->multiProcessorCount = 4;
     properties->maxThreadsPerMultiProcessor = 2048;
+    properties->pageableMemoryAccess = std::getenv("FAKE_HIP_PAGEABLE") != nullptr;
     return hipSuccess;
 }
 #endif
 hipError_t hipGetDevice(int *device) {
     *device = std::getenv("FAKE_HIP_CURRENT") != nullptr ? std::atoi(std::getenv("FAKE_HIP_CURRENT")) : 0;
+    return hipSuccess;
+}
+hipError_t hipPointerGetAttributes(hipPointerAttribute_t *attributes, const void *address) {
+    std::printf("asked %p\n", address);
+    *attributes = {};
+    attributes->type = hipMemoryTypeDevice;
+    const char *text = std::getenv("FAKE_HIP_MEMORY");
+    if (text == nullptr) {
+        return hipGetDevice(&attributes->device);
+    }
+    const char *device = std::strchr(text, ':');
+    if (device == nullptr) {
+        last = static_cast<hipError_t>(std::atoi(text));
+        return last;
+    }
+    attributes->type = static_cast<hipMemoryType>(std::atoi(text));
+    attributes->device = std::atoi(device + 1);
     return hipSuccess;
 }
 hipError_t hipDriverGetVersion(int *version) {

@@ -115,6 +115,36 @@ def test_another_current_device_is_refused(runtime: Path) -> None:
     assert "launch" not in text
 
 
+def test_memory_of_the_device_is_asked_about_once(runtime: Path) -> None:
+    text = said(runtime, "gfx1100:32", "0", FAKE_HIP_MEMORY="2:0")
+    assert "status 0" in text
+    assert text.count("asked 0x1000") == 1
+
+
+@pytest.mark.parametrize("memory", ["1:0", "3:1", "11:0"], ids=["pinned", "managed", "unified"])
+def test_memory_that_every_device_may_use_is_taken(runtime: Path, memory: str) -> None:
+    assert "status 0" in said(runtime, "gfx942:64", "0", FAKE_HIP_MEMORY=memory)
+
+
+@pytest.mark.parametrize(
+    ("memory", "whose"),
+    [
+        ("0:0", "memory of the host that is not pinned, or no memory"),
+        ("1", "memory of the host that is not pinned, or no memory"),
+        ("2:1", "memory of device 1"),
+    ],
+    ids=["unregistered", "unknown to the runtime", "of another device"],
+)
+def test_other_memory_is_refused_before_a_kernel_starts(runtime: Path, memory: str, whose: str) -> None:
+    text = said(runtime, "gfx1100:32,gfx1100:32", "0", FAKE_HIP_MEMORY=memory)
+    assert f"status 1 dequantize_absmax: a: expected memory of device 0, got 0x1000, {whose}" in text
+    assert "launch" not in text
+
+
+def test_a_device_that_reads_the_hosts_memory_takes_it(runtime: Path) -> None:
+    assert "status 0" in said(runtime, "gfx942:64", "0", FAKE_HIP_MEMORY="0:0", FAKE_HIP_PAGEABLE="1")
+
+
 def test_nothing_but_the_entry_point_leaves_the_library() -> None:
     names = subprocess.run(["nm", "-D", "--defined-only", str(LIBRARY)], capture_output=True, text=True, check=True)
     assert [line.split()[-1] for line in names.stdout.splitlines()] == ["qcore_backend_open"]

@@ -41,6 +41,11 @@ QC_DEVICE int64_t block_index_y() { return simt::block_index_y(); }
 QC_DEVICE int64_t block_count_x() { return simt::block_count_x(); }
 QC_DEVICE int64_t block_count_y() { return simt::block_count_y(); }
 
+template <class T>
+QC_DEVICE const T &only_parameter(const T &given) {
+    return given;
+}
+
 QC_DEVICE void block_barrier(int site = __builtin_LINE()) { simt::wait_for_block(site); }
 
 // What every lane of the wave shows; [i] is lane i's.

@@ -15,10 +15,12 @@ import torch
 
 import qcore.optim
 from qcore import functional as F
-from qcore.bench.gpu.model import BLOCK_8BIT, Work
+from qcore.backend.weights import WeightInt4
+from qcore.bench.gpu.model import BLOCK_8BIT, GROUP_INT4, Work
 from qcore.bench.measure import Call
 from qcore.ops import int8
-from qcore.ops.fourbit import prepare_gemm_4bit
+from qcore.ops.fourbit import gemm_4bit_transposed, prepare_gemm_4bit
+from qcore.ops.prepared_int4 import prepare_int4
 
 BF16 = torch.bfloat16
 _BEYOND_CACHES = 600_000_000  # bytes: more than twice the largest last cache
@@ -115,6 +117,24 @@ def _gemm_4bit(work: Work, device: torch.device) -> Call:
     return lambda: handle(x)
 
 
+def _gemm_int4(work: Work, device: torch.device) -> Call:
+    groups = -(-work.k // GROUP_INT4)
+    packed = torch.randint(0, 256, (work.n, -(-work.k // 2)), dtype=torch.uint8, device=device)
+    scales = torch.rand(work.n, groups, device=device).to(BF16)
+    zeros = torch.randint(0, 16, (work.n, groups), dtype=torch.uint8, device=device)
+    weight = WeightInt4(packed, scales, zeros, GROUP_INT4, (work.n, work.k))
+    handle = prepare_int4(weight)
+    x = torch.randn(work.m or 1, work.k, device=device, dtype=BF16)
+    return lambda: handle.eager(x, None)
+
+
+def _gemm_4bit_transposed(work: Work, device: torch.device) -> Call:
+    packed, state = F.quantize_4bit(_matrix(work, device), quant_type="nf4")
+    weight = state.weight(packed)
+    y = torch.randn(work.m or 1, work.n, device=device, dtype=BF16)
+    return lambda: gemm_4bit_transposed(y, weight)
+
+
 def _int8_scaled_gemm(work: Work, device: torch.device) -> Call:
     codes, columns, _ = F.int8_vectorwise_quant(_matrix(work, device))
     x, rows, _ = F.int8_vectorwise_quant(torch.randn(work.m or 1, work.k, device=device, dtype=BF16))
@@ -150,6 +170,8 @@ _BUILDERS: dict[str, Callable[[Work, torch.device], Call]] = {
     "quantize_4bit": _quantize_4bit,
     "dequantize_4bit": _dequantize_4bit,
     "gemm_4bit": _gemm_4bit,
+    "gemm_int4": _gemm_int4,
+    "gemm_4bit_transposed": _gemm_4bit_transposed,
     "int8_scaled_gemm": _int8_scaled_gemm,
     "int8_quantize_rows": _int8_quantize_rows,
     "int8_quantize_cols": _int8_quantize_cols,

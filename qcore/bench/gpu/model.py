@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcore.bench.gpu.devices import Gpu
 
@@ -34,10 +34,12 @@ _SEARCH_8BIT = 32  # eight steps of a search in 256 keys
 _SEARCH_4BIT = 20  # four steps of a search in 16 thresholds
 _DECODE_8BIT = 5
 _DECODE_4BIT = 6
+_DECODE_INT4 = 5  # no lookup: a mask, a subtraction
+_DECODE_ACROSS = 8  # of columns: a code comes alone, and so does its scale
 _ROUND_INT8 = 14  # statistic, then product, rounding and limits
 _FROM_INT32 = 8
 
-BLOCK_4BIT, BLOCK_8BIT = 64, 256
+BLOCK_4BIT, BLOCK_8BIT, GROUP_INT4 = 64, 256, 128
 ROWS_OF_PASS, ROWS_OF_TILE = 64, 128  # of X for one reading of W: product.cuh; tiled.cuh, for more than 16 rows
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))
 ROWS = (1, 8, 16, 64, 512, 2048)
@@ -154,6 +156,38 @@ def gemm_4bit(m: int, n: int, k: int) -> Work:
     )
 
 
+def gemm_int4(m: int, n: int, k: int) -> Work:
+    """Integers ``(n, k)`` in groups of 128 with bfloat16 scales and zero points, times ``m`` rows of bfloat16."""
+    weight = n * k // 2 + 3 * n * math.ceil(k / GROUP_INT4)
+    passes = math.ceil(m / ROWS_OF_TILE)
+    return Work(
+        "gemm_int4",
+        "bf16",
+        m,
+        n,
+        k,
+        weight + 2 * m * k,
+        2 * m * n,
+        2 * m * n * k,
+        "f16",
+        _DECODE_INT4 * n * k * passes,
+        weight,
+        passes,
+    )
+
+
+def gemm_4bit_transposed(m: int, n: int, k: int) -> Work:
+    """``m`` rows of ``n`` bfloat16 times the NF4 weight ``(n, k)``: the gradient of ``gemm_4bit``."""
+    product = gemm_4bit(m, n, k)
+    return replace(
+        product,
+        op="gemm_4bit_transposed",
+        read=product.again + 2 * m * n,
+        written=2 * m * k,
+        instructions=_DECODE_ACROSS * n * k * product.passes,
+    )
+
+
 def int8_scaled_gemm(m: int, n: int, k: int) -> Work:
     """int8 codes ``(m, k)`` times ``(n, k)``, scaled to bfloat16."""
     return Work(
@@ -197,6 +231,8 @@ def workloads(shapes: Sequence[tuple[int, int]] = SHAPES, rows: Sequence[int] = 
     for n, k in shapes:
         yield from (gemm_4bit(m, n, k) for m in rows)
     for n, k in shapes[:1]:
+        yield from (gemm_int4(m, n, k) for m in rows)
+        yield from (gemm_4bit_transposed(m, n, k) for m in rows)
         yield from (int8_scaled_gemm(m, n, k) for m in rows)
     yield from elementwise(*first)
     yield from (adamw(bits, *first) for bits in (8, 32))

@@ -13,6 +13,11 @@ inline constexpr hipError_t hipSuccess = cudaSuccess;
 inline constexpr hipError_t hipErrorNoDevice = cudaErrorNoDevice;
 inline constexpr hipError_t hipErrorInsufficientDriver = cudaErrorInsufficientDriver;
 
+using hipPointerAttribute_t = cudaPointerAttributes;
+inline constexpr cudaMemoryType hipMemoryTypeUnregistered = cudaMemoryTypeUnregistered;
+inline constexpr cudaMemoryType hipMemoryTypeHost = cudaMemoryTypeHost;
+inline constexpr cudaMemoryType hipMemoryTypeManaged = cudaMemoryTypeManaged;
+
 struct hipDeviceProp_t : cudaDeviceProp {
     char gcnArchName[16];
 };
@@ -24,6 +29,10 @@ inline hipError_t hipGetDeviceCount(int *count) { return cudaGetDeviceCount(coun
 inline hipError_t hipGetDevice(int *device) { return cudaGetDevice(device); }
 inline hipError_t hipMemsetAsync(void *address, int value, size_t bytes, hipStream_t stream) {
     return cudaMemsetAsync(address, value, bytes, stream);
+}
+
+inline hipError_t hipPointerGetAttributes(hipPointerAttribute_t *attributes, const void *address) {
+    return cudaPointerGetAttributes(attributes, address);
 }
 
 inline hipError_t hipGetDeviceProperties(hipDeviceProp_t *properties, int device) {

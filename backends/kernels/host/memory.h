@@ -1,7 +1,7 @@
 // Whether kernels of a device may use an address: a host pointer or one of another device would otherwise be a fault
 // that the context never recovers from.
-#ifndef QCORE_CUDA_MEMORY_H
-#define QCORE_CUDA_MEMORY_H
+#ifndef QCORE_GPU_MEMORY_H
+#define QCORE_GPU_MEMORY_H
 
 #include <array>
 #include <atomic>
@@ -19,7 +19,7 @@ struct Memory {
 };
 
 // "" or what is wrong with the memory, for "expected memory of device 0, got ...". `pageable`: the device reads the
-// host's own memory (Grace, or heterogeneous memory management).
+// host's own memory (Grace, heterogeneous memory management, AMD's with XNACK).
 inline std::string memory_refusal(const Memory &memory, int32_t device, bool pageable) {
     switch (memory.kind) {
         case Memory::Kind::device:
@@ -31,9 +31,10 @@ inline std::string memory_refusal(const Memory &memory, int32_t device, bool pag
     }
 }
 
-// The pages in which an address of a device's own memory was found before. The runtime hands such memory out in pages
-// of 2 MiB, so asking once for each is enough, and a call costs no more than a few reads. A page that is freed stays
-// known: what this misses then is a use after free.
+// The pages in which an address of a device's own memory was found before: the runtime hands such memory out in pages
+// of 2^PageShift bytes, so asking once for each is enough, and a call costs no more than a few reads. A page that is
+// freed stays known: what this misses then is a use after free.
+template <int PageShift>
 class KnownPages {
    public:
     bool holds(uintptr_t address, int32_t device) const {
@@ -44,19 +45,33 @@ class KnownPages {
     }
 
    private:
-    static constexpr int kPageShift = 21;
     static constexpr size_t kSlots = 2048;
 
     static uint64_t key(uintptr_t address, int32_t device) {
-        return (static_cast<uint64_t>(address) >> kPageShift) << 16 | (static_cast<uint64_t>(device) + 1);
+        return (static_cast<uint64_t>(address) >> PageShift) << 16 | (static_cast<uint64_t>(device) + 1);
     }
-    static size_t place(uintptr_t address) { return (address >> kPageShift) % kSlots; }
+    static size_t place(uintptr_t address) { return (address >> PageShift) % kSlots; }
     const std::atomic<uint64_t> &slot(uintptr_t address) const { return slots_[place(address)]; }
     std::atomic<uint64_t> &slot(uintptr_t address) { return slots_[place(address)]; }
 
     std::array<std::atomic<uint64_t>, kSlots> slots_{};
 };
 
+// memory_refusal() of an address, which `look(address)` asks the runtime about where its page is not known.
+template <int PageShift, class Look>
+std::string address_refusal(KnownPages<PageShift> &known, uintptr_t address, int32_t device, bool pageable,
+                            const Look &look) {
+    if (known.holds(address, device)) {
+        return "";
+    }
+    const Memory memory = look(address);
+    std::string refusal = memory_refusal(memory, device, pageable);
+    if (refusal.empty() && memory.kind == Memory::Kind::device) {
+        known.add(address, device);
+    }
+    return refusal;
+}
+
 }  // namespace qcore::gpu
 
-#endif  // QCORE_CUDA_MEMORY_H
+#endif  // QCORE_GPU_MEMORY_H
