@@ -76,13 +76,16 @@ TARGETS = {
     "sm_120": _nvidia(1536, 100, 1024),
 }
 
-_PRODUCT = re.compile(r"(matrix|int8|tiled)_kernel<")
+_PRODUCT = re.compile(r"(matrix|int8|tiled|tiled_transposed)_kernel<")
 # What these read, or write, comes eight elements at a time, and those are 16 bytes and more.
-_READS_WIDE = re.compile(r"(quantize|plain|rows|column_|dequantize_gemm|step|squares)")
+_READS_WIDE = re.compile(r"(quantize|plain_kernel|rows|column_|dequantize_gemm|step|squares)")
 _WRITES_WIDE = re.compile(r"(dequantize_(4bit|blockwise|rows|gemm)|step)_kernel")
 # Of the waves that a group can hold. Products live on registers: one block of eight waves will do. Eight rows of X at
 # once, without matrix units, are between the two.
-_SHARES = ((re.compile(r"(matrix|int8|tiled)_kernel<"), 0.125), (re.compile(r"(plain|step|squares)_kernel"), 0.25))
+_SHARES = (
+    (_PRODUCT, 0.125),
+    (re.compile(r"(plain|plain_transposed|step|squares)_kernel"), 0.25),
+)
 _SHARE = 0.5
 # Scalars that were parked in lanes of vector registers: an instruction each way, no memory.
 _MOST_SCALAR_SPILLS = 16
@@ -126,7 +129,7 @@ def _breaches_of_product(kernel: Kernel, target: Target) -> Iterable[str]:
 
 def _never_launched(kernel: Kernel) -> bool:
     """Compiled because every target compiles the same source, but no host launches it (capabilities.h)."""
-    sixteen_bits = kernel.name.startswith(("matrix_kernel", "tiled_kernel"))
+    sixteen_bits = kernel.name.startswith(("matrix_kernel", "tiled_kernel", "tiled_transposed_kernel"))
     return (kernel.target == "gfx1030" and sixteen_bits) or (
         kernel.target == "sm_75" and sixteen_bits and "BFloat16" in kernel.name
     )
