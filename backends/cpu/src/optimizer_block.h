@@ -16,7 +16,8 @@ struct Scratch {
     alignas(64) float grad[kOptimizerBlock];
     alignas(64) float param[kOptimizerBlock];
     alignas(64) float moved[kOptimizerBlock];
-    alignas(64) float update[kOptimizerBlock];
+    alignas(64) float above[kOptimizerBlock];  // the parts of the update (optimizer_rules.h)
+    alignas(64) float root[kOptimizerBlock];
     alignas(64) float state[kMaxStates][kOptimizerBlock];
     alignas(64) float before[kMaxStates][kOptimizerBlock];  // the states before the step, with skip_zeros
     alignas(64) uint8_t codes[kMaxStates][kOptimizerBlock];
@@ -120,10 +121,10 @@ class Ahead {
 };
 
 // `in_place`: float32 states may be worked on where they lie.
-inline Block open_block(const OptimizerJob &job, const OptimizerTensor &t, int states, int64_t index, bool in_place,
-                        Scratch &scratch) {
+inline void open_block(const OptimizerJob &job, const OptimizerTensor &t, int states, int64_t index, bool in_place,
+                       Scratch &scratch, Block &b) {
     const qc_optimizer &rule = *job.rule;
-    Block b{};
+    b.keeps = b.odd = false;
     b.start = index * kOptimizerBlock;
     b.n = t.n - b.start < kOptimizerBlock ? t.n - b.start : kOptimizerBlock;
     b.size = (b.n + kGroup - 1) / kGroup * kGroup;
@@ -163,7 +164,6 @@ inline Block open_block(const OptimizerJob &job, const OptimizerTensor &t, int s
             }
         }
     }
-    return b;
 }
 
 // The values of 8-bit states before the step.

@@ -1,7 +1,7 @@
 // The encoding of a block's new states (QC-OPT-021, QC-OPT-023). For kernel files.
 //
-// It needs the block's absmax, so it can only start when the rule is through with the block. It is done a group at a
-// time beside the rule's work on the next block: dividing and square roots leave the other ports free.
+// It needs the block's absmax, so it can only start when the first loop is through with the block. It is done a group
+// at a time beside the second one: dividing leaves the other ports free.
 #ifndef QCORE_CPU_OPTIMIZER_ENCODING_H
 #define QCORE_CPU_OPTIMIZER_ENCODING_H
 
@@ -21,9 +21,9 @@ struct StateEncoder {
     CodebookCodes search;
 };
 
-// What apply() takes along where nothing is to be encoded.
+// What move() takes along where nothing is to be encoded.
 struct NoEncoding {
-    void group() {}
+    void group(int64_t) {}
 };
 
 template <class Rule>
@@ -31,10 +31,9 @@ class Encoding {
    public:
     explicit Encoding(const OptimizerJob &job) : job_(job), as_bnb_((job.rule->flags & QC_OPT_BNB_CODES) != 0) {}
 
-    // Takes a block over, whose values have to stay until finish(); `largest` are their magnitudes, as bits.
+    // Takes a block on, whose values have to stay until finish(); `largest` are their magnitudes, as bits.
     void begin(const OptimizerTensor &t, int64_t index, const Block &b, const int32_t (&largest)[Rule::kStates]) {
         size_ = b.size;
-        at_ = 0;
         n_ = b.n;
         for (int s = 0; s < Rule::kStates; ++s) {
             const float absmax = float_of(static_cast<uint32_t>(largest[s]));
@@ -47,18 +46,10 @@ class Encoding {
         }
     }
 
-    __attribute__((always_inline)) void group() {
-        if (at_ < size_) {
-            encode_group<0>();
-            at_ += kGroup;
-        }
-    }
+    __attribute__((always_inline)) void group(int64_t at) { encode_group<0>(at); }
 
     void finish() {
-        while (at_ < size_) {
-            group();
-        }
-        for (int s = 0; s < Rule::kStates && size_ > 0; ++s) {
+        for (int s = 0; s < Rule::kStates; ++s) {
             if (careful_[s]) {
                 encode_with_care(s);
             }
@@ -69,23 +60,22 @@ class Encoding {
                 std::memcpy(target_[s], codes_[s], static_cast<size_t>(n_));
             }
         }
-        size_ = 0;
     }
 
    private:
     template <int s>
-    __attribute__((always_inline)) void encode_group() {
+    __attribute__((always_inline)) void encode_group(int64_t at) {
         if (!careful_[s]) {
             const StateCodes<Rule::kSquares[s]> find(*job_.book[s].codes, *job_.book[s].lines);
             const Float scale = broadcast(scale_[s]);
             if (Rule::kSquares[s] && !as_bnb_) {
-                find.template encode<true>(values_[s] + at_, scale, codes_[s] + at_);
+                find.template encode<true>(values_[s] + at, scale, codes_[s] + at);
             } else {
-                find.template encode<false>(values_[s] + at_, scale, codes_[s] + at_);
+                find.template encode<false>(values_[s] + at, scale, codes_[s] + at);
             }
         }
         if constexpr (s + 1 < Rule::kStates) {
-            encode_group<s + 1>();
+            encode_group<s + 1>(at);
         }
     }
 
@@ -110,9 +100,8 @@ class Encoding {
 
     const OptimizerJob &job_;
     bool as_bnb_;
-    int64_t size_ = 0;  // 0: nothing pending
-    int64_t at_ = 0;
-    int64_t n_ = 0;
+    int64_t size_;
+    int64_t n_;
     const float *values_[Rule::kStates];
     uint8_t *codes_[Rule::kStates];
     uint8_t *target_[Rule::kStates];

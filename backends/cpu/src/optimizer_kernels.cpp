@@ -3,12 +3,13 @@
 // Memory picture, fp32 parameters: one pass over the data, block by block of 256 elements, everything between reading
 // and writing in L1. Per element 8-bit Adam reads 4 (gradient) + 4 (parameter) + 2 (codes) bytes and writes 4 + 2: 16
 // bytes where 32-bit Adam moves 28. The floor is that traffic. Beside it stands, for 16 elements with AVX-512, work for
-// about 33 cycles of the two vector ports: of some 66 operations 13 decode, 29 encode, 24 are the rule's. The divider
+// about 31 cycles of the two vector ports: of some 62 operations 13 decode, 28 encode, 21 are the rule's. The divider
 // takes 22 of these cycles for a square root and a quotient; IEEE results leave no room for approximations.
 //
-// A block takes two loops: the rule (old states and gradient to new states and update) and the parameter; 8-bit states
-// are encoded beside the next block's first loop (optimizer_encoding.h). What is rare, elements that keep their values,
-// is set right between the loops, so that they stay free of masks.
+// A block takes two loops: the first goes from old states and gradient to new states, the second to the parameter, and
+// 8-bit states are encoded beside it. The next block's first loop comes in between, so that nothing waits for a block's
+// absmax. What is rare, elements that keep their values, is set right after the first loop, so that both stay free of
+// masks.
 #include "optimizer_kernels.h"
 
 #include "optimizer_block.h"
@@ -28,12 +29,11 @@ __attribute__((always_inline)) inline void decode(const OptimizerJob &job, const
     }
 }
 
-// The first loop: states in place (decoded into b.state first), update to `update`; beside it `pending` goes on.
-// Returns the largest magnitude of each state, as bits. With kPlain, x is the gradient itself: no factor and no weight
-// decay in it.
-template <class Rule, bool kCoded, bool kPlain, class Pending>
+// The first loop: states in place (decoded into b.state first), and the parts of the update. Returns the largest
+// magnitude of each state, as bits. With kPlain, x is the gradient itself: no factor and no weight decay in it.
+template <class Rule, bool kCoded, bool kPlain>
 void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, const Block &b,
-           Pending &pending, float *update, int32_t (&largest)[Rule::kStates]) {
+           Scratch &scratch, int32_t (&largest)[Rule::kStates]) {
     constexpr int kStates = Rule::kStates;
     const Float scale = broadcast(t.grad_scale);
     const Float l2 = broadcast(job.rule->l2);
@@ -51,7 +51,6 @@ void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, 
         if constexpr (kCoded) {
             decode<Rule, 0>(job, b, i, old);
         }
-        Part part[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             const int64_t at = i + v * kLanes;
             Float x = load(b.grad + at);
@@ -65,16 +64,16 @@ void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, 
             for (int s = 0; s < kStates; ++s) {
                 state[s] = kCoded ? multiply(old[s][v], absmax[s]) : load(b.state[s] + at);
             }
-            part[v] = rule.begin(x, state);
+            const Part part = rule.begin(x, state);
+            store(scratch.above + at, part.above);
+            if constexpr (Rule::kRoot) {
+                store(scratch.root + at, part.root);
+            }
             for (int s = 0; s < kStates; ++s) {
                 store(b.state[s] + at, state[s]);
                 top[s] =
                     Rule::kSquares[s] ? maximum_unsigned(top[s], bits(state[s])) : maximum(top[s], magnitude(state[s]));
             }
-        }
-        pending.group();
-        for (int v = 0; v < kVectors; ++v) {
-            store(update + i + v * kLanes, rule.end(part[v]));
         }
     }
     for (int s = 0; s < kStates; ++s) {
@@ -83,12 +82,24 @@ void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, 
     }
 }
 
-// The second loop (QC-OPT-004).
-void move(const qc_optimizer &rule, float step_size, const Block &b, const float *update) {
-    const Float decay = broadcast(rule.decay);
+// The update of kLanes elements.
+template <class Rule>
+__attribute__((always_inline)) inline Float update(const Rule &rule, const Scratch &scratch, int64_t at) {
+    const Float above = load(scratch.above + at);
+    return rule.end({above, Rule::kRoot ? load(scratch.root + at) : above});
+}
+
+// The second loop (QC-OPT-004), and what is encoded beside it.
+template <class Rule, class Pending>
+void move(const Rule &rule, const OptimizerJob &job, float step_size, const Block &b, const Scratch &scratch,
+          Pending &pending) {
+    const Float decay = broadcast(job.rule->decay);
     const Float size = broadcast(step_size);
-    for (int64_t i = 0; i < b.size; i += kLanes) {
-        store(b.moved + i, load(b.param + i) * decay + load(update + i) * size);
+    for (int64_t i = 0; i < b.size; i += kGroup) {
+        pending.group(i);
+        for (int64_t at = i; at < i + kGroup; at += kLanes) {
+            store(b.moved + at, load(b.param + at) * decay + update(rule, scratch, at) * size);
+        }
     }
 }
 
@@ -104,7 +115,7 @@ void remember(const OptimizerJob &job, const OptimizerTensor &t, int64_t index, 
     }
 }
 
-// QC-OPT-005, QC-OPT-022: marks the elements that are kept, sets their states and updates right, finds the maxima anew.
+// QC-OPT-005, QC-OPT-022: marks the elements that are kept, sets their states right, finds the maxima anew.
 template <class Rule>
 __attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &scratch,
                                     int32_t (&largest)[Rule::kStates]) {
@@ -128,25 +139,24 @@ __attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &
             largest[s] = size > largest[s] ? size : largest[s];
         }
         scratch.kept[i] = skipped || lost;
-        scratch.update[i] = skipped || lost ? 0.0f : scratch.update[i];
         b.keeps |= scratch.kept[i];
     }
     b.moved = b.keeps ? scratch.moved : b.moved;
 }
 
 // Reads a block and takes the first loop.
-template <class Rule, bool kCoded, class Pending>
-Block advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, bool in_place,
-              Pending &pending, Scratch &scratch, int32_t (&largest)[Rule::kStates]) {
-    Block b = open_block(job, t, Rule::kStates, index, in_place, scratch);
+template <class Rule, bool kCoded>
+void advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, bool in_place,
+             Scratch &scratch, Block &b, int32_t (&largest)[Rule::kStates]) {
+    open_block(job, t, Rule::kStates, index, in_place, scratch, b);
     const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
     if (skips) {
         remember<Rule::kStates>(job, t, index, b, scratch);
     }
     if (t.grad_scale == 1.0f && job.rule->l2 == 0.0f) {
-        apply<Rule, kCoded, true>(rule, job, t, index, b, pending, scratch.update, largest);
+        apply<Rule, kCoded, true>(rule, job, t, index, b, scratch, largest);
     } else {
-        apply<Rule, kCoded, false>(rule, job, t, index, b, pending, scratch.update, largest);
+        apply<Rule, kCoded, false>(rule, job, t, index, b, scratch, largest);
     }
     bool finite = true;
     for (int s = 0; s < Rule::kStates; ++s) {
@@ -155,31 +165,51 @@ Block advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &
     if (skips || (kCoded && !finite)) {
         keep<Rule>(job, b, scratch, largest);
     }
-    return b;
 }
+
+// A block with 8-bit states between its loops.
+template <class Rule>
+struct Started {
+    explicit Started(const OptimizerJob &job) : encoding(job) {}
+
+    void start(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index) {
+        int32_t largest[Rule::kStates];
+        advance<Rule, true>(rule, job, t, index, true, scratch, block, largest);
+        encoding.begin(t, index, block, largest);
+    }
+    void finish(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t) {
+        move(rule, job, t.step_size, block, scratch, encoding);
+        encoding.finish();
+        close_block(job, t, block, scratch);
+    }
+
+    Scratch scratch;
+    Block block;
+    Encoding<Rule> encoding;
+};
 
 template <class Rule, bool kCoded>
 void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last) {
     const Rule rule(*job.rule);
-    Scratch scratch[2];  // of this block, and of the one before, whose states are still being encoded
-    int32_t largest[Rule::kStates];
     if constexpr (kCoded) {
-        Encoding<Rule> pending(job);
-        for (int64_t index = first; index < last; ++index) {
-            Scratch &own = scratch[index % 2];
-            const Block b = advance<Rule, true>(rule, job, t, index, true, pending, own, largest);
-            move(*job.rule, t.step_size, b, own.update);
-            close_block(job, t, b, own);
-            pending.finish();
-            pending.begin(t, index, b, largest);
+        // The scales of a block are ready long before they are needed if the next one's first loop comes before.
+        Started<Rule> even(job), odd(job);
+        even.start(rule, job, t, first);
+        for (int64_t index = first + 1; index < last; ++index) {
+            Started<Rule> &own = (index - first) % 2 == 0 ? even : odd;
+            own.start(rule, job, t, index);
+            (&own == &even ? odd : even).finish(rule, job, t);
         }
-        pending.finish();
+        ((last - 1 - first) % 2 == 0 ? even : odd).finish(rule, job, t);
     } else {
+        Scratch scratch;
         NoEncoding pending;
+        Block b;
+        int32_t largest[Rule::kStates];
         for (int64_t index = first; index < last; ++index) {
-            const Block b = advance<Rule, false>(rule, job, t, index, true, pending, scratch[0], largest);
-            move(*job.rule, t.step_size, b, scratch[0].update);
-            close_block(job, t, b, scratch[0]);
+            advance<Rule, false>(rule, job, t, index, true, scratch, b, largest);
+            move(rule, job, t.step_size, b, scratch, pending);
+            close_block(job, t, b, scratch);
             for (int s = 0; s < Rule::kStates && b.n != b.size; ++s) {
                 std::memcpy(static_cast<float *>(t.state[s]) + b.start, b.state[s],
                             static_cast<size_t>(b.n) * sizeof(float));
@@ -213,11 +243,17 @@ template <class Rule, bool kCoded>
 void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last, double *sums) {
     const Rule rule(*job.rule);
     Scratch scratch;
-    NoEncoding pending;
+    Block b;
     int32_t largest[Rule::kStates];
     for (int64_t index = first; index < last; ++index, sums += 2) {
-        const Block b = advance<Rule, kCoded>(rule, job, t, index, false, pending, scratch, largest);
-        sums[0] = sum_of_squares(scratch.update, b.n);
+        advance<Rule, kCoded>(rule, job, t, index, false, scratch, b, largest);
+        for (int64_t at = 0; at < b.size; at += kLanes) {
+            store(scratch.above + at, update(rule, scratch, at));
+        }
+        for (int64_t i = 0; b.keeps && i < b.n; ++i) {
+            scratch.above[i] = scratch.kept[i] ? 0.0f : scratch.above[i];
+        }
+        sums[0] = sum_of_squares(scratch.above, b.n);
         sums[1] = sum_of_squares(b.param, b.n);
     }
 }

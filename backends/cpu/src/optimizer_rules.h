@@ -1,6 +1,7 @@
 // The algorithms: from x and the old states to the new states and the update (QC-OPT-010 to QC-OPT-015). For kernel
 // files. kStates values an element; kSquares says which of them are second moments. begin() makes the new states and
-// starts a square root, end() the update: what stands between them has the time that the root takes.
+// the parts of the update, end() the update: the first loop takes the square roots, the second one divides (kRoot), and
+// the divider is at work in both.
 #ifndef QCORE_CPU_OPTIMIZER_RULES_H
 #define QCORE_CPU_OPTIMIZER_RULES_H
 
@@ -19,11 +20,12 @@ struct Average {
 
 struct Part {
     Float above;
-    Float root;  // below the fraction bar, if there is one
+    Float root;  // below the fraction bar, with kRoot
 };
 
 struct Adam {
     static constexpr int kStates = 2;
+    static constexpr bool kRoot = true;
     static constexpr bool kSquares[] = {false, true};
 
     explicit Adam(const qc_optimizer &o) : first(o.beta1, o.gain1), second(o.beta2, o.gain2), eps(broadcast(o.eps)) {}
@@ -40,6 +42,7 @@ struct Adam {
 
 struct Ademamix {
     static constexpr int kStates = 3;
+    static constexpr bool kRoot = true;
     static constexpr bool kSquares[] = {false, false, true};
 
     explicit Ademamix(const qc_optimizer &o)
@@ -64,6 +67,7 @@ struct Ademamix {
 
 struct Lion {
     static constexpr int kStates = 1;
+    static constexpr bool kRoot = false;
     static constexpr bool kSquares[] = {false};
 
     explicit Lion(const qc_optimizer &o) : direction(o.beta1, o.gain1), momentum(o.beta2, o.gain2) {}
@@ -79,6 +83,7 @@ struct Lion {
 
 struct Momentum {
     static constexpr int kStates = 1;
+    static constexpr bool kRoot = false;
     static constexpr bool kSquares[] = {false};
 
     explicit Momentum(const qc_optimizer &o) : momentum(o.beta1, o.gain1), nesterov((o.flags & QC_OPT_NESTEROV) != 0) {}
@@ -94,6 +99,7 @@ struct Momentum {
 
 struct Rmsprop {
     static constexpr int kStates = 1;
+    static constexpr bool kRoot = true;
     static constexpr bool kSquares[] = {true};
 
     explicit Rmsprop(const qc_optimizer &o) : second(o.beta1, o.gain1), eps(broadcast(o.eps)) {}
@@ -109,6 +115,7 @@ struct Rmsprop {
 
 struct Adagrad {
     static constexpr int kStates = 1;
+    static constexpr bool kRoot = true;
     static constexpr bool kSquares[] = {true};
 
     explicit Adagrad(const qc_optimizer &o) : eps(broadcast(o.eps)) {}

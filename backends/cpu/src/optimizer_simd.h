@@ -119,6 +119,13 @@ __attribute__((always_inline)) inline void join_bytes(Int b0, Int b1, Int b2, In
     out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
 }
 
+// Where a byte of `index`, below 128, is in the upper half of a plane of 128.
+__attribute__((always_inline)) inline __mmask64 odd_quarter(Int index) {
+    return _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
+}
+
+// A plane is looked up in quarters of 64 bytes, each merged into the result: a permute of two registers at once costs
+// three times one of one.
 class TableDecoder {
    public:
     TableDecoder() = default;
@@ -126,17 +133,20 @@ class TableDecoder {
     __attribute__((always_inline)) void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
         const Int index = decoding_order(codes);
         const __mmask64 upper = _mm512_movepi8_mask(index);
-        join_bytes(look_up(0, index, upper), look_up(1, index, upper), look_up(2, index, upper),
-                   look_up(3, index, upper), out);
+        const __mmask64 odd = odd_quarter(index);
+        const __mmask64 last = _kand_mask64(upper, odd);
+        join_bytes(look_up(0, index, odd, upper, last), look_up(1, index, odd, upper, last),
+                   look_up(2, index, odd, upper, last), look_up(3, index, odd, upper, last), out);
     }
 
    private:
-    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 upper) const {
+    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 odd, __mmask64 upper,
+                                               __mmask64 last) const {
         const uint8_t *plane = plane_[byte];
-        const Int low = _mm512_permutex2var_epi8(_mm512_load_si512(plane), index, _mm512_load_si512(plane + 64));
-        const Int high =
-            _mm512_permutex2var_epi8(_mm512_load_si512(plane + 128), index, _mm512_load_si512(plane + 192));
-        return _mm512_mask_mov_epi8(low, upper, high);
+        Int found = _mm512_permutexvar_epi8(index, _mm512_load_si512(plane));
+        found = _mm512_mask_permutexvar_epi8(found, odd, index, _mm512_load_si512(plane + 64));
+        found = _mm512_mask_permutexvar_epi8(found, upper, index, _mm512_load_si512(plane + 128));
+        return _mm512_mask_permutexvar_epi8(found, last, index, _mm512_load_si512(plane + 192));
     }
 
     const uint8_t (*plane_)[256];
@@ -154,15 +164,17 @@ class SymmetricDecoder {
         const __mmask64 not_zero = _mm512_test_epi8_mask(distance, distance);
         const Int index = _mm512_abs_epi8(distance);
         const Int sign = _mm512_andnot_si512(code, _mm512_set1_epi8(INT8_MIN));
-        const Int top = look_up(3, index, not_zero);
-        join_bytes(look_up(0, index, not_zero), look_up(1, index, not_zero), look_up(2, index, not_zero),
+        const __mmask64 odd = odd_quarter(index);
+        const Int top = look_up(3, index, not_zero, odd);
+        join_bytes(look_up(0, index, not_zero, odd), look_up(1, index, not_zero, odd), look_up(2, index, not_zero, odd),
                    _mm512_mask_add_epi8(top, not_zero, top, sign), out);
     }
 
    private:
-    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 not_zero) const {
+    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 not_zero, __mmask64 odd) const {
         const uint8_t *plane = plane_[byte];
-        return _mm512_maskz_permutex2var_epi8(not_zero, _mm512_load_si512(plane), index, _mm512_load_si512(plane + 64));
+        const Int found = _mm512_maskz_permutexvar_epi8(not_zero, index, _mm512_load_si512(plane));
+        return _mm512_mask_permutexvar_epi8(found, odd, index, _mm512_load_si512(plane + 64));
     }
 
     const uint8_t (*plane_)[128];
@@ -198,18 +210,23 @@ void encode_exactly(const Codebook &book, const float *values, Float scale, uint
 
 #if defined(__AVX512F__)
 
-// Of two vectors the third byte of each lane, in order.
-inline __m256i third_bytes(Int a, Int b) {
+// Of each lane the third byte, in order.
+__attribute__((always_inline)) inline Int third_bytes(const Int (&c)[kVectors]) {
 #if defined(__AVX512VBMI__)
-    alignas(64) static const uint8_t kThird[64] = {2,  6,  10, 14,  18,  22,  26,  30,  34,  38, 42,
-                                                   46, 50, 54, 58,  62,  66,  70,  74,  78,  82, 86,
-                                                   90, 94, 98, 102, 106, 110, 114, 118, 122, 126};
-    return _mm512_castsi512_si256(_mm512_permutex2var_epi8(a, _mm512_load_si512(kThird), b));
+    const Int third =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62));
+    Int all = _mm512_permutexvar_epi8(third, c[0]);
+    all = _mm512_mask_permutexvar_epi8(all, 0xFFFFULL << 16, third, c[1]);
+    all = _mm512_mask_permutexvar_epi8(all, 0xFFFFULL << 32, third, c[2]);
+    return _mm512_mask_permutexvar_epi8(all, 0xFFFFULL << 48, third, c[3]);
 #else
-    const Int third = _mm512_set1_epi32(0xFF);
-    const Int low = _mm512_and_si512(_mm512_srli_epi32(a, 16), third);
-    const Int high = _mm512_and_si512(_mm512_srli_epi32(b, 16), third);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(low)), _mm512_cvtepi32_epi8(high), 1);
+    Int all = zero();
+    for (int v = kVectors - 1; v >= 0; --v) {
+        const Int code = _mm512_and_si512(_mm512_srli_epi32(c[v], 16), _mm512_set1_epi32(0xFF));
+        const Int low = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(code));
+        all = _mm512_mask_mov_epi64(_mm512_shuffle_i64x2(all, all, 0x90), 0x3, low);
+    }
+    return all;
 #endif
 }
 
@@ -221,24 +238,18 @@ class StateCodes {
 
     template <bool kFloored>
     __attribute__((always_inline)) void encode(const float *values, Float scale, uint8_t *out) const {
-        Int twice[kVectors];  // so that the code is a byte
-        __mmask16 sure = 0xFFFF;
+        Int found[kVectors];
         for (int v = 0; v < kVectors; ++v) {
-            const Float value = load(values + v * kLanes);
-            const Int fixed = estimate<kFloored>(multiply(value, scale), sure);
-            const __mmask16 counts = kFloored ? _mm512_test_epi32_mask(bits(value), bits(value)) : 0xFFFF;
-            twice[v] = _mm512_maskz_add_epi32(counts, fixed, fixed);
+            found[v] = estimate<kFloored>(load(values + v * kLanes), scale);
         }
+        const Int least = _mm512_min_epu16(_mm512_min_epu16(found[0], found[1]), _mm512_min_epu16(found[2], found[3]));
+        const __mmask16 sure = _mm512_test_epi32_mask(least, _mm512_set1_epi32(StateLines::kSure));
         if (__builtin_expect(sure != 0xFFFF, 0)) {
             encode_exactly<kFloored>(exact_, values, scale, out);
             return;
         }
-        const Int first = _mm512_set1_epi8(static_cast<char>(kPositive ? exact_.zero_code : 0));
-        for (int v = 0; v < kVectors; v += 2) {
-            const __m256i codes = third_bytes(twice[v], twice[v + 1]);
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + v * kLanes),
-                                kPositive ? _mm256_add_epi8(codes, _mm512_castsi512_si256(first)) : codes);
-        }
+        const Int codes = third_bytes(found);
+        _mm512_storeu_si512(out, kPositive ? _mm512_sub_epi8(codes, _mm512_set1_epi32(lines_.bias)) : codes);
     }
 
    private:
@@ -246,27 +257,32 @@ class StateCodes {
     static constexpr int kLargerMagnitude = 0x3;
     static constexpr int kSmallerMagnitude = 0x2;
 
-    // kBase + kGuard + the code (kPositive: less that of 0), as bits; takes the lanes in doubt out of `sure`.
+    // The code in the third byte; below it the fraction, kSure of it 0 where the code is in doubt.
     template <bool kFloored>
-    __attribute__((always_inline)) Int estimate(Float y, __mmask16 &sure) const {
-        const Float least = _mm512_set1_ps(kFloored ? lines_.smallest_counted : StateLines::kSmallest);
-        y = kPositive ? _mm512_max_ps(y, least) : _mm512_range_ps(y, least, kLargerMagnitude);
+    __attribute__((always_inline)) Int estimate(Float value, Float scale) const {
+        Float y = multiply(value, scale);
+        if constexpr (!kPositive) {
+            y = _mm512_range_ps(y, _mm512_set1_ps(StateLines::kSmallest), kLargerMagnitude);
+        } else if constexpr (!kFloored) {
+            y = _mm512_max_ps(y, _mm512_set1_ps(StateLines::kSmallest));
+        } else {  // all but 0
+            const __mmask16 counts = _mm512_test_epi32_mask(bits(value), bits(value));
+            y = _mm512_mask_max_ps(y, counts, y, _mm512_set1_ps(lines_.smallest_counted));
+        }
         const Int exponent = _mm512_srli_epi32(bits(y), 23);  // the permutes look at its lowest 5 bits
         const Int entry = _mm512_permutex2var_epi32(line(lines_.entry), exponent, line(lines_.entry + 16));
         const Int segment = _mm512_srli_epi32(_mm512_add_epi32(entry, bits(y)), 27);
-        const Float slope = _mm512_permutexvar_ps(segment, line(lines_.slope));
         const Float cap = _mm512_permutexvar_ps(segment, line(lines_.cap));
-        Float f;
+        static_assert(StateLines::kFraction == 16 && StateLines::kSure <= 0xFFFF);
         if constexpr (kPositive) {
-            const Float offset = _mm512_permutexvar_ps(segment, line(lines_.count));
-            f = _mm512_fmadd_ps(_mm512_min_ps(y, cap), slope, offset);
+            const Float slope = _mm512_permutexvar_ps(segment, line(lines_.slope));
+            const Float offset = _mm512_permutexvar_ps(segment, line(lines_.offset));
+            return bits(_mm512_fmadd_ps(_mm512_min_ps(y, cap), slope, offset));
         } else {
+            const Float slope = _mm512_permutex2var_ps(line(lines_.slope), segment, line(lines_.slope + 16));
             const Float offset = _mm512_permutex2var_ps(line(lines_.offset), segment, line(lines_.offset + 16));
-            f = _mm512_fmadd_ps(_mm512_range_ps(y, cap, kSmallerMagnitude), slope, offset);
+            return bits(_mm512_fmadd_ps(_mm512_range_ps(y, cap, kSmallerMagnitude), slope, offset));
         }
-        sure = _mm512_mask_test_epi32_mask(sure, bits(f), _mm512_set1_epi32(StateLines::kSure));
-        static_assert(StateLines::kFraction == 15);
-        return bits(f);
     }
     static Float line(const float *of) { return _mm512_load_ps(of); }
     static Int line(const int32_t *of) { return _mm512_load_si512(of); }

@@ -61,11 +61,12 @@ StateLines::StateLines(const float *table, const Codebook &book) {
     }
     if (!fit(book)) {
         for (int s = 0; s < kSegments; ++s) {  // an integer: in doubt
-            cap[s] = slope[s] = 0.0f;
-            offset[s] = offset[kSegments + s] = count[s] = kBase;
+            cap[s] = slope[s] = slope[kSegments + s] = 0.0f;
+            offset[s] = offset[kSegments + s] = kBase;
         }
         std::memset(entry, 0, sizeof entry);
         smallest_counted = kSmallest;
+        bias = 0;
     }
 }
 
@@ -80,17 +81,21 @@ bool StateLines::fit(const Codebook &book) {
         boundary[e] = ((kLowestExponent + e + 1) << 23) - 1;  // nothing of this exponent is beyond
         segment[e] = -1;
     }
-    double shift[kSegments];  // F = slope * |y| + shift
+    const int zero = book.zero_code == 0 ? 1 : book.zero_code;
+    bias = zero == book.zero_code ? 0 : 0x01010101;
+    float rise[kSegments];  // F = rise * |y| + shift
+    double shift[kSegments];
+    bool upper[kSegments] = {};  // whether the codes are 128 and more
     for (int s = 0; s < kSegments; ++s) {
         cap[s] = 1.0f;
-        slope[s] = 0.0f;
+        rise[s] = 0.0f;
         shift[s] = 0.5;
     }
     int s = 0;
     for (int first = 0, last = 0; first < t.count; first = last) {
         // Segment s ends at threshold `first`. The next one has the thresholds first + 1 to last - 1 inside.
         const int exponent = (t.limit[first] >> 23) - kLowestExponent;
-        if (exponent < 0 || exponent >= kExponents || segment[exponent] != -1 || s + 1 == kSegments) {
+        if (exponent < 1 || exponent >= kExponents || segment[exponent] != -1 || s + 1 == kSegments) {
             return false;
         }
         boundary[exponent] = t.limit[first];
@@ -101,26 +106,33 @@ bool StateLines::fit(const Codebook &book) {
             for (last = first + 3; last < t.count && std::fabs(t.at(last) - t.at(last - 1) - spacing) < 1e-3 * spacing;
                  ++last) {
             }
-            const double rise = (last - first - 2) / (t.at(last - 1) - t.at(first + 1));
-            slope[s] = static_cast<float>(rise);
-            shift[s] = first + 2 - slope[s] * t.at(first + 1);
-            cap[s] = static_cast<float>((last + 0.5 - shift[s]) / rise);
+            const double steep = (last - first - 2) / (t.at(last - 1) - t.at(first + 1));
+            rise[s] = static_cast<float>(steep);
+            shift[s] = first + 2 - static_cast<double>(rise[s]) * t.at(first + 1);
+            cap[s] = static_cast<float>((last + 0.5 - shift[s]) / steep);
         } else {
             shift[s] = last + 0.5;
+        }
+        upper[s] = zero + first + 1 >= 128;
+        if (upper[s] != (zero + last >= 128)) {
+            return false;
         }
     }
     // The negative side has no threshold for the last segment, which ends in the same code as the one before.
     const double last_shift = book.zero_code == 0 ? 0.0 : shift[s] - (t.count > 255 - t.count ? 1.0 : 0.0);
-    if (slope[s] != 0.0f) {
+    if (rise[s] != 0.0f || zero > 127) {
         return false;
     }
     for (int i = 0; i < kSegments; ++i) {
-        const double below = i == s ? last_shift : shift[i];
-        count[i] = static_cast<float>(kBase + kGuard + shift[i]);
-        offset[i] = static_cast<float>(kBase + kGuard + book.zero_code + shift[i]);
-        offset[kSegments + i] = static_cast<float>(kBase + kGuard + book.zero_code + 1 - below);
+        const double above = kGuard + zero + shift[i];
+        const double below = kGuard + zero + 1 - (i == s ? last_shift : shift[i]);
+        slope[i] = upper[i] ? 2 * rise[i] : rise[i];
+        offset[i] = static_cast<float>(upper[i] ? 2 * above : kBase + above);
+        slope[kSegments + i] = rise[i];
+        offset[kSegments + i] = static_cast<float>(kBase + below);
     }
-    for (int e = 0, below = 0; e < kExponents; ++e) {
+    entry[0] = 0;  // no value but 0
+    for (int e = 1, below = 0; e < kExponents; ++e) {
         const bool changes = segment[e] >= 0;
         segment[e] = changes ? segment[e] : below;
         below = segment[e] + (changes ? 1 : 0);
@@ -134,38 +146,33 @@ bool StateLines::fit(const Codebook &book) {
 // F rises with |y| inside a segment, and outside the guard it is right everywhere if at each threshold the last value
 // below it and the first one beyond are right, or in doubt on the threshold's own integer.
 bool StateLines::proven(const Codebook &book, const int32_t *limit, int n) const {
-    const auto field = [&](int32_t bits, int sign, const float *offsets) {
-        const int e = (bits >> 23) - kLowestExponent;
+    const auto field = [&](int32_t bits, int sign) {
+        const int e = bits == 0 ? 0 : (bits >> 23) - kLowestExponent;
         const int of = static_cast<int>((static_cast<uint32_t>(entry[e]) + static_cast<uint32_t>(bits)) >> 27);
+        const int line = sign > 0 ? of : kSegments + of;
         const float size = std::fmin(float_of(bits), cap[of]);
-        const float y = sign > 0 ? size : -size;
-        return bits_of(std::fma(y, slope[of], offsets[sign > 0 ? of : kSegments + of]));
+        return bits_of(std::fma(sign > 0 ? size : -size, slope[line], offset[line]));
     };
-    const auto code = [](int32_t fixed) { return (fixed >> kFraction & 0xFF); };
+    const auto code = [&](int32_t fixed) { return ((fixed >> kFraction) - bias) & 0xFF; };
     const auto sure = [](int32_t fixed) { return (fixed & kSure) != 0; };
-    const auto at_base = [](int32_t fixed) { return fixed >> 23 == bits_of(kBase) >> 23; };
+    const int zero = book.zero_code;
     for (int j = 0; j < n; ++j) {
-        const int32_t below = limit[j], beyond = limit[j] + 1;
-        for (const float *offsets : {offset, count}) {
-            const int zero = offsets == offset ? book.zero_code : 0;
-            const int32_t low = field(below, 1, offsets), high = field(beyond, 1, offsets);
-            const bool low_right = code(low) == zero + j || (code(low) == zero + j + 1 && !sure(low));
-            if (!at_base(low) || !at_base(high) || !low_right || code(high) != zero + j + 1) {
-                return false;
-            }
+        const int32_t below = field(limit[j], 1), beyond = field(limit[j] + 1, 1);
+        const bool below_right = code(below) == zero + j || (code(below) == zero + j + 1 && !sure(below));
+        if (!below_right || code(beyond) != zero + j + 1) {
+            return false;
         }
-        if (book.zero_code != 0) {
-            const int zero = book.zero_code;
-            const int32_t high = field(below, -1, offset), low = field(beyond, -1, offset);
+        if (zero != 0) {
+            const int32_t high = field(limit[j], -1), low = field(limit[j] + 1, -1);
             const int code_beyond = zero - j - 1 < 0 ? 0 : zero - j - 1;
             const bool low_right = code(low) == code_beyond || (code(low) == code_beyond + 1 && !sure(low));
-            if (!at_base(low) || !at_base(high) || code(high) != (zero - j < 0 ? 0 : zero - j) || !low_right) {
+            if (code(high) != (zero - j < 0 ? 0 : zero - j) || !low_right) {
                 return false;
             }
         }
     }
-    const int32_t least = field(bits_of(kSmallest), 1, count), most = field(bits_of(1.0f), 1, count);
-    return code(least) == 0 && code(most) == n && code(field(bits_of(smallest_counted), 1, count)) == 1;
+    return code(field(0, 1)) == zero && code(field(bits_of(kSmallest), 1)) == zero &&
+           code(field(bits_of(1.0f), 1)) == zero + n && code(field(bits_of(smallest_counted), 1)) == zero + 1;
 }
 
 }  // namespace qcore::cpu

@@ -4,13 +4,16 @@
 // that do not fit into L1 beside the data. The dynamic codebooks need no large table: their thresholds lie evenly
 // spaced in each of a few segments (decades), so the number of thresholds below |y| is the integer part of
 //     F(|y|) = min(|y|, cap[segment]) * slope[segment] + offset[segment]
-// wherever F is more than kGuard away from every integer. Values that are not, one in four thousand, take the exact
+// wherever F is more than kGuard away from every integer. Values that are not, one in 16 thousand, take the exact
 // way; the constructor proves that the guard is wide enough at every threshold.
 //
-// F is computed as kBase + kGuard + F, one rounding: between 256 and 512 a float has 8 bits before the point and 15
-// behind it, so that the integer part is a field of its bits, and a value in doubt has zeros in the upper 12 bits of
-// its fraction. With the code of 0 in the offset that field is the code itself; negative y have an offset of their own,
-// with which it is that code less the number of thresholds beyond which -y lies.
+// With the code of 0 in the offset that is the code itself; negative y have lines of their own, with which it is that
+// code less the number of thresholds beyond which -y lies. F is computed as kBase + kGuard + F in segments of codes
+// below 128, and as twice (kGuard + F) in the others, one rounding: floats from 128 to 256 have 7 bits before the point
+// and 16 behind it, those from 256 to 512 the same when halved, and the lowest bit of the exponent tells them apart. So
+// the code is the third byte of the bits, and a value in doubt has zeros in the upper 14 bits below it. No segment may
+// have codes on both sides of 128: in the unsigned codebook, whose decades begin at codes 1, 3, 7 ... 127, the byte is
+// the code plus 1, modulo 256.
 //
 // The segment follows from the exponent, which has at most one threshold t where the segment changes: `entry` holds
 // (s + 1 << 27) - (bits of t) - 1, so that adding the bits of y leaves in bits 27 to 30 the segment, s, or s + 1 beyond
@@ -28,24 +31,25 @@
 namespace qcore::cpu {
 
 struct StateLines {
-    static constexpr int kExponents = 32;  // of 2^-31 to 2^0; smaller values count as 2^-31
+    static constexpr int kExponents =
+        32;  // the first for the value 0, then 2^-30 to 2^0; smaller values count as 2^-30
     static constexpr int kLowestExponent = 127 - (kExponents - 1);
     static constexpr int kSegments = 16;
-    static constexpr float kGuard = 0x1p-13f;
-    static constexpr float kBase = 0x1p8f;
-    static constexpr int kFraction = 15;      // bits behind the point
-    static constexpr int32_t kSure = 0x7FF8;  // the bits of the fraction that are not all 0 outside the guard
-    static constexpr float kSmallest = 0x1p-31f;
+    static constexpr float kGuard = 0x1p-15f;
+    static constexpr float kBase = 0x1p7f;
+    static constexpr int kFraction = 16;      // bits below the code
+    static constexpr int32_t kSure = 0xFFFC;  // of these, those that are not all 0 outside the guard
+    static constexpr float kSmallest = 0x1p-30f;
 
     // `table` is the codebook, `book` the same prepared. One of another structure has every value take the exact way.
     StateLines(const float *table, const Codebook &book);
 
     alignas(64) int32_t entry[kExponents];
     alignas(64) float cap[kSegments];
-    alignas(64) float slope[kSegments];
-    alignas(64) float offset[2 * kSegments];  // of y >= 0, then of y < 0: the integer part is the code
-    alignas(64) float count[kSegments];       // of y >= 0: the integer part is the code less that of 0
-    float smallest_counted;                   // a value whose code is the one after that of 0 (QC-OPT-021)
+    alignas(64) float slope[2 * kSegments];  // of y >= 0, then of y < 0
+    alignas(64) float offset[2 * kSegments];
+    int32_t bias;            // four bytes, each what the byte is more than the code
+    float smallest_counted;  // a value whose code is the one after that of 0 (QC-OPT-021)
 
     // For decoding: the bytes of the table's floats, lowest first. In half_plane those of codes 128 to 254 at 1 to 127,
     // and of code 255 at 0: all of the signed codebook, whose code 127 is 0 and whose code 127 - i is less that of 127
