@@ -110,6 +110,10 @@ class Batch:
         except KeyError:
             return False
 
+    def local_of(self, index: int) -> Tensor:
+        """The memory of a parameter on this rank."""
+        return self._locals[index]
+
     def state_tensors(self) -> list[Tensor]:
         """Every state tensor, to be read ahead."""
         return [value for state in self._states for value in state.values() if isinstance(value, Tensor)]

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from qcore.backend.registry import selection
-from qcore.errors import InvalidArgument, InvalidDtype, Unsupported
+from qcore.errors import InvalidArgument, InvalidDtype
 from qcore.ops.optimizer import OptimizerRule, optimizer_rule
 from qcore.ops.validate import FLOATS
 from qcore.optim import checkpoint
@@ -22,6 +22,7 @@ from qcore.optim.memory import DeviceMemory, FileMemory, MemoryTier, paged_memor
 from qcore.optim.overrides import GlobalOptimManager
 from qcore.optim.settings import STRUCTURE, check_group, gather
 from qcore.optim.sharded import is_split, local, local_gradient, rank_of
+from qcore.optim.sharded_norms import limit_sharded
 from qcore.optim.state import Moment, State, bits_of, converted, fresh, is_signed
 
 _IN_MEMORY = DeviceMemory()
@@ -123,6 +124,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         assert self._batches is not None
         # Everything is checked before anything runs.
         calls = [call for batch in self._batches for call in batch.calls(self._rule)]
+        limit_sharded(calls)
         for call, following in zip(calls, [*calls[1:], None]):
             if following is not None and following.batch is not call.batch:
                 following.batch.memory.prefetch(following.batch.state_tensors())
@@ -158,8 +160,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                 memory = self._memory(settings, own.device)
                 state = self._settled(param, own, name, settings, memory)
                 member = Member(param, name, state, (rank_of(param) << 32) + number - 1)
-                # A parameter with settings of its own is a batch of its own.
-                key = (group_index, number if settings is not group else 0, *self._kind(own, settings, state))
+                # A parameter with settings, or with a limit (qcore.optim.sharded_norms), of its own is its own batch.
+                alone = settings is not group or (settings["max_unorm"] > 0 and is_split(param))
+                key = (group_index, number if alone else 0, *self._kind(own, settings, state))
                 alike = drafts.setdefault(key, [])
                 if not alike or (memory.window and alike[-1].size > memory.window):
                     alike.append(_Draft([], settings, memory))
@@ -229,11 +232,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise InvalidArgument(f"{name} is on the meta device, where it has no memory; materialize it first")
         if settings["stochastic_rounding"] and own.dtype == torch.float16:
             raise InvalidDtype(f"stochastic_rounding: {name} is float16, needs bfloat16 (or float32, not rounded)")
-        if settings["max_unorm"] > 0 and is_split(param):
-            raise Unsupported(
-                f"{type(self).__name__}: max_unorm needs the norm of the whole of {name}, which is sharded; use "
-                "max_unorm=0, or an optimizer that does not limit its update"
-            )
         if param.grad is not None:
             check_gradient(name, local_gradient(param, param.grad, f"gradient of {name}"), finite=False)
 
