@@ -202,6 +202,19 @@ def test_decoded_state_is_encoded_to_the_same_bits(signed: bool) -> None:
     assert (decoded - values).abs().max() <= 0.05 * absmax.max()
 
 
+def test_converted_averages_of_ademamix_have_blocks_of_their_own() -> None:
+    """QC-OPT-020: the slow average's first block begins at its own first element, not in the fast one's last."""
+    param = nn.Parameter(torch.randn(300))
+    float32, coded = optim.AdEMAMix32bit([param]), optim.AdEMAMix8bit([nn.Parameter(torch.ones(300))], min_8bit_size=0)
+    run(float32, gradients((300,), 2))
+    coded.load_state_dict(float32.state_dict())
+    averages = float32.state[param]["state1"].abs()
+    scales = torch.stack([averages[:, :256].amax(1), averages[:, 256:].amax(1)], 1)
+    (state,) = coded.state.values()
+    assert torch.equal(state["absmax1"], scales)
+    assert scales[0, 1] > 100 * scales[1, 0]  # one block for both would be seen
+
+
 def test_a_second_moment_that_is_not_0_is_not_encoded_as_0() -> None:
     values = torch.tensor([[1.0, 1e-9, 0.0]])
     codes, absmax = torch.empty(1, 3, dtype=torch.uint8), torch.empty(1, 1)
