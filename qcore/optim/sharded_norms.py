@@ -55,9 +55,7 @@ def _ranks(param: Tensor) -> tuple[Any, tuple[int, ...]]:
     assert dtensor is not None
     mesh = dtensor.device_mesh
     return mesh, tuple(
-        dim
-        for dim, placement in enumerate(dtensor.placements)
-        if not placement.is_replicate() and mesh.size(dim) > 1
+        dim for dim, placement in enumerate(dtensor.placements) if not placement.is_replicate() and mesh.size(dim) > 1
     )
 
 
