@@ -30,6 +30,9 @@ class GptqOptions:
         Zero point 8 for all groups.
     act_order
         Quantize the columns in the order of falling importance; groups are then runs of that order.
+    group_order
+        Without ``act_order``: quantize the groups, and the columns inside each, in the order of falling importance
+        (arXiv 2505.14638). Groups stay runs of neighbours, so the checkpoint needs no order of columns.
     damping
         Share of the mean diagonal of H that is added to all of it.
     search
@@ -39,6 +42,7 @@ class GptqOptions:
     group_size: int = 128
     symmetric: bool = True
     act_order: bool = False
+    group_order: bool = True
     damping: float = 0.05
     search: bool = True
 
@@ -63,30 +67,45 @@ def quantize(weight: Tensor, hessian: Tensor, options: GptqOptions) -> WeightInt
     k = w.shape[1]
     size = k if options.group_size == -1 else min(options.group_size, k)
     diagonal = hessian.diagonal()
-    perm = None
     w[:, diagonal == 0] = 0  # inputs that were never seen
-    if options.act_order:
-        perm = diagonal.argsort(descending=True, stable=True)
-        w, hessian = w[:, perm], hessian[perm][:, perm]
+    order, groups = _column_order(diagonal, size, options)
+    w, hessian = w[:, order], hessian[order][:, order]
     factor = inverse_factor(hessian, options.damping)
     importance = 1 / factor.diagonal().square()
     codes = torch.empty_like(w)
-    scales, zeros = [], []
+    grids: list[Grid] = []
+    start = 0
     # A block is a group, so that a group's grid sees every error that was pushed into it.
-    for start in range(0, k, size):
-        stop = min(k, start + size)
-        group = w[:, start:stop]
+    for group in groups:
+        stop = start + min(size, k - group * size)
+        columns = w[:, start:stop]
         if options.search:
-            grid = search_grid(group, symmetric=options.symmetric, weights=importance[start:stop])
+            grid = search_grid(columns, symmetric=options.symmetric, weights=importance[start:stop])
         else:
-            grid = choose_grid(group, symmetric=options.symmetric)
-        scales.append(grid.scale)
-        zeros.append(grid.zero)
-        errors = _quantize_block(group, factor[start:stop, start:stop], grid, codes[:, start:stop])
+            grid = choose_grid(columns, symmetric=options.symmetric)
+        grids.append(grid)
+        errors = _quantize_block(columns, factor[start:stop, start:stop], grid, codes[:, start:stop])
         w[:, stop:] -= errors @ factor[start:stop, stop:]
-    grids = Grid(torch.cat(scales, 1), torch.cat(zeros, 1))
-    order = None if perm is None else perm.int()
-    return weight_of(codes, grids, size, order, symmetric=options.symmetric)
+        start = stop
+    if not options.act_order:
+        codes = torch.empty_like(codes).index_copy_(1, order, codes)
+        grids = [grids[groups.index(group)] for group in range(len(groups))]
+    whole = Grid(*(torch.cat(parts, 1) for parts in zip(*grids, strict=True)))
+    perm = order.int() if options.act_order else None
+    return weight_of(codes, whole, size, perm, symmetric=options.symmetric)
+
+
+def _column_order(diagonal: Tensor, size: int, options: GptqOptions) -> tuple[Tensor, list[int]]:
+    """The order in which columns are rounded, and the groups in the order in which they come."""
+    count = -(-len(diagonal) // size)
+    if options.act_order:
+        return diagonal.argsort(descending=True, stable=True), list(range(count))
+    if not options.group_order:
+        return torch.arange(len(diagonal), device=diagonal.device), list(range(count))
+    members = diagonal.split(size)
+    groups = sorted(range(count), key=lambda group: -float(members[group].mean()))
+    inside = [group * size + members[group].argsort(descending=True, stable=True) for group in groups]
+    return torch.cat(inside), groups
 
 
 def _quantize_block(w: Tensor, factor: Tensor, grid: Grid, codes: Tensor, block: int = 64) -> Tensor:

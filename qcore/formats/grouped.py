@@ -44,7 +44,7 @@ def write_section(settings: QuantizationSettings, own: dict[str, Any]) -> dict[s
         "quant_method": "gptq",
         "static_groups": False,
         "sym": settings.symmetric,
-        "true_sequential": False,
+        "true_sequential": settings.true_sequential,
         "qcore": own,
     }
 
@@ -81,6 +81,7 @@ def read_section(section: dict[str, Any]) -> dict[str, Any]:
         "group_size": size,
         "symmetric": bool(section.get("sym", True)),
         "act_order": bool(section.get("desc_act", False)),
+        "true_sequential": bool(section.get("true_sequential", True)),
         "checkpoint_format": layout,
     }
 

@@ -11,7 +11,13 @@ import torch
 from qcore.errors import FormatError, InvalidArgument
 from qcore.formats import architecture, grouped
 from qcore.formats.bitsandbytes import FourBitLayout, int8_specs
-from qcore.formats.quantization_config import FORMATS, GROUPED, QuantizationSettings, write_quantization
+from qcore.formats.quantization_config import (
+    FORMATS,
+    GROUPED,
+    QuantizationSettings,
+    grouped_layout,
+    write_quantization,
+)
 from qcore.formats.shard_writer import Spec
 from qcore.formats.source import SINGLE, Source, TensorInfo
 
@@ -28,8 +34,9 @@ class Options:
 
     ``format`` is nf4, fp4, int8, gptq, awq, or float (convert only). ``dtype`` is that of everything that stays in
     floating point, and what 4-bit weights dequantize to; ``None`` takes the checkpoint's own, bfloat16 if it states
-    none. From ``group_size`` on they are of gptq and awq: ``calibration`` is the SHA-256 of the text, ``None`` to round
-    to nearest; ``windows`` of ``window`` tokens are taken from it.
+    none. From ``group_size`` on they are of gptq and awq: ``true_sequential`` lets layers of a block see the errors of
+    those in front of them (gptq); ``calibration`` is the SHA-256 of the text, ``None`` to round to nearest; ``windows``
+    of ``window`` tokens are taken from it.
     """
 
     format: str
@@ -44,7 +51,9 @@ class Options:
     group_size: int = 128
     symmetric: bool = True
     act_order: bool = False
+    group_order: bool = True
     damping: float = 0.05
+    true_sequential: bool = True
     calibration: str | None = None
     windows: int = 128
     window: int = 512
@@ -164,14 +173,13 @@ def _settings(options: Options, skips: list[str]) -> QuantizationSettings | None
     compute = FLOATS[options.compute_dtype] if options.compute_dtype else None
     settings = QuantizationSettings(options.format, options.blocksize, options.double_quant, compute)
     if options.format in GROUPED:
-        # Zero points of their own are stored as they are; what AutoGPTQ did to them is kept for files without any.
-        layout = "awq" if options.format == "awq" else "gptq" if options.symmetric else "gptq_v2"
         settings = replace(
             settings,
             group_size=options.group_size,
             symmetric=options.symmetric,
             act_order=options.act_order,
-            checkpoint_format=layout,
+            true_sequential=options.true_sequential,
+            checkpoint_format=grouped_layout(options.format, options.symmetric),
         )
     return replace(settings, skip_modules=skips)
 

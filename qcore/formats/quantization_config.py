@@ -44,8 +44,9 @@ class QuantizationSettings:
         Magnitude from which on an activation is an outlier (int8).
     experts
         Whether fused experts are quantized; bitsandbytes has no such layout.
-    group_size, symmetric, act_order
-        Of gptq and awq: inputs a group (-1: one group), zero point 8 everywhere, columns in another order.
+    group_size, symmetric, act_order, true_sequential
+        Of gptq and awq: inputs a group (-1: one group), zero point 8 everywhere, columns in another order, layers
+        calibrated on what the quantized ones in front of them give.
     checkpoint_format
         gptq or gptq_v2, the two spellings of zero points; awq.
     """
@@ -61,7 +62,16 @@ class QuantizationSettings:
     group_size: int = 128
     symmetric: bool = True
     act_order: bool = False
+    true_sequential: bool = True
     checkpoint_format: str = "gptq"
+
+
+def grouped_layout(format: str, symmetric: bool) -> str:
+    """The ``checkpoint_format`` that gptq or awq is written in.
+
+    Zero points of their own are stored as they are; what AutoGPTQ did to them is kept for files without any.
+    """
+    return "awq" if format == "awq" else "gptq" if symmetric else "gptq_v2"
 
 
 def name_of(dtype: torch.dtype) -> str:

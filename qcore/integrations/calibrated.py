@@ -8,17 +8,11 @@ of all tokens. A finished block is a file of its own, which an interrupted run f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcore.algorithms import awq, gptq
-from qcore.algorithms.calibration import Statistics, observe
-from qcore.algorithms.grid import round_to_nearest
 from qcore.backend.weights import WeightInt4
 from qcore.errors import FormatError, InvalidArgument
 from qcore.formats import architecture
@@ -30,7 +24,7 @@ from qcore.formats.safetensors import SafetensorsFile
 from qcore.formats.shard_writer import ShardWriter, Spec, verify_shard
 from qcore.formats.source import Source
 from qcore.functional import awq_layers, gptq_layers
-from qcore.integrations.producers import find_producer
+from qcore.integrations.blocks import BlockWeights, Call, block_batches, block_inputs, install, quantize_block
 from qcore.ops.int4 import dequantize_int4
 
 _BATCH = 8  # windows that run through a block at a time
@@ -54,18 +48,6 @@ def make_blocks(
     return Blocks(windows, options, source, plan, output, listener).run()
 
 
-@dataclass
-class _Call:
-    """What a block is called with besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Enough(Exception):
-    """The last block was reached."""
-
-
 class Blocks:
     """The made tensors; see :func:`make_blocks`."""
 
@@ -80,9 +62,9 @@ class Blocks:
     ) -> None:
         self._windows, self._options, self._source = windows, options, source
         self._output, self._listener = output, listener
-        config = source.config()
         self._dtype = FLOATS[str(plan.config["dtype"])]
-        self._model = architecture.empty_model(config, self._dtype)
+        self._model = architecture.empty_model(source.config(), self._dtype)
+        self._config = self._model.config
         self._path = architecture.block_list(self._model)
         # The model's names for what is read: a layer's own weight, or the tensor itself.
         self._sources = {_model_name(step): step for step in plan.steps}
@@ -102,18 +84,18 @@ class Blocks:
         """Make what is not there yet."""
         blocks: nn.ModuleList = self._model.get_submodule(self._path)
         (self._output.path / BLOCKS).mkdir(exist_ok=True)
-        hidden, calls = ([], []) if self._windows is None else self._first_inputs(blocks)
+        hidden, calls = self._first_inputs()
         for index, block in enumerate(blocks):
             prefix = f"{self._path}.{index}."
             self._fill(block, prefix)
-            kept = self._kept(index)
-            batches = [partial(_forward, block, x, call) for x, call in zip(hidden, calls[index] if calls else [])]
-            tensors, weights = ({}, {}) if kept else self._quantize(block, prefix, batches)
-            if not kept:
-                self._write(index, tensors)
-            last = index + 1 == len(blocks)
-            if hidden and not last:
-                self._replace(block, prefix, weights)
+            batches = None if hidden is None else block_batches(block, hidden, calls[index])
+            found = None
+            if not self._kept(index):
+                found = quantize_block(block, self._names(block, prefix), batches, self._options, self._config, prefix)
+                self._write(index, self._tensors(prefix, found))
+            if hidden is not None and batches is not None and index + 1 < len(blocks):
+                found = found or self._read(block, prefix)
+                install(block, found.weights, found.changed)
                 with torch.inference_mode():
                     for i, batch in enumerate(batches):
                         hidden[i] = batch()
@@ -121,33 +103,22 @@ class Blocks:
             self._listener.calibrated(index + 1, len(blocks))
         return self
 
-    def _first_inputs(self, blocks: nn.ModuleList) -> tuple[list[Tensor], list[list[_Call]]]:
-        """Hidden states before the first block, and what each block is called with, by batch."""
-        assert self._windows is not None
+    def _first_inputs(self) -> tuple[list[Tensor] | None, list[list[Call]]]:
+        """Hidden states before the first block, and what each block is called with, by batch; None to round."""
+        if self._windows is None:
+            return None, []
         head = self._model.get_output_embeddings()
         for name, module in self._model.named_modules():
             if name.startswith(f"{self._path}.") or module is head:
                 continue
             for key in module._parameters:
                 self._put(self._model, f"{name}.{key}" if name else key)
-        real = list(blocks)
-        hidden: list[Tensor] = []
-        calls: list[list[_Call]] = [[] for _ in real]
-        path, _, key = self._path.rpartition(".")
-        parent = self._model.get_submodule(path)
-        stubs = nn.ModuleList([_Stub(block, index, calls, hidden) for index, block in enumerate(real)])
-        setattr(parent, key, stubs)
-        try:
-            with torch.inference_mode():
-                for ids in self._windows.split(_BATCH):
-                    try:
-                        self._model(ids, use_cache=False)
-                    except _Enough:
-                        continue
-        finally:
-            setattr(parent, key, blocks)
+        found = block_inputs(self._model, self._path, self._windows.split(_BATCH))
         _empty(self._model)
-        return hidden, calls
+        return found
+
+    def _names(self, block: nn.Module, prefix: str) -> list[str]:
+        return [name for name, _ in block.named_modules() if prefix + name in self._quantized]
 
     def _fill(self, block: nn.Module, prefix: str) -> None:
         for name in [*dict(block.named_parameters())]:
@@ -164,128 +135,27 @@ class Blocks:
         target = value.to(self._dtype if value.is_floating_point() else value.dtype)
         module._parameters[key] = nn.Parameter(target, requires_grad=False)
 
-    def _quantize(
-        self, block: nn.Module, prefix: str, batches: Sequence[Callable[[], Tensor]]
-    ) -> tuple[dict[str, Tensor], dict[str, WeightInt4]]:
-        modules = dict(block.named_modules())
-        names = [name for name in modules if prefix + name in self._quantized]
-        made: dict[str, WeightInt4] = {}
-        tensors: dict[str, Tensor] = {}
-        options = self._options
-        originals = {name: self._weight(modules[name], prefix + name).float().clone() for name in names}
-        if self._windows is None:
-            for name in names:
-                size = options.group_size if options.group_size != -1 else originals[name].shape[1]
-                made[name] = round_to_nearest(originals[name], size, symmetric=options.symmetric)
-        else:
-            statistics = observe(block, names, batches)
-            missing = set(names) - {name for each in statistics for name in each.layers}
-            if missing:
-                raise InvalidArgument(
-                    f"quantize: no token of the calibration text reaches {prefix}{min(missing)}; use more text, or "
-                    "pass --skip for it"
-                )
-            if options.format == "gptq":
-                made = self._gptq(originals, statistics)
-            else:
-                made, scaled = self._awq(block, prefix, originals, statistics)
-                tensors |= {prefix + name: value for name, value in scaled.items()}
-        for name, weight in made.items():
-            values = dequantize_int4(weight, torch.float32)
-            wanted = self._weight(modules[name], prefix + name).float()  # scaled, by AWQ
-            squares = float((values - wanted).square().sum()), float(wanted.square().sum())
+    def _tensors(self, prefix: str, found: BlockWeights) -> dict[str, Tensor]:
+        """What is stored of a block; how far its quantized weights are from the float ones is noted."""
+        tensors = {prefix + name: value for name, value in found.changed.items()}
+        for name, weight in found.weights.items():
+            wanted = found.wanted[name]
+            error = dequantize_int4(weight, torch.float32) - wanted
+            squares = float(error.square().sum()), float(wanted.square().sum())
             self._errors[f"{prefix}{name}.weight"] = ErrorSum(*squares)
-            layer = self._layer(weight)
-            tensors |= {f"{prefix}{name}.{part}": value for part, value in layer.items()}
-        return tensors, made
+            tensors |= {f"{prefix}{name}.{part}": value for part, value in self._layer(weight).items()}
+        return tensors
 
     def _layer(self, weight: WeightInt4) -> dict[str, Tensor]:
         if self._options.format == "awq":
             return awq_layers.write_layer(weight)
         return gptq_layers.write_layer(weight, "gptq" if self._options.symmetric else "gptq_v2")
 
-    def _weight(self, module: Any, name: str) -> Tensor:
-        """The weight ``(out, in)``; a view, so that writing to it changes the module."""
-        weight: Tensor = module.weight
-        return weight.t() if self._sources[f"{name}.weight"].transposed else weight
-
-    def _gptq(self, originals: dict[str, Tensor], statistics: list[Statistics]) -> dict[str, WeightInt4]:
-        options = self._options
-        settings = gptq.GptqOptions(options.group_size, options.symmetric, options.act_order, options.damping)
-        made = {}
-        for each in statistics:
-            # Layers with one input have one Hessian: they are quantized as one, and taken apart again.
-            together = torch.cat([originals[name] for name in each.layers])
-            whole = gptq.quantize(together, each.hessian, settings)
-            start = 0
-            for name in each.layers:
-                rows = slice(start, start + len(originals[name]))
-                start = rows.stop
-                zeros = None if whole.zeros is None else whole.zeros[rows]
-                shape = (len(originals[name]), whole.shape[1])
-                made[name] = WeightInt4(
-                    whole.packed[rows], whole.scales[rows], zeros, whole.group_size, shape, whole.perm
-                )
-        return made
-
-    def _awq(
-        self, block: nn.Module, prefix: str, originals: dict[str, Tensor], statistics: list[Statistics]
-    ) -> tuple[dict[str, WeightInt4], dict[str, Tensor]]:
-        options = self._options
-        weights = dict(originals)
-        changed: dict[str, Tensor] = {}
-        factors: dict[int, Tensor] = {}
-        for index, each in enumerate(statistics):
-            size = options.group_size if options.group_size != -1 else len(each.hessian)
-            producer = find_producer(block, each, weights, self._model.config)
-            if producer is None:
-                continue
-            owner = producer.owner
-            found = awq.search_scales(
-                [weights[name] for name in each.layers],
-                each.hessian,
-                each.mean_magnitude,
-                size,
-                symmetric=options.symmetric,
-                owner=owner,
-            )
-            if not producer.divide(found, weights, changed):
-                continue
-            factors[index] = found
-            for name in each.layers:
-                weights[name] = weights[name] * found
-        made = {}
-        for index, each in enumerate(statistics):
-            size = options.group_size if options.group_size != -1 else len(each.hessian)
-            factor = factors.get(index)
-            hessian = each.hessian if factor is None else each.hessian / (factor[:, None] * factor[None, :])
-            for name in each.layers:
-                # As the authors do: a clipped query or key changes which tokens attend to which.
-                clip = not name.endswith(("q_proj", "k_proj"))
-                made[name] = awq.quantize(weights[name], hessian, size, symmetric=options.symmetric, clip=clip)
-        self._install(block, prefix, weights, changed)
-        return made, changed
-
-    def _install(self, block: nn.Module, prefix: str, weights: dict[str, Tensor], changed: dict[str, Tensor]) -> None:
-        """Put the scaled weights and norms into the block, which runs with them from now on."""
-        with torch.no_grad():
-            for name, value in weights.items():
-                self._weight(block.get_submodule(name), prefix + name).copy_(value)
-            for name, value in changed.items():
-                block.get_parameter(name).copy_(value)
-
-    def _replace(self, block: nn.Module, prefix: str, weights: dict[str, WeightInt4]) -> None:
-        """Dequantized weights in the place of the float ones, and what was changed beside them."""
-        with torch.no_grad():
-            for name in dict(block.named_parameters()):
-                stored = self.tensor(prefix + name)
-                if stored is not None:
-                    block.get_parameter(name).copy_(stored)
-            for name, module in block.named_modules():
-                if prefix + name not in self._quantized:
-                    continue
-                weight = weights.get(name) or self._read_layer(prefix + name)
-                self._weight(module, prefix + name).copy_(dequantize_int4(weight, self._dtype))
+    def _read(self, block: nn.Module, prefix: str) -> BlockWeights:
+        """A block of an earlier run."""
+        stored = {name: self.tensor(prefix + name) for name, _ in block.named_parameters()}
+        changed = {name: value for name, value in stored.items() if value is not None}
+        return BlockWeights({name: self._read_layer(prefix + name) for name in self._names(block, prefix)}, changed)
 
     def _read_layer(self, name: str) -> WeightInt4:
         parts = {part: self.tensor(f"{name}.{part}") for part in gptq_layers.NAMES}
@@ -333,35 +203,6 @@ class Blocks:
         file = SafetensorsFile(self._output.path / self._name(index))
         self._files.append(file)
         self._places |= dict.fromkeys(file.entries, file)
-
-
-class _Stub(nn.Module):
-    """Stands where a block stood, notes what it is called with, and lets the hidden states through."""
-
-    def __init__(self, block: nn.Module, index: int, calls: list[list[_Call]], hidden: list[Tensor]) -> None:
-        super().__init__()
-        self._known = (block, index, calls, hidden)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_known"][0], name)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        _, index, calls, hidden = self._known
-        calls[index].append(_Call(args, kwargs))
-        if index == 0:
-            hidden.append(x)
-        if index + 1 == len(calls):
-            raise _Enough
-        return x
-
-
-def _forward(block: nn.Module, x: Tensor, call: _Call) -> Tensor:
-    out = block(x, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
 
 
 def _empty(block: nn.Module) -> None:

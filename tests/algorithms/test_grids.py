@@ -49,13 +49,22 @@ def test_gptq_halves_the_error_of_inputs_that_it_did_not_see(symmetric: bool, ac
     assert output_error(found, w, unseen) < 0.5 * output_error(nearest, w, unseen)
 
 
+@pytest.mark.parametrize("group", [32, 40, -1])
+def test_an_order_of_groups_lowers_the_error_and_leaves_no_trace(group: int) -> None:
+    w, seen, unseen = layer()
+    h = (seen.t() @ seen).flip(0, 1)  # the large channels come last
+    plain, ordered = (gptq.quantize(w, h, gptq.GptqOptions(group, group_order=order)) for order in (False, True))
+    assert ordered.perm is None
+    assert output_error(ordered, w, unseen.flip(1)) < 0.9 * output_error(plain, w, unseen.flip(1))
+
+
 def test_gptq_solves_two_columns_as_a_search_does() -> None:
     """For the last column, given the others, the best code is the nearest to the compensated weight."""
     generator = torch.Generator().manual_seed(4)
     w, x = torch.randn(6, 2, generator=generator), torch.randn(500, 2, generator=generator)
     x[:, 1] += 0.9 * x[:, 0]
     h = x.t() @ x
-    found = gptq.quantize(w, h, gptq.GptqOptions(-1, True, damping=1e-6, search=False))
+    found = gptq.quantize(w, h, gptq.GptqOptions(-1, True, group_order=False, damping=1e-6, search=False))
     values = dequantize_int4(found, torch.float32)
     scale = found.scales.float()
     for row in range(6):

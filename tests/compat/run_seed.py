@@ -1,6 +1,6 @@
 """Run the Python blocks of one seed document in this process: ``run_seed.py DOCUMENT``, in an empty folder.
 
-Needs the folder ``tests`` in ``PYTHONPATH``.
+Needs the folder ``tests`` in ``PYTHONPATH``, and a folder of its own in ``HF_HOME``.
 
 ``import bitsandbytes`` is qcore. Prints one JSON object a block, ``{"index": ..., "outcome": ..., "why": ...}``.
 """
@@ -8,12 +8,13 @@ Needs the folder ``tests`` in ``PYTHONPATH``.
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import traceback
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,25 @@ def tiny_models() -> dict[str, str]:
     return {"LLAMA": str(save_model("llama", Path("llama").absolute(), torch.float32)), "BLOOM": str(bloom)}
 
 
+def cached_c4() -> None:
+    """The file of C4 that guides calibrate with, with a few texts in it, in the hub's cache (``HF_HOME``)."""
+    from tiny_models import WORDS
+
+    from qcore.integrations.calibration_data import C4
+
+    repository, file = C4
+    folder = Path(os.environ["HF_HOME"], "hub", f"datasets--{repository.replace('/', '--')}")
+    commit = "0" * 40
+    path = folder / "snapshots" / commit / file
+    path.parent.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(3, len(WORDS), (40, 60), generator=generator).tolist()
+    with gzip.open(path, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps({"text": " ".join(WORDS[each] for each in row)}) + "\n" for row in picks)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit, encoding="utf-8")
+
+
 def runnable(text: str, snippet: Snippet) -> str:
     """The block as it runs here."""
     if snippet.lines:
@@ -62,27 +82,18 @@ def run(document: str) -> None:
     names: dict[str, Any] = {**tiny_models(), "DEVICE": device, "GPU": torch.cuda.is_available(), "Path": Path}
     for snippet in snippets:
         outcome, why = "passed", ""
-        if snippet.waits_for and not available(snippet.waits_for):
-            outcome, why = "waiting", snippet.waits_for
-        else:
-            try:
-                ast.parse(source := runnable(blocks[snippet.index].text, snippet))
-                exec(compile(snippet.setup, f"<setup of block {snippet.index}>", "exec"), names)
-                exec(compile(source, f"<block {snippet.index}>", "exec"), names)
-                if not eval(snippet.check, names):
-                    outcome, why = "failed", f"not true afterwards: {snippet.check}"
-            except Exception:
-                outcome, why = "failed", traceback.format_exc(limit=-4)
+        try:
+            ast.parse(source := runnable(blocks[snippet.index].text, snippet))
+            exec(compile(snippet.setup, f"<setup of block {snippet.index}>", "exec"), names)
+            exec(compile(source, f"<block {snippet.index}>", "exec"), names)
+            if not eval(snippet.check, names):
+                outcome, why = "failed", f"not true afterwards: {snippet.check}"
+        except Exception:
+            outcome, why = "failed", traceback.format_exc(limit=-4)
         print(json.dumps({"index": snippet.index, "outcome": outcome, "why": why}), file=sys.__stdout__, flush=True)
-
-
-def available(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 if __name__ == "__main__":
     qcore.install_as_bitsandbytes()
+    cached_c4()
     run(Path(sys.argv[1]).read_text(encoding="utf-8"))

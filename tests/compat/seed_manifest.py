@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GPTQ = "gptqmodel"  # with optimum, what transformers reads GPTQ and AWQ checkpoints with
-
 
 @dataclass(frozen=True)
 class Snippet:
@@ -29,8 +27,6 @@ class Snippet:
         Text to replace before the block runs: what is no Python, or gone from another library.
     check : str
         Expression that has to be true afterwards.
-    waits_for : str
-        A module without which the block cannot run here.
     lines : str
         For a document that lost its line ends: where each line starts, ``+`` its indentation.
     """
@@ -39,11 +35,9 @@ class Snippet:
     setup: str = ""
     replace: tuple[tuple[str, str], ...] = ()
     check: str = "True"
-    waits_for: str = ""
     lines: str = ""
 
 
-OPTIM = "qcore.optim"
 _MODEL = "model = AutoModelForCausalLM.from_pretrained(LLAMA)"
 _AUTO = "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
 _DATA = (
@@ -71,7 +65,7 @@ _GUIDE = (
     Snippet(4, check=_NAMES_8BIT.format("model")),
     Snippet(5, check="int4_linear.weight.compress_statistics"),
     Snippet(6, check="(nf4_linear.weight.quant_type, fp4_linear.weight.quant_type) == ('nf4', 'fp4')"),
-    Snippet(7, check="type(optimizer).__name__ == 'Adam8bit'", waits_for=OPTIM),
+    Snippet(7, check="type(optimizer).__name__ == 'Adam8bit'"),
     Snippet(8, check="output.shape == (32, 768) and bool(torch.isfinite(output).all())"),
     Snippet(9, check="QuantizedMLP(8, 16, 8)(torch.randn(2, 8)).shape == (2, 8)"),
     Snippet(
@@ -81,7 +75,6 @@ _GUIDE = (
             "dataloader = [(torch.randn(4, 768), torch.zeros(4, 768)) for _ in range(2)]"
         ),
         check="bool(torch.isfinite(loss)) and len(optimizer.state) > 0",
-        waits_for=OPTIM,
     ),
     Snippet(11, check=_NAMES_8BIT.format("model")),
     Snippet(12, check=_NAMES_4BIT.format("model")),
@@ -95,7 +88,6 @@ _GUIDE = (
         15,
         # The document's own slip of the keyboard is an alias in qcore.
         check="bnb.optim.GlobalOptimManager.get_instance() is bnb.optim.GlobalOptimManager.get_inuserce()",
-        waits_for=OPTIM,
     ),
     Snippet(
         16,
@@ -116,47 +108,41 @@ _GUIDE = (
     ),
 )
 
-# qcore's own GPTQ and AWQ, where the libraries that the guide calibrates with are not there: block 7 would make the
-# model, block 14 the folder.
-_CALIBRATE = """
-import torch
-from functools import partial
-from qcore.formats.plan import Options
-from qcore.formats.quantize import quantize_checkpoint
-from qcore.integrations.calibrated import make_blocks
-options = Options("{format}", group_size=8, dtype="float32", calibration="text")
-if not Path("{folder}").exists():
-    make = partial(make_blocks, torch.arange(3, 35).view(4, 8), options)
-    quantize_checkpoint(Path(LLAMA), Path("{folder}"), options, make=make)
-"""
-_MAKE_GPTQ = _CALIBRATE.format(format="gptq", folder="made-gptq") + (
-    "from transformers import AutoModelForCausalLM\n"
-    "quantized_model = AutoModelForCausalLM.from_pretrained('made-gptq')\n"
-    "ids = torch.arange(3, 11).view(1, 8).to(DEVICE)"
-)
 _LOADS_AGAIN = (
     "torch.equal(AutoModelForCausalLM.from_pretrained('{}')(ids).logits, quantized_model(ids).logits) and "
     + _NAMES_INT4.format("quantized_model")
 )
+_SMALL_GROUPS = (('"q_group_size": 128', '"q_group_size": 8'),)  # the tiny model's 72 inputs have no groups of 128
+_AUTO_GPTQ = (("from auto_gptq import", "from qcore.compat.auto_gptq import"),)
+_IDS = "import torch\nids = torch.arange(3, 11).view(1, 8).to(DEVICE)"
 
+# "c4" is the data set of that name, cut down, in the cache folder of the hub that the blocks run with.
 _ROCM_GUIDE = (
-    Snippet(3, waits_for="auto_gptq"),
-    Snippet(4, waits_for="auto_gptq"),
-    Snippet(5, waits_for="auto_gptq"),
-    Snippet(6, check="gptq_config.bits == 4"),
-    Snippet(7, waits_for=GPTQ),
-    Snippet(8, setup=_MAKE_GPTQ, check=_LOADS_AGAIN.format("hub/llama-2-7b-hf-gptq")),
-    Snippet(9, check=_LOADS_AGAIN.format("llama-2-7b-gptq")),
-    Snippet(10, waits_for=GPTQ),  # asks for the library's own ExLlama kernels
-    Snippet(13, waits_for="awq"),
-    Snippet(14, waits_for="awq"),
+    Snippet(3, replace=_AUTO_GPTQ, check="set(examples[0]) >= {'input_ids', 'attention_mask'}"),
+    Snippet(4, check="quantize_config.bits == 4 and not quantize_config.desc_act"),
     Snippet(
-        15,
-        setup=_CALIBRATE.format(format="awq", folder="llama-2-7b-hf-awq"),
-        check=_NAMES_INT4.format("model") + " and bool(torch.isfinite(model(ids).logits).all())",
+        5,
+        replace=_AUTO_GPTQ,
+        check=_NAMES_INT4.format("base_model") + " and Path(quantized_model_name, 'quantize_config.json').is_file()",
     ),
-    # asks for the library's own ExLlama kernels
-    Snippet(16, replace=(('device_map="auto"', 'device_map="auto")'),), waits_for=GPTQ),
+    Snippet(6, check="gptq_config.bits == 4"),
+    Snippet(7, setup=_IDS, check=_NAMES_INT4.format("quantized_model")),
+    Snippet(8, check=_LOADS_AGAIN.format("hub/llama-2-7b-hf-gptq")),
+    Snippet(9, check=_LOADS_AGAIN.format("llama-2-7b-gptq")),
+    Snippet(
+        10,
+        # The document's own name is that of the float model, which cannot be quantized without a data set.
+        replace=(("base_model_name,", "'llama-2-7b-gptq',"),),
+        check=_NAMES_INT4.format("quantized_model"),
+    ),
+    Snippet(13, replace=(("from awq import", "from qcore.compat.awq import"), *_SMALL_GROUPS)),
+    Snippet(14, check=_NAMES_INT4.format("base_model") + " and Path(quantized_model_name, 'config.json').is_file()"),
+    Snippet(15, check=_NAMES_INT4.format("model") + " and bool(torch.isfinite(model(ids).logits).all())"),
+    Snippet(
+        16,
+        replace=(('device_map="auto"', 'device_map="auto")'),),  # the document forgot to close it
+        check="torch.equal(quantized_model(ids).logits, model(ids).logits)",
+    ),
     Snippet(
         19,
         setup=(
@@ -164,7 +150,6 @@ _ROCM_GUIDE = (
         ),
         replace=(("bnb.matmul(...", "product = bnb.matmul(activations, model.weight"),),
         check="(product - activations @ model.weight.T).abs().max() < 0.2 and type(adam).__name__ == 'Adam8bit'",
-        waits_for=OPTIM,
     ),
     Snippet(20, check=_NAMES_4BIT.format("bnb_model_4bit")),
     Snippet(
@@ -208,17 +193,15 @@ _SKILL = (
         14,
         setup=_DATA,
         check="'AdamW' in type(trainer.optimizer.optimizer).__name__ and trainer.state.epoch == 3.0",
-        waits_for=OPTIM,
         lines="0 27 79 110 169 302 323 405",
     ),
     Snippet(
         15,
         setup=f"{_DATA}\ndataloader = [{{k: torch.tensor([v]) for k, v in row.items()}} for row in rows[:2]]",
         check="len(optimizer.state) > 0",
-        waits_for=OPTIM,
         lines="0 27 120 136 161+4 188+4 204+4 221+4",
     ),
-    Snippet(17, check="after >= 0", waits_for=OPTIM, lines="0 13 52 68 85 123"),
+    Snippet(17, check="after >= 0", lines="0 13 52 68 85 123"),
     Snippet(19, check=_NAMES_4BIT.format("model"), lines="0 162"),
     Snippet(20, check="config.load_in_8bit", lines="0 47"),
     Snippet(21, check="config.bnb_4bit_quant_type == 'nf4'", lines="0 93 141"),

@@ -13,11 +13,14 @@ from tiny_models import contents, save_model
 from transformers import AutoModelForCausalLM
 
 import qcore
+from qcore.algorithms import gptq
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.formats.plan import Options
 from qcore.formats.quantize import Listener, quantize_checkpoint
+from qcore.integrations.blocks import quantize_block
 from qcore.integrations.calibrated import make_blocks
 from qcore.integrations.checkpoint import load_model
+from qcore.integrations.quantize_model import quantize_model
 from qcore.nn import LinearInt4
 from qcore.ops.int4 import dequantize_int4
 
@@ -124,6 +127,33 @@ def test_transformers_loads_generates_and_saves(tmp_path: Path, format_: str, op
     first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "saved"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.allclose(logits(model.dequantize()), logits(again), atol=1e-4)
+
+
+def test_a_model_in_memory_becomes_what_its_checkpoint_becomes(tmp_path: Path) -> None:
+    source = save_model("qwen2", tmp_path / "float", torch.float32)
+    out = quantize(source, tmp_path / "out", "gptq", symmetric=False)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    options = Options("gptq", group_size=8, symmetric=False, calibration="text")
+    quantize_model(model, IDS.split(8), options).save_pretrained(tmp_path / "saved")
+    first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "saved"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_layers_make_up_for_the_errors_of_those_in_front_of_them(sequential: bool) -> None:
+    """With true_sequential, the inputs of the second layer are those that the quantized first layer gives."""
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.SiLU(), torch.nn.Linear(24, 16))
+    x = torch.randn(300, 16)
+    options = Options("gptq", group_size=8, calibration="text", true_sequential=sequential)
+    weight = block[2].weight.detach().clone()
+    before = block[:2](x).detach()
+    found = quantize_block(block, ["0", "2"], [lambda: block(x)], options, None, "block.")
+    seen = block[:2](x).detach() if sequential else before
+    alone = gptq.quantize(weight, seen.t() @ seen, gptq.GptqOptions(8))
+    assert torch.equal(dequantize_int4(found.weights["2"], torch.float32), dequantize_int4(alone, torch.float32))
+    assert torch.equal(block[2].weight, dequantize_int4(alone, torch.float32))
 
 
 def test_a_float_checkpoint_is_not_calibrated_while_it_loads(tmp_path: Path) -> None:

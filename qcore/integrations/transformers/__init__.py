@@ -3,13 +3,12 @@
 ``import qcore`` alone makes Transformers know the method ``qcore``, and read folders that qcore wrote in the layouts of
 bitsandbytes, GPTQ and AWQ. It takes nothing away from an installed library: a folder that bitsandbytes wrote goes to
 bitsandbytes, one of GPTQ or AWQ to GPTQModel, and to qcore where a :class:`QcoreConfig` is passed along or the library
-is not installed.
+is not installed. In the same way Transformers' own ``GPTQConfig`` quantizes with GPTQModel, and without it with qcore.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 if int(version("transformers").partition(".")[0]) < 5:
@@ -18,6 +17,7 @@ if int(version("transformers").partition(".")[0]) < 5:
 from transformers.quantizers import auto
 
 from qcore.formats.quantization_config import GROUPED
+from qcore.integrations.transformers.calibrating import CalibratingQuantizer, check_backend, has_gptqmodel
 from qcore.integrations.transformers.config import QcoreConfig
 from qcore.integrations.transformers.quantizer import QcoreQuantizer
 
@@ -41,21 +41,33 @@ def register() -> None:
         if isinstance(quantization_config, dict):
             quantization_config = QcoreConfig.from_dict(quantization_config)
         passed = quantization_config_from_args
-        return quantization_config if passed is None else quantization_config.with_arguments(passed)
+        if not isinstance(passed, QcoreConfig):  # of what a GPTQConfig says, the checkpoint knows all but the kernel
+            check_backend(passed)
+            return quantization_config
+        return quantization_config.with_arguments(passed)
 
     auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge)
+    for method in GROUPED:
+        theirs_of_method = auto.AUTO_QUANTIZER_MAPPING[method]
+
+        def choose(config: Any, theirs_of_method: Any = theirs_of_method, **options: Any) -> Any:
+            """Their quantizer where the library that it calls is installed, ours elsewhere."""
+            return (theirs_of_method if has_gptqmodel() else CalibratingQuantizer)(config, **options)
+
+        auto.AUTO_QUANTIZER_MAPPING[method] = choose
 
 
 def is_ours(stored: Any, passed: Any) -> bool:
     """Whether qcore loads a checkpoint whose section is ``stored``, for a caller who passed ``passed`` along."""
-    if not isinstance(passed, (QcoreConfig, type(None))):
-        return False  # another library was asked for by name; Transformers says so where that does not fit
-    if isinstance(stored, QcoreConfig):
-        return True
     section = stored if isinstance(stored, dict) else stored.to_dict()
     method = section.get("quant_method")
+    if not isinstance(passed, (QcoreConfig, type(None))):
+        # Another library was asked for by name; Transformers says so where that does not fit.
+        return method in GROUPED and method == passed.quant_method and not has_gptqmodel()
+    if isinstance(stored, QcoreConfig):
+        return True
     if method in GROUPED:
-        return "qcore" in section or passed is not None or find_spec("gptqmodel") is None
+        return "qcore" in section or passed is not None or not has_gptqmodel()
     if method != "bitsandbytes":
         return bool(method == METHOD or isinstance(passed, QcoreConfig))
     return "qcore" in section or passed is not None or not _has_bitsandbytes()

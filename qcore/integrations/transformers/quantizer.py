@@ -18,7 +18,7 @@ from transformers.utils import logging
 from qcore.backend.registry import backend_for
 from qcore.errors import BackendUnavailable, FormatError, InvalidArgument, InvalidDtype, Unsupported
 from qcore.formats import architecture
-from qcore.formats.quantization_config import GROUPED, dtype_of
+from qcore.formats.quantization_config import GROUPED, QuantizationSettings, dtype_of
 from qcore.integrations import experts, layers
 from qcore.integrations.experts import ExpertList, FusedExperts
 from qcore.integrations.transformers.config import QcoreConfig
@@ -213,6 +213,16 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         model.is_loaded_in_8bit = self.quantization_config.format == "int8"
         return model
 
+    def take(self, model: Any, settings: QuantizationSettings, dtype: torch.dtype, transposed: set[str]) -> None:
+        """Become the quantizer of a model in memory, whose layers have been exchanged.
+
+        ``transposed`` names those that were ``Conv1D``.
+        """
+        self.quantization_config.settings, self.quantization_config.model_dtype = settings, dtype
+        self.dtype, self.transposed = dtype, transposed
+        model.hf_quantizer = self
+        self.postprocess_model(model)
+
     def _keep_names(self, model: Any) -> None:
         """Let the model be saved under its own names where a conversion back would cut codes to pieces."""
         from transformers.core_model_loading import WeightConverter
@@ -220,7 +230,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         quantized = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
         model._weight_conversions = [
             each
-            for each in model._weight_conversions or []
+            for each in getattr(model, "_weight_conversions", None) or []
             if not isinstance(each, WeightConverter)
             or not any(target in name for target in each.target_patterns for name in quantized)
         ]

@@ -1,0 +1,132 @@
+"""What the model classes of AutoGPTQ, GPTQModel and AutoAWQ have in common: a Transformers model in a wrapper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcore.errors import InvalidArgument, Unsupported
+from qcore.formats.plan import Options
+from qcore.integrations.calibration_data import token_batches
+from qcore.integrations.quantize_model import quantize_model
+from qcore.integrations.transformers import QcoreConfig
+
+# Arguments of the libraries that choose among their own kernels; qcore's backend chooses by itself.
+_KERNELS = re.compile(
+    "use_(triton|tritonv2|marlin|qigen|exllama|exllama_v2|cuda_fp16)|inject_fused_(attention|mlp)|"
+    "disable_exllama(v2)?|warmup_triton|autotune_warmup_after_quantized|fuse_(layers|qkv)|backend"
+)
+
+
+class QuantizableCausalLM(nn.Module):
+    """A causal language model that is quantized, or will be; whatever is not here is asked of ``model``.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+    quantized : bool
+    """
+
+    def __init__(self, model: Any, *, quantized: bool) -> None:
+        super().__init__()
+        self.model, self.quantized = model, quantized
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's, without gradients."""
+        with torch.inference_mode():
+            return self.model.generate(*args, **kwargs)
+
+    def _calibrate(
+        self, data: Any, tokenizer: Any, options: Options, samples: int, length: int, skip_modules: Iterable[str] = ()
+    ) -> None:
+        who = f"{type(self).__name__}.quantize"
+        if self.quantized:
+            raise InvalidArgument(f"{who}: the model is quantized already; load the float checkpoint")
+        batches = token_batches(data, tokenizer, samples=samples, length=length, caller=who)
+        device = self.model.get_input_embeddings().weight.device
+        quantize_model(self.model, [batch.to(device) for batch in batches], options, skip_modules=skip_modules)
+        self.quantized = True
+
+    def _save(self, folder: str | Path, **kwargs: Any) -> None:
+        if not self.quantized:
+            raise InvalidArgument(f"{type(self).__name__}: there is nothing quantized to save; call quantize() first")
+        self.model.save_pretrained(folder, **kwargs)
+
+
+def load_float(name: str | Path, who: str, **kwargs: Any) -> Any:
+    """The float model called ``name``, in the dtype of its checkpoint unless another is asked for.
+
+    Raises
+    ------
+    InvalidArgument
+        It is quantized already.
+    """
+    model = _load(name, kwargs)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise InvalidArgument(f"{who}: {name} is quantized already; use from_quantized, or name the float checkpoint")
+    return model
+
+
+def load_quantized(name: str | Path, who: str, formats: tuple[str, ...], **kwargs: Any) -> Any:
+    """The model called ``name``, which is a checkpoint in one of ``formats``.
+
+    Raises
+    ------
+    InvalidArgument
+        It is a float checkpoint, or in another format.
+    """
+    model = _load(name, kwargs)
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, QcoreConfig) or config.format not in formats:
+        raise InvalidArgument(f"{who}: {name} is no checkpoint in the format {' or '.join(formats)}")
+    return model
+
+
+def _load(name: str | Path, kwargs: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    device = kwargs.pop("device", None)
+    if device is not None:
+        kwargs["device_map"] = {"": torch.device(device)}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    dtype = kwargs.pop("torch_dtype", None)
+    return AutoModelForCausalLM.from_pretrained(str(name).strip(), **{"dtype": dtype or "auto", **kwargs})
+
+
+def refuse(who: str, given: dict[str, Any], allowed: dict[str, Any] | None = None) -> None:
+    """Refuse arguments that would otherwise be ignored.
+
+    ``allowed`` maps names to the values that mean nothing here; a kernel that is switched off means nothing either.
+
+    Raises
+    ------
+    Unsupported
+        One is set to anything else.
+    """
+    for name, value in given.items():
+        if value is None or (name in (allowed or {}) and value == (allowed or {})[name]):
+            continue
+        if _KERNELS.fullmatch(name):
+            if value is False or name.startswith("disable_") or str(getattr(value, "value", value)) == "auto":
+                continue
+            raise Unsupported(
+                f"{who}: {name}={value!r} picks another library's kernel; leave it out, qcore has its own"
+            )
+        raise Unsupported(f"{who}: {name}={value!r} is not supported; leave it out")

@@ -1,0 +1,121 @@
+"""Quantize a Transformers model that is in memory to GPTQ or AWQ, on tokens that are calibrated with.
+
+As :mod:`qcore.integrations.calibrated` does with a checkpoint that is larger than the memory: block by block, each with
+the hidden states that the quantized blocks in front of it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcore.errors import InvalidArgument, Unsupported
+from qcore.formats import architecture, grouped
+from qcore.formats.plan import Options
+from qcore.formats.quantization_config import QuantizationSettings, grouped_layout
+from qcore.integrations.blocks import block_batches, block_inputs, float_weight, install, quantize_block
+from qcore.integrations.transformers.config import QcoreConfig
+from qcore.integrations.transformers.quantizer import QcoreQuantizer
+from qcore.nn import LinearInt4
+
+
+def quantize_model(
+    model: Any,
+    batches: Sequence[Tensor] | None,
+    options: Options,
+    *,
+    skip_modules: Iterable[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """Replace the linear layers in the blocks of ``model`` by :class:`LinearInt4`, in place.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With float weights, in memory; the blocks run where they are.
+    batches : sequence of Tensor, optional
+        int64 ``(sequences, length)`` tokens each; None to round to nearest.
+    options : Options
+        ``format`` gptq or awq, and what belongs to it.
+    skip_modules : iterable of str
+        Layers to leave in floating point, as for ``QcoreConfig``; the output head always is.
+    progress : callable, optional
+        Called with the blocks that are done and how many there are.
+
+    Returns
+    -------
+    PreTrainedModel
+        ``model``; it saves as a checkpoint in that format.
+
+    Raises
+    ------
+    InvalidArgument
+        No tokens, a layer that no token reaches, or one that the format cannot hold; nothing is replaced then.
+    Unsupported
+        Part of the model is offloaded.
+    """
+    skips = [*architecture.default_skips(model), *skip_modules]
+    path = architecture.block_list(model)
+    layers = {k: v for k, v in architecture.linear_layers(model, skips).items() if k.startswith(f"{path}.")}
+    settings = QuantizationSettings(
+        options.format,
+        group_size=options.group_size,
+        symmetric=options.symmetric,
+        act_order=options.act_order,
+        true_sequential=options.true_sequential,
+        checkpoint_format=grouped_layout(options.format, options.symmetric),
+        skip_modules=sorted(set(skips)),
+    )
+    _check(model, layers, settings, batches)
+    config, blocks = model.config, model.get_submodule(path)
+    dtype, training = next(model.parameters()).dtype, model.training
+    model.eval()
+    hidden, calls = (None, []) if batches is None else block_inputs(model, path, batches)
+    for index, block in enumerate(blocks):
+        prefix = f"{path}.{index}."
+        names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
+        runs = None if hidden is None else block_batches(block, hidden, calls[index])
+        found = quantize_block(block, names, runs, options, config, prefix)
+        install(block, {}, found.changed)
+        for name, weight in found.weights.items():
+            _exchange(block, name, LinearInt4.of(weight, checkpoint_format=settings.checkpoint_format))
+        if hidden is not None and runs is not None and index + 1 < len(blocks):
+            with torch.inference_mode():
+                for i, run in enumerate(runs):
+                    hidden[i] = run()
+        if progress is not None:
+            progress(index + 1, len(blocks))
+    quantizer = QcoreQuantizer(QcoreConfig(options.format), pre_quantized=True)
+    quantizer.take(model, settings, dtype, {name for name, layer in layers.items() if layer.transposed})
+    return model.train(training)
+
+
+def _exchange(block: nn.Module, name: str, layer: LinearInt4) -> None:
+    """Put ``layer`` where the float one was, with its bias and whatever Accelerate hooked to it."""
+    old: Any = block.get_submodule(name)
+    layer.bias = old.bias
+    layer.train(old.training)
+    if hasattr(old, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, old._hf_hook)
+    block.set_submodule(name, layer)
+
+
+def _check(
+    model: Any, layers: dict[str, architecture.Linear], settings: QuantizationSettings, batches: Sequence[Tensor] | None
+) -> None:
+    if settings.format not in ("gptq", "awq"):
+        raise InvalidArgument(f"quantize: format is {settings.format!r}, expected gptq or awq")
+    if not layers:
+        raise InvalidArgument("quantize: every linear layer is skipped; nothing would be quantized")
+    if batches is not None and not any(batch.numel() for batch in batches):
+        raise InvalidArgument("quantize: no tokens to calibrate with; pass examples that have some")
+    away = [name for name in layers if float_weight(model.get_submodule(name)).is_meta]
+    if away:
+        raise Unsupported(f"quantize: {len(away)} layers are offloaded, such as {away[0]}; load without offload")
+    for name, layer in layers.items():
+        grouped.layer_specs(f"{name}.", layer.shape, settings)
