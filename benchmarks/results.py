@@ -5,7 +5,8 @@
     python benchmarks/results.py tables --check               # exit 1 if README.md says anything else
 
 ``demo.json`` is written by ``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by
-``benchmarks/transformers_models.py``, ``qlora.json`` by ``examples/qlora.py``.
+``benchmarks/transformers_models.py``, ``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by
+``examples/qlora.py``.
 """
 
 from __future__ import annotations
@@ -104,10 +105,35 @@ def models_table(tree: dict[str, Any]) -> str:
         lines.append(f"| {row['format']}, {row['dtype']} | {row['library']} | {' | '.join(cells)} |")
     parts = [row for row in tree["rows"] if "shares_of_decode" in row]
     names = list(parts[0]["shares_of_decode"])
-    lines += ["", f"| a decode step of qcore | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    heads = [*names, "decode over bitsandbytes", "at most"]
+    lines += ["", f"| a decode step of qcore | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    peers = {row["format"]: row for row in tree["rows"] if row["library"] == "bitsandbytes"}
     for row in parts:
-        shares = " | ".join(f"{row['shares_of_decode'][name]:.0%}" for name in names)
-        lines.append(f"| {row['format']} | {shares} |")
+        parts_of_step = row["shares_of_decode"]
+        ratio = row["decode_tokens_per_second"] / peers[row["format"]]["decode_tokens_per_second"]
+        most = ratio / (1 - parts_of_step["quantized layers"])
+        cells = [*(f"{parts_of_step[name]:.0%}" for name in names), f"{ratio:.2f}x", f"{most:.2f}x"]
+        lines.append(f"| {row['format']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def int4_table(tree: dict[str, Any]) -> str:
+    rows = tree["rows"]
+    texts = list(rows["float"]["perplexity"])
+    heads = [f"{text}{over}" for text in texts for over in ("", ", over float")]
+    lines = [
+        f"{tree['tokens']} tokens of each text in windows of {tree['window']}.",
+        "",
+        f"| weights | calibrated on | MB | {' | '.join(heads)} |",
+        "|---|---|---|" + "---|" * len(heads),
+    ]
+    for name, row in rows.items():
+        tokens = f"{row['calibration_tokens']:,} tokens" if "calibration_tokens" in row else "-"
+        cells = [name, tokens, f"{row['bytes'] / 1e6:.1f}"]
+        for text in texts:
+            value, plain = row["perplexity"][text], rows["float"]["perplexity"][text]
+            cells += [f"{value:.2f}", f"{value / plain - 1:+.1%}" if row is not rows["float"] else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -172,6 +198,7 @@ TABLES = {
     "optimizers": optimizers_table,
     "train-gpt": training_table,
     "transformers": models_table,
+    "int4": int4_table,
     "qlora": qlora_table,
 }
 

@@ -7,7 +7,7 @@ tensor is, is found out as well: a norm can take a scale back that its followers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,8 @@ class _Observer:
     inputs: list[tuple[Tensor, str]] = field(default_factory=list)
     outputs: list[tuple[Tensor, str, Tensor]] = field(default_factory=list)
     first: bool = True
+    # Layers that this batch has not reached yet; None to run every batch to its end.
+    awaited: set[str] | None = None
 
     def before(self, name: str, x: Tensor) -> None:
         if name not in self.leader:
@@ -96,22 +98,34 @@ class _Observer:
             self.found[leader].layers.append(name)
         if self.leader[name] == name:
             self.found[name].add(x)
+        if self.awaited is not None:
+            self.awaited.discard(name)
+            if not self.awaited:
+                raise _Enough
 
     def after(self, name: str, given: Tensor, out: Any) -> None:
         if self.first and isinstance(out, Tensor):
             self.outputs.append((out, name, given))
 
 
+class _Enough(Exception):
+    """Every layer was reached."""
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-def observe(block: nn.Module, layers: Iterable[str], batches: Iterable[Callable[[], Any]]) -> list[Statistics]:
+def observe(
+    block: nn.Module, layers: Iterable[str], batches: Iterable[Callable[[], Any]], *, to_the_end: bool = True
+) -> list[Statistics]:
     """Run ``batches`` through ``block`` and gather what its ``layers`` (names of linear modules) are given.
 
-    Returns statistics in the order in which the inputs are first used. A layer that no batch reaches is in none.
+    Returns statistics in the order in which the inputs are first used. A layer that no batch reaches is in none. With
+    ``to_the_end`` false a batch stops where the last of the layers is reached.
     """
     observer = _Observer(block)
+    layers = list(layers)
     modules = dict(block.named_modules())
     handles = []
     for name in layers:
@@ -127,7 +141,9 @@ def observe(block: nn.Module, layers: Iterable[str], batches: Iterable[Callable[
     try:
         with torch.no_grad():
             for batch in batches:
-                batch()
+                observer.awaited = None if to_the_end else set(layers)
+                with suppress(_Enough):
+                    batch()
                 observer.first = False
                 observer.inputs.clear()
                 observer.outputs.clear()

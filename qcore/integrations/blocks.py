@@ -81,7 +81,11 @@ def quantize_block(
             size = _group_size(options, weight)
             found.weights[name] = round_to_nearest(weight, size, symmetric=options.symmetric)
         return found
-    statistics = observe(block, names, batches)
+    sequential = options.format == "gptq" and options.true_sequential
+    # One batch says which layers share an input; then each stage sees them all.
+    statistics = observe(block, names, batches[:1] if sequential else batches)
+    if sequential and len(names) > sum(len(each.layers) for each in statistics):
+        statistics = observe(block, names, batches)
     missing = set(names) - {name for each in statistics for name in each.layers}
     if missing:
         raise InvalidArgument(
@@ -127,10 +131,11 @@ def _gptq(
         options.group_size, options.symmetric, options.act_order, options.group_order, options.damping
     )
     found = BlockWeights(wanted=originals)
-    for index, stage in enumerate(_stages(statistics)):
-        if index and options.true_sequential:
+    for stage in _stages(statistics):
+        if options.true_sequential:
             # The layers in front are quantized by now, and these make up for their errors.
-            stage = observe(block, [name for each in stage for name in each.layers], batches)
+            layers = [name for each in stage for name in each.layers]
+            stage = observe(block, layers, batches, to_the_end=False)
         made: dict[str, WeightInt4] = {}
         for each in stage:
             made |= _gptq_together({name: originals[name] for name in each.layers}, each.hessian, settings)

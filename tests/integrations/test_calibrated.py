@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import qcore
 from qcore.algorithms import gptq
+from qcore.algorithms.calibration import observe
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.formats.plan import Options
 from qcore.formats.quantize import Listener, quantize_checkpoint
@@ -154,6 +155,16 @@ def test_layers_make_up_for_the_errors_of_those_in_front_of_them(sequential: boo
     alone = gptq.quantize(weight, seen.t() @ seen, gptq.GptqOptions(8))
     assert torch.equal(dequantize_int4(found.weights["2"], torch.float32), dequantize_int4(alone, torch.float32))
     assert torch.equal(block[2].weight, dequantize_int4(alone, torch.float32))
+
+
+def test_what_is_observed_runs_no_further_than_it_has_to() -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Identity())
+    ran = []
+    block[2].register_forward_pre_hook(lambda *_: ran.append(True))
+    x = torch.randn(5, 4)
+    (found,) = observe(block, ["1"], [lambda: block(x)] * 3, to_the_end=False)
+    assert (found.tokens, ran) == (15, [])
+    assert torch.allclose(found.hessian, 3 * block[0](x).T @ block[0](x))
 
 
 def test_a_float_checkpoint_is_not_calibrated_while_it_loads(tmp_path: Path) -> None:
