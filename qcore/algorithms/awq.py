@@ -74,8 +74,8 @@ def search_scales(
 def _shared(values: Tensor, owner: Tensor) -> Tensor:
     """Each channel's value replaced by the mean over the channels of its owner."""
     count = int(owner.max()) + 1
-    total = torch.zeros(count, dtype=values.dtype).index_add_(0, owner, values)
-    members = torch.zeros(count, dtype=values.dtype).index_add_(0, owner, torch.ones_like(values))
+    total = values.new_zeros(count).index_add_(0, owner, values)
+    members = values.new_zeros(count).index_add_(0, owner, torch.ones_like(values))
     return (total / members.clamp_(min=1))[owner]
 
 

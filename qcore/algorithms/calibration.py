@@ -89,7 +89,7 @@ class _Observer:
             self.leader[name] = leader = next(same, name)
             if leader == name:
                 k = x.shape[-1]
-                self.found[name] = Statistics([], torch.zeros(k, k), torch.zeros(k))
+                self.found[name] = Statistics([], torch.zeros(k, k, device=x.device), torch.zeros(k, device=x.device))
                 self.inputs.append((x, name))
                 made = next(((n, given, out) for out, n, given in self.outputs if _same(out, x)), None)
                 if made is not None:

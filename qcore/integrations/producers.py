@@ -28,7 +28,7 @@ def find_producer(block: nn.Module, each: Statistics, weights: dict[str, Tensor]
     rows, columns = len(weights[front]), len(each.hessian)
     if columns % rows:
         return None
-    owner = torch.arange(rows)
+    owner = torch.arange(rows, device=weights[front].device)
     if columns != rows:  # grouped-query attention: several query heads read one value head
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         owner = owner.view(-1, 1, head).expand(-1, columns // rows, -1).reshape(-1)
@@ -51,7 +51,7 @@ class Producer:
     def divide(self, factors: Tensor, weights: dict[str, Tensor], changed: dict[str, Tensor]) -> bool:
         """Divide the outputs by ``factors``; False, and nothing changed, where that does not come out."""
         if self.front is not None and self.owner is not None:
-            by_row = torch.ones(len(weights[self.front])).index_copy_(0, self.owner, factors)
+            by_row = factors.new_ones(len(weights[self.front])).index_copy_(0, self.owner, factors)
             weights[self.front] = weights[self.front] / by_row[:, None]
             layer: Any = self.block.get_submodule(self.front)
             if layer.bias is not None:

@@ -53,11 +53,12 @@ def quantize_model(
     Raises
     ------
     InvalidArgument
-        No tokens, a layer that no token reaches, or one that the format cannot hold; nothing is replaced then.
+        No tokens, a skip that matches nothing, or a layer that the format cannot hold: nothing is replaced then. A
+        layer that no token reaches, or a Hessian that is not finite: the blocks in front of it are replaced.
     Unsupported
         Part of the model is offloaded.
     """
-    skips = [*architecture.default_skips(model), *skip_modules]
+    skips = _skips(model, list(skip_modules))
     path = architecture.block_list(model)
     layers = {k: v for k, v in architecture.linear_layers(model, skips).items() if k.startswith(f"{path}.")}
     settings = QuantizationSettings(
@@ -91,6 +92,18 @@ def quantize_model(
     quantizer = QcoreQuantizer(QcoreConfig(options.format), pre_quantized=True)
     quantizer.take(model, settings, dtype, {name for name, layer in layers.items() if layer.transposed})
     return model.train(training)
+
+
+def _skips(model: Any, asked: list[str]) -> list[str]:
+    """The defaults and what is asked for, each pattern of which has to match a layer."""
+    everything = architecture.linear_layers(model, [])
+    for pattern in asked:
+        if len(architecture.linear_layers(model, [pattern])) == len(everything):
+            raise InvalidArgument(
+                f"quantize: skip_modules has {pattern!r}, which matches no layer; they are called like "
+                f"{architecture.examples(list(everything))}"
+            )
+    return [*architecture.default_skips(model), *asked]
 
 
 def _exchange(block: nn.Module, name: str, layer: LinearInt4) -> None:

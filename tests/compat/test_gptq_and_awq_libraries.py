@@ -125,6 +125,13 @@ def test_what_cannot_be_done_is_refused(call: Callable[[], Any], error: type[Qco
             "known are zero_point, q_group_size",
         ),
         (
+            lambda path: AutoAWQForCausalLM.from_pretrained(path).quantize(
+                quant_config={"q_group_size": 8, "modules_to_not_convert": ["w1"]}, calib_data=[[1, 2]]
+            ),
+            InvalidArgument,
+            "'w1', which matches no layer",
+        ),
+        (
             lambda path: AutoModelForCausalLM.from_pretrained(path, quantization_config=GPTQConfig(bits=4)),
             InvalidArgument,
             "pass dataset=",
