@@ -110,6 +110,8 @@ class StandIn:
         Refuse where bitsandbytes itself is installed too, instead of taking its place.
     """
 
+    stands_in_for = NAME
+
     def __init__(self, *, yields: bool) -> None:
         self.yields = yields
 

@@ -6,6 +6,7 @@ before PEFT's, and lets PEFT's variants (DoRA) read a quantized weight; layers o
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -16,7 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import integrations
 from torch import Tensor
 
-from qcore.compat.alias import stands_in
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.integrations.layers import dequantized
 from qcore.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
@@ -89,6 +89,11 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
         self._caches.clear()
 
 
+def _stands_in() -> bool:
+    """Whether ``import bitsandbytes`` means qcore in this process: a finder of :mod:`qcore.compat.alias` says so."""
+    return any(getattr(finder, "stands_in_for", None) == "bitsandbytes" for finder in sys.meta_path)
+
+
 def _requantized(before: CodedParameter, weight: Tensor) -> CodedParameter:
     """``weight`` (out, in) in the format of ``before``."""
     new: CodedParameter
@@ -125,7 +130,7 @@ def register() -> None:
 
     def create(lora_config: Any, adapter_name: str, target: Any, **options: Any) -> Any:
         # Programs for bitsandbytes look for PEFT's own classes.
-        theirs_alone = lora_config._custom_modules or stands_in()
+        theirs_alone = lora_config._custom_modules or _stands_in()
         chosen = None if theirs_alone else _dispatch(target, adapter_name, lora_config, **options)
         return theirs(lora_config, adapter_name, target, **options) if chosen is None else chosen
 

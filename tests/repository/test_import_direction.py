@@ -18,8 +18,9 @@ RANKS = [
     {"autograd"},
     {"kernel_choice"},
     {"nn", "optim"},
-    {"algorithms", "formats", "compat"},
+    {"algorithms", "formats"},
     {"integrations", "bench"},
+    {"compat"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
