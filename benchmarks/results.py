@@ -5,7 +5,8 @@
     python benchmarks/results.py tables --check               # exit 1 if README.md says anything else
 
 ``demo.json`` is written by ``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by
-``benchmarks/transformers_models.py``, ``qlora.json`` by ``examples/qlora.py``.
+``benchmarks/transformers_models.py``, ``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by
+``examples/qlora.py``.
 """
 
 from __future__ import annotations
@@ -116,6 +117,26 @@ def models_table(tree: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def int4_table(tree: dict[str, Any]) -> str:
+    rows = tree["rows"]
+    texts = list(rows["float"]["perplexity"])
+    heads = [f"{text}{over}" for text in texts for over in ("", ", over float")]
+    lines = [
+        f"{tree['tokens']} tokens of each text in windows of {tree['window']}.",
+        "",
+        f"| weights | calibrated on | MB | {' | '.join(heads)} |",
+        "|---|---|---|" + "---|" * len(heads),
+    ]
+    for name, row in rows.items():
+        tokens = f"{row['calibration_tokens']:,} tokens" if "calibration_tokens" in row else "-"
+        cells = [name, tokens, f"{row['bytes'] / 1e6:.1f}"]
+        for text in texts:
+            value, plain = row["perplexity"][text], rows["float"]["perplexity"][text]
+            cells += [f"{value:.2f}", f"{value / plain - 1:+.1%}" if row is not rows["float"] else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def qlora_table(tree: dict[str, Any]) -> str:
     lines = [
         f"{tree['steps']} steps of {tree['batch']} sequences of {tree['length']} tokens, rank {tree['rank']}.",
@@ -177,6 +198,7 @@ TABLES = {
     "optimizers": optimizers_table,
     "train-gpt": training_table,
     "transformers": models_table,
+    "int4": int4_table,
     "qlora": qlora_table,
 }
 
