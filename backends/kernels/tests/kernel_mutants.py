@@ -247,7 +247,7 @@ MUTANTS = (
         "carry = begin<Threads>(thread, first_row, at + kTileDepth, end);",
         "carry = begin<Threads>(thread, first_row, at, end);",
         "gemm_int4.cu",
-        ("gemm_int4/L1/f16-one-hot-m40-k256-g64-f16",),
+        ("gemm_int4/L1/f16-any-zero-point",),
     ),
     KernelMutant(
         "columns-not-gathered",
