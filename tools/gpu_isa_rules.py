@@ -87,8 +87,9 @@ _SHARES = (
     (re.compile(r"(plain|plain_transposed|step|squares)_kernel"), 0.25),
 )
 _SHARE = 0.5
-# Scalars that were parked in lanes of vector registers: an instruction each way, no memory.
-_MOST_SCALAR_SPILLS = 16
+# Scalars that were parked in lanes of vector registers: an instruction each way, no memory. What products park are
+# addresses and sizes of their outer loops; beside the hundreds of products of an inner step that is nothing.
+_MOST_SCALAR_SPILLS, _MOST_OF_PRODUCTS = 20, 40
 _PARKED = {("gfx1030", "int8_kernel"): 200}  # 4 x 16 sums a lane without matrix units
 
 
@@ -102,7 +103,8 @@ def _breaches_of(kernel: Kernel) -> Iterable[str]:
     product = _PRODUCT.match(kernel.name) is not None
     if kernel.spills or kernel.scratch:
         yield f"{kernel.spills} spilled registers, {kernel.scratch} bytes of scratch; expected none"
-    most_parked = _PARKED.get((kernel.target, kernel.name.partition("<")[0]), _MOST_SCALAR_SPILLS)
+    usual = _MOST_OF_PRODUCTS if product or kernel.name.startswith("plain_transposed") else _MOST_SCALAR_SPILLS
+    most_parked = _PARKED.get((kernel.target, kernel.name.partition("<")[0]), usual)
     if kernel.scalar_spills > most_parked:
         yield f"{kernel.scalar_spills} scalar registers parked, expected at most {most_parked}"
     share = next((share for kind, share in _SHARES if kind.match(kernel.name)), _SHARE)
