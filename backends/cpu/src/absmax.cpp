@@ -3,7 +3,7 @@
 // Memory picture: 4 bytes in and 1 out per block of the weight, 1/64 of the weight's own traffic at block size 64. The
 // mean is a read of its own, because every difference needs it.
 #include "abi.h"
-#include "codebook.h"
+#include "call_codebook.h"
 #include "ieee.h"
 #include "ops.h"
 #include "parallel.h"
@@ -51,7 +51,7 @@ qc_status quantize_absmax(int32_t device, uintptr_t stream, uintptr_t absmax, ui
         float center = 0.0f;
         parallel_for(1, 1, [&](int64_t) { center = mean(x, n); });
         const IeeeArithmetic ieee;
-        const Codebook codebook(pointer<const float>(code), n);
+        const CallCodebook codebook(pointer<const float>(code), n);
         const auto quantize = quantize_kernels().quantize[QC_F32];
         for_blocks(n, blocksize, stream, [&](int64_t first, int64_t last) {
             for (int64_t block = first; block < last; ++block) {
@@ -61,8 +61,8 @@ qc_status quantize_absmax(int32_t device, uintptr_t stream, uintptr_t absmax, ui
                 for (int64_t i = 0; i < size; ++i) {
                     difference[i] = x[start + i] - center;
                 }
-                quantize(difference, codebook, size, blocksize, 0, 1, pointer<float>(nested_absmax) + block,
-                         pointer<uint8_t>(out) + start);
+                quantize(difference, codebook.codes(), codebook.lines(), size, blocksize, 0, 1,
+                         pointer<float>(nested_absmax) + block, pointer<uint8_t>(out) + start);
             }
         });
         *pointer<float>(offset) = center;

@@ -43,8 +43,8 @@ inline float scaled(float x, float absmax, float r) {
     return absmax == 0.0f || y != y ? 0.0f : y;
 }
 
-// Encoder: kVectors vectors of codes at a time, `codes(y)` and `pack(codes, out)`, and kBytes bytes out for them.
-// Writes ceil(n * kBytes / kElements) bytes.
+// Encoder: `encode(y, out)`, kVectors vectors of scaled values to kBytes bytes; `bounded(y)`, a value of the same code
+// for which that works, infinities included. Writes ceil(n * kBytes / kElements) bytes.
 template <class Encoder>
 class BlockQuantizer {
    public:
@@ -52,27 +52,47 @@ class BlockQuantizer {
 
     explicit BlockQuantizer(const Encoder &encoder) : encoder_(encoder) {}
 
+    // The blocks from `first` to `last` - 1 of n elements; arrays start at block 0. The scales of a run of blocks are
+    // all found before the first of them is used: a maximum over lanes, a branch and a division take as long as
+    // encoding 64 elements, and nothing else would be in flight meanwhile.
+    template <class T>
+    void quantize_blocks(const T *a, int64_t n, int64_t blocksize, int64_t first, int64_t last, float *absmax,
+                         uint8_t *out) const {
+        constexpr int64_t kRunElements = 2048;
+        constexpr int64_t kMostBlocks = kRunElements / 32;
+        const int64_t run = blocksize < kRunElements ? kRunElements / blocksize : 1;
+        const auto size = [&](int64_t block) {
+            return n - block * blocksize < blocksize ? n - block * blocksize : blocksize;
+        };
+        for (int64_t start = first; start < last; start += run) {
+            const int64_t end = last - start < run ? last : start + run;
+            float r[kMostBlocks];
+            for (int64_t block = start; block < end; ++block) {
+                const T *x = a + block * blocksize;
+                const int32_t bits = highest_magnitude(x, size(block));
+                r[block - start] = reciprocal(bits);
+                absmax[block] = float_of(static_cast<uint32_t>(bits));
+            }
+            for (int64_t block = start; block < end; ++block) {
+                const T *x = a + block * blocksize;
+                uint8_t *codes = out + block * blocksize * Encoder::kBytes / kElements;
+                if (bits_of(r[block - start]) >= kInfinity) {
+                    absmax[block] = quantize_with_care(x, size(block), codes);
+                } else {
+                    encode(x, size(block), broadcast(r[block - start]), codes, run * blocksize);
+                }
+            }
+        }
+    }
+
     template <class T>
     float quantize(const T *a, int64_t n, uint8_t *out) const {
-        // Blocks are read in order, but a page at a time is all that the processor fetches ahead by itself.
-        for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) {
-            __builtin_prefetch(reinterpret_cast<const char *>(a) + byte + kAheadBytes, 0, 2);
-        }
-        if (n == kElements) {
-            return quantize_group(a, out);
-        }
-        const int32_t bits = highest_magnitude(a, n);
-        const float r = reciprocal(bits);
-        if (bits_of(r) >= kInfinity) {
-            return quantize_with_care(a, n, out);
-        }
-        encode(a, n, broadcast(r), out);
-        return float_of(static_cast<uint32_t>(bits));
+        float absmax;
+        quantize_blocks(a, n, n, 0, 1, &absmax, out);
+        return absmax;
     }
 
    private:
-    static constexpr int64_t kAheadBytes = 4096;
-
     // 1 / absmax if that makes every y finite and none NaN, else infinity. 0 for a block of zeros: y = 0, whose sign
     // changes no code.
     static float reciprocal(int32_t bits) {
@@ -80,32 +100,16 @@ class BlockQuantizer {
         return bits < static_cast<int32_t>(kInfinity) ? r : float_of(kInfinity);
     }
 
-    // A block of one group never leaves the registers.
+    // Asks for the elements `ahead` of those that it encodes: the next run. Blocks are read in order, but a page at a
+    // time is all that the processor fetches ahead by itself, and only while it finds the maxima.
     template <class T>
-    float quantize_group(const T *a, uint8_t *out) const {
-        Float x[Encoder::kVectors];
-        Int m = zero();
-        for (int v = 0; v < Encoder::kVectors; ++v) {
-            x[v] = load(a + v * kLanes);
-            m = maximum(m, magnitude(x[v]));
-        }
-        const int32_t bits = highest(m);
-        const float r = reciprocal(bits);
-        if (bits_of(r) >= kInfinity) {
-            return quantize_with_care(a, kElements, out);
-        }
-        Int codes[Encoder::kVectors];
-        for (int v = 0; v < Encoder::kVectors; ++v) {
-            codes[v] = encoder_.codes(multiply(x[v], broadcast(r)));
-        }
-        encoder_.pack(codes, out);
-        return float_of(static_cast<uint32_t>(bits));
-    }
-
-    template <class T>
-    void encode(const T *a, int64_t n, Float r, uint8_t *out) const {
+    void encode(const T *a, int64_t n, Float r, uint8_t *out, int64_t ahead) const {
+        constexpr int64_t kGroupBytes = kElements * static_cast<int64_t>(sizeof(T));
         int64_t i = 0;
         for (; i + kElements <= n; i += kElements, out += Encoder::kBytes) {
+            for (int64_t byte = 0; byte < kGroupBytes; byte += 64) {
+                __builtin_prefetch(reinterpret_cast<const char *>(a + i + ahead) + byte, 0, 2);
+            }
             encode_group(a + i, r, out);
         }
         if (i < n) {  // the tail, filled up with zeros
@@ -119,11 +123,11 @@ class BlockQuantizer {
 
     template <class T>
     void encode_group(const T *a, Float r, uint8_t *out) const {
-        Int codes[Encoder::kVectors];
+        Float y[Encoder::kVectors];
         for (int v = 0; v < Encoder::kVectors; ++v) {
-            codes[v] = encoder_.codes(multiply(load(a + v * kLanes), r));
+            y[v] = multiply(load(a + v * kLanes), r);
         }
-        encoder_.pack(codes, out);
+        encoder_.encode(y, out);
     }
 
     // A block with a NaN or an infinity, or so small that r overflows. Here y may be infinite, which the vector codes

@@ -15,8 +15,13 @@ struct NibbleEncoder {
     static constexpr int kVectors = G;
     static constexpr int kBytes = G * kLanes / 2;
 
-    Int codes(Float y) const { return search(y); }
-    void pack(const Int (&c)[G], uint8_t *out) const { pack_nibbles(c, out); }
+    void encode(const Float (&y)[G], uint8_t *out) const {
+        Int codes[G];
+        for (int v = 0; v < G; ++v) {
+            codes[v] = search(y[v]);
+        }
+        pack_nibbles(codes, out);
+    }
     // All thresholds lie inside (-1, 1).
     float bounded(float y) const { return y < -1.0f ? -1.0f : y > 1.0f ? 1.0f : y; }
 
@@ -27,12 +32,7 @@ template <class T, class Codes, int G>
 void quantize_blocks(const T *a, int64_t n, int64_t blocksize, int64_t first, int64_t last, float *absmax,
                      uint8_t *out) {
     const NibbleEncoder<Codes, G> encoder{};
-    const BlockQuantizer<NibbleEncoder<Codes, G>> quantizer(encoder);
-    for (int64_t block = first; block < last; ++block) {
-        const int64_t start = block * blocksize;
-        const int64_t size = n - start < blocksize ? n - start : blocksize;
-        absmax[block] = quantizer.quantize(a + start, size, out + start / 2);
-    }
+    BlockQuantizer<NibbleEncoder<Codes, G>>(encoder).quantize_blocks(a, n, blocksize, first, last, absmax, out);
 }
 
 // Four vectors at a time are at most 64 elements; AVX-512 takes two for the block size of 32.

@@ -39,17 +39,11 @@ const OptimizerKernels &optimizer_kernels() {
     return kernels;
 }
 
-// QC-OPT-020. The tables are built once, under IEEE arithmetic.
+// QC-OPT-020.
 StateBook book(bool squares, bool signed_state) {
-    const IeeeArithmetic ieee;
-    if (squares && !signed_state) {
-        static const Codebook codes(QC_DYNAMIC_UNSIGNED_TABLE, Codebook::kMinIndexedValues);
-        static const StateLines lines(QC_DYNAMIC_UNSIGNED_TABLE, codes);
-        return {QC_DYNAMIC_UNSIGNED_TABLE, &codes, &lines};
-    }
-    static const Codebook codes(QC_DYNAMIC_TABLE, Codebook::kMinIndexedValues);
-    static const StateLines lines(QC_DYNAMIC_TABLE, codes);
-    return {QC_DYNAMIC_TABLE, &codes, &lines};
+    const bool is_unsigned = squares && !signed_state;
+    const DynamicCodebook &dynamic = is_unsigned ? unsigned_dynamic_codebook() : signed_dynamic_codebook();
+    return {dynamic.table, &dynamic.codes, &dynamic.lines};
 }
 
 int state_count(int32_t algorithm) { return algorithm == QC_ADEMAMIX ? 3 : algorithm == QC_ADAM ? 2 : 1; }

@@ -14,8 +14,13 @@ struct StateEncoder {
     static constexpr int kVectors = QC_ISA::kVectors;
     static constexpr int kBytes = kGroup;
 
-    Int codes(Float y) const { return search(y); }
-    void pack(const Int (&c)[kVectors], uint8_t *out) const { pack_bytes(c, out); }
+    void encode(const Float (&y)[kVectors], uint8_t *out) const {
+        Int codes[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            codes[v] = search(y[v]);
+        }
+        pack_bytes(codes, out);
+    }
     float bounded(float y) const { return y; }  // integer keys order infinities too
 
     CodebookCodes search;

@@ -1,4 +1,4 @@
-// What the optimizers need of an instruction set beyond simd.h. For kernel files.
+// What 8-bit states and 8-bit blocks need of an instruction set beyond simd.h. For kernel files.
 //
 //   square_root(x)              IEEE, one rounding; so are + - * / of two Floats
 //   sign(x)                     1, -1, and 0 for zeros and NaN
@@ -88,6 +88,7 @@ inline uint32_t highest_unsigned(Int a) {
 class GatheringDecoder {
    public:
     GatheringDecoder() = default;
+    explicit GatheringDecoder(const float *table) : table_(table) {}
     GatheringDecoder(const float *table, const StateLines &) : table_(table) {}
     __attribute__((always_inline)) void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
         for (int v = 0; v < kVectors; ++v) {
@@ -210,6 +211,19 @@ void encode_exactly(const Codebook &book, const float *values, Float scale, uint
 
 #if defined(__AVX512F__)
 
+// On Sapphire Rapids vrangeps and vpermps wait for the old value of the register that they write, which strings the
+// vectors of a group together: twice the time. vrangeps therefore gets a register of zeros to write to, and vpermps
+// gives way to vpermt2ps, which reads its destination in earnest.
+template <int kWhich>
+__attribute__((always_inline)) inline Float of_magnitude(Float x, Float y) {
+    Float result = _mm512_setzero_ps();
+    asm("vrangeps %3, %2, %1, %0" : "+v"(result) : "v"(x), "v"(y), "i"(kWhich));
+    return result;
+}
+__attribute__((always_inline)) inline Float look_up(Int index, Float table) {
+    return _mm512_permutex2var_ps(table, index, table);
+}
+
 // Of each lane the third byte, in order.
 __attribute__((always_inline)) inline Int third_bytes(const Int (&c)[kVectors]) {
 #if defined(__AVX512VBMI__)
@@ -242,14 +256,28 @@ class StateCodes {
         for (int v = 0; v < kVectors; ++v) {
             found[v] = estimate<kFloored>(load(values + v * kLanes), scale);
         }
-        const Int least = _mm512_min_epu16(_mm512_min_epu16(found[0], found[1]), _mm512_min_epu16(found[2], found[3]));
-        const __mmask16 sure = _mm512_test_epi32_mask(least, _mm512_set1_epi32(StateLines::kSure));
-        if (__builtin_expect(sure != 0xFFFF, 0)) {
+        if (__builtin_expect(in_doubt(found), 0)) {
             encode_exactly<kFloored>(exact_, values, scale, out);
             return;
         }
-        const Int codes = third_bytes(found);
-        _mm512_storeu_si512(out, kPositive ? _mm512_sub_epi8(codes, _mm512_set1_epi32(lines_.bias)) : codes);
+        put(found, out);
+    }
+
+    // The same of values that are scaled already, in [-1, 1].
+    __attribute__((always_inline)) void encode(const Float (&y)[kVectors], uint8_t *out) const {
+        Int found[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            found[v] = estimate<false>(y[v], _mm512_set1_ps(1.0f));
+        }
+        if (__builtin_expect(in_doubt(found), 0)) {
+            float values[kGroup];
+            for (int v = 0; v < kVectors; ++v) {
+                store(values + v * kLanes, y[v]);
+            }
+            encode_exactly<false>(exact_, values, _mm512_set1_ps(1.0f), out);
+            return;
+        }
+        put(found, out);
     }
 
    private:
@@ -257,12 +285,21 @@ class StateCodes {
     static constexpr int kLargerMagnitude = 0x3;
     static constexpr int kSmallerMagnitude = 0x2;
 
+    __attribute__((always_inline)) static bool in_doubt(const Int (&found)[kVectors]) {
+        const Int least = _mm512_min_epu16(_mm512_min_epu16(found[0], found[1]), _mm512_min_epu16(found[2], found[3]));
+        return _mm512_test_epi32_mask(least, _mm512_set1_epi32(StateLines::kSure)) != 0xFFFF;
+    }
+    __attribute__((always_inline)) void put(const Int (&found)[kVectors], uint8_t *out) const {
+        const Int codes = third_bytes(found);
+        _mm512_storeu_si512(out, kPositive ? _mm512_sub_epi8(codes, _mm512_set1_epi32(lines_.bias)) : codes);
+    }
+
     // The code in the third byte; below it the fraction, kSure of it 0 where the code is in doubt.
     template <bool kFloored>
     __attribute__((always_inline)) Int estimate(Float value, Float scale) const {
         Float y = multiply(value, scale);
         if constexpr (!kPositive) {
-            y = _mm512_range_ps(y, _mm512_set1_ps(StateLines::kSmallest), kLargerMagnitude);
+            y = of_magnitude<kLargerMagnitude>(y, _mm512_set1_ps(StateLines::kSmallest));
         } else if constexpr (!kFloored) {
             y = _mm512_max_ps(y, _mm512_set1_ps(StateLines::kSmallest));
         } else {  // all but 0
@@ -272,16 +309,16 @@ class StateCodes {
         const Int exponent = _mm512_srli_epi32(bits(y), 23);  // the permutes look at its lowest 5 bits
         const Int entry = _mm512_permutex2var_epi32(line(lines_.entry), exponent, line(lines_.entry + 16));
         const Int segment = _mm512_srli_epi32(_mm512_add_epi32(entry, bits(y)), 27);
-        const Float cap = _mm512_permutexvar_ps(segment, line(lines_.cap));
+        const Float cap = look_up(segment, line(lines_.cap));
         static_assert(StateLines::kFraction == 16 && StateLines::kSure <= 0xFFFF);
         if constexpr (kPositive) {
-            const Float slope = _mm512_permutexvar_ps(segment, line(lines_.slope));
-            const Float offset = _mm512_permutexvar_ps(segment, line(lines_.offset));
+            const Float slope = look_up(segment, line(lines_.slope));
+            const Float offset = look_up(segment, line(lines_.offset));
             return bits(_mm512_fmadd_ps(_mm512_min_ps(y, cap), slope, offset));
         } else {
             const Float slope = _mm512_permutex2var_ps(line(lines_.slope), segment, line(lines_.slope + 16));
             const Float offset = _mm512_permutex2var_ps(line(lines_.offset), segment, line(lines_.offset + 16));
-            return bits(_mm512_fmadd_ps(_mm512_range_ps(y, cap, kSmallerMagnitude), slope, offset));
+            return bits(_mm512_fmadd_ps(of_magnitude<kSmallerMagnitude>(y, cap), slope, offset));
         }
     }
     static Float line(const float *of) { return _mm512_load_ps(of); }

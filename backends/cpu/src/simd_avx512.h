@@ -202,6 +202,15 @@ inline void put(void *out, Int v) {
     }
 }
 
+// One vector of floats, or two rounded to one vector of T.
+inline Int joined(const Float *x, float) { return _mm512_castps_si512(x[0]); }
+inline Int joined(const Float *x, Half) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(to_half(x[0])), to_half(x[1]), 1);
+}
+inline Int joined(const Float *x, Bfloat) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bfloat(x[0])), to_bfloat(x[1]), 1);
+}
+
 // The table is scaled and rounded once a block; each element is then one permute.
 template <class T>
 class NibbleTable {

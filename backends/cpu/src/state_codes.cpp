@@ -4,6 +4,9 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "ieee.h"
+#include "qcore_codebooks.h"
+
 namespace qcore::cpu {
 namespace {
 
@@ -46,6 +49,18 @@ struct Thresholds {
 };
 
 }  // namespace
+
+const DynamicCodebook &signed_dynamic_codebook() {
+    const IeeeArithmetic ieee;
+    static const DynamicCodebook book(QC_DYNAMIC_TABLE);
+    return book;
+}
+
+const DynamicCodebook &unsigned_dynamic_codebook() {
+    const IeeeArithmetic ieee;
+    static const DynamicCodebook book(QC_DYNAMIC_UNSIGNED_TABLE);
+    return book;
+}
 
 StateLines::StateLines(const float *table, const Codebook &book) {
     for (int i = 0; i < 256; ++i) {

@@ -19,6 +19,8 @@
 // (s + 1 << 27) - (bits of t) - 1, so that adding the bits of y leaves in bits 27 to 30 the segment, s, or s + 1 beyond
 // t, and in bit 31 the sign.
 //
+// quantize_blockwise encodes in the same way where its codebook is the signed dynamic one.
+//
 // Both signs have the same thresholds, ties included, because the code of 0 is odd (127); the positive side has one
 // more, at the end.
 #ifndef QCORE_CPU_STATE_CODES_H
@@ -61,6 +63,20 @@ struct StateLines {
     bool fit(const Codebook &book);
     bool proven(const Codebook &book, const int32_t *limit, int n) const;
 };
+
+// A dynamic codebook (QC-Q8-006), ready for both directions.
+struct DynamicCodebook {
+    explicit DynamicCodebook(const float *codes_of)
+        : table(codes_of), codes(codes_of, Codebook::kMinIndexedValues), lines(codes_of, codes) {}
+
+    const float *table;
+    Codebook codes;
+    StateLines lines;
+};
+
+// Made at the first call.
+const DynamicCodebook &signed_dynamic_codebook();
+const DynamicCodebook &unsigned_dynamic_codebook();
 
 }  // namespace qcore::cpu
 

@@ -1,7 +1,7 @@
-"""Compares the state codes of optimizer_step with those of quantize_blockwise, value by value.
+"""Compares the codes of optimizer_step and of quantize_blockwise with a search over the thresholds, value by value.
 
-On AVX-512 the two ops share no code for this (src/state_codes.h), so that each is the other's witness. Run by
-test_paths.py once per instruction set. The states take the gradient, or its square, unchanged.
+On AVX-512 both find them by arithmetic (src/state_codes.h). Run by test_paths.py once per instruction set. The states
+take the gradient, or its square, unchanged.
 """
 
 from __future__ import annotations
@@ -45,10 +45,28 @@ def codes_of_step(backend: Backend, algorithm: str, grad: torch.Tensor, signed_s
     return state
 
 
+def searched(values: torch.Tensor, table: str) -> torch.Tensor:
+    """QC-Q8-004 by NumPy, for values whose scale is 1."""
+    code, y = np.array(TABLES[table], np.float32), values.numpy()
+    middle = (code[:-1] + code[1:]) * np.float32(0.5)
+    goes_up = (np.arange(255) % 2 == 1) & (code[:-1] < code[1:])
+    index = np.searchsorted(middle, y, side="left")  # the number of thresholds below
+    at = np.minimum(index, 254)
+    index += (middle[at] == y) & goes_up[at]
+    return torch.from_numpy(index.astype(np.uint8))
+
+
 def codes_of_quantize(backend: Backend, values: torch.Tensor, table: str) -> torch.Tensor:
     codes, absmax = torch.empty(values.numel(), dtype=torch.uint8), torch.empty(values.numel() // BLOCK)
     backend.quantize_blockwise(values, torch.tensor(TABLES[table]), BLOCK, absmax=absmax, out=codes)
     return codes
+
+
+def expect(op: str, table: str, values: torch.Tensor, got: torch.Tensor, want: torch.Tensor) -> None:
+    wrong = (got != want).nonzero()
+    if wrong.numel():
+        at = int(wrong[0])
+        sys.exit(f"{op}, {table}: {float(values[at]).hex()} takes code {got[at]}, expected {want[at]}")
 
 
 def main() -> None:
@@ -66,15 +84,17 @@ def main() -> None:
         else:
             x = x.sqrt()
             values = x * x
-        want = codes_of_quantize(backend, values, table)
+        want = searched(values, table)
+        for kind in (torch.float32, torch.float16, torch.bfloat16):
+            narrow = values.to(kind)
+            got = codes_of_quantize(backend, narrow, table)
+            expect("quantize_blockwise", table, narrow, got, searched(narrow.float(), table))
+            compared += values.numel()
         zero = int(TABLES[table].index(0.0))
         if algorithm == "rmsprop":  # QC-OPT-021
             want = torch.where((values > 0) & (want == zero), zero + 1, want)
         got = codes_of_step(backend, algorithm, x, table == "signed" and algorithm == "rmsprop")
-        wrong = (got != want).nonzero()
-        if wrong.numel():
-            at = int(wrong[0])
-            sys.exit(f"{algorithm}, {table}: {float(values[at]).hex()} takes code {got[at]}, expected {want[at]}")
+        expect(algorithm, table, values, got, want)
         compared += values.numel()
     print(f"{backend.describe(torch.device('cpu')).arch}: {compared} codes equal")
 

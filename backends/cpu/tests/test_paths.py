@@ -41,9 +41,9 @@ def test_every_path_gives_the_bits_of_the_reference(op: str, blocksizes: tuple[s
             pytest.fail(f"QCORE_CPU_ISA={isa} python {' '.join(command)}: {difference.stderr or difference.stdout}")
 
 
-# The AVX-512 ways to encode a state; the other paths take that of quantize_blockwise.
+# The AVX-512 ways to encode by arithmetic; the other paths take the codebook's index, which the test above reaches.
 @pytest.mark.parametrize("name", ["avx512", "avx512_vnni"])
-def test_state_codes_are_those_of_quantize_blockwise(name: str) -> None:
+def test_dynamic_codes_are_those_of_a_search(name: str) -> None:
     result = run(name, "check_state_codes.py", "--count", str(1 << 18))
     if MISSING in result.stderr:
         pytest.skip(f"this machine has no {name}")
