@@ -1,10 +1,10 @@
 """An optimizer step beside torch, bitsandbytes, torchao and its traffic, all measured in the same rounds.
 
 Two shapes of work: one parameter of 4096 x 4096 in float32 (memory-bound), and 1000 parameters of 1000 elements
-(overhead-bound), every one with its own gradient. What the table calls the floor is torch going once over buffers of
-the optimizer's sizes: the gradient is read, parameter and states are changed in place, 8-bit states with a scale for
-256. It is no bound: torch does one after the other, and a step that does both at once can be faster.
-LAMB and LARS read everything once more beforehand, because no parameter can move before the norm of all is known.
+(overhead-bound), every one with its own gradient. The floor is the loop of `qcore bench cpu` for work in place, on
+buffers of the optimizer's sizes: in one pass the gradient is read, parameter and states are changed where they are,
+8-bit states with a scale for 256. LAMB and LARS read parameter, gradient and states once more beforehand, because no
+parameter can move before the norm of all is known.
 
     python benchmarks/optimizers.py [--families NAME ...] [--threads N] [--seconds S] [--no-peers] [--json FILE]
 
@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import nn
 
 from qcore import optim
+from qcore.bench.floors import Machine
 from qcore.bench.measure import Call, Effort, Samples, ratio, side_by_side
 from qcore.bench.report import Load, machine, now
 from qcore.bench.run import require_native
@@ -74,19 +75,19 @@ def late(make: Callable[[], Call]) -> Call:
     return call
 
 
-def traffic(n: int, family: str, bits: int) -> Call:
-    """Reads and writes what a step does, as fast as torch can: a sign changed in place, one sum of the rest."""
+def traffic(n: int, family: str, bits: int, loops: Machine) -> Call:
+    """Reads and writes what a step does, and nothing else."""
     _, states, norm_first = FAMILIES[family]
     state_bytes = states * (4 * n if bits == 32 else n + n // 64)
-    changed = torch.randn((4 * n + state_bytes) // 4)  # parameter and states
-    gradient = torch.randn(n)
+    changed = 4 * n + state_bytes  # parameter and states
+    update, _ = loops.update(4 * n, changed)
+    if not norm_first:
+        return update
+    (read, _) = loops.loops(4 * n + changed, 0, None)["read"]
 
     def run() -> None:
-        if norm_first:
-            gradient.sum()
-            changed.sum()
-        changed.neg_()
-        gradient.sum()
+        read()
+        update()
 
     return run
 
@@ -111,15 +112,15 @@ def torchs(params: list[nn.Parameter]) -> dict[str, Call]:
     }
 
 
-def large(size: int, family: str, peers: bool) -> dict[str, Call]:
+def large(size: int, family: str, peers: bool, loops: Machine) -> dict[str, Call]:
     """qcore at 8 bits first; every optimizer on the same parameter and gradient."""
     arguments = FAMILIES[family][0]
     params = with_gradients((size, size), 1)
     calls = {
         "qcore 8-bit": step_of(getattr(optim, f"{family}8bit"), params, **arguments),
-        "floor 8-bit": traffic(size * size, family, 8),
+        "floor 8-bit": traffic(size * size, family, 8, loops),
         "qcore 32-bit": step_of(getattr(optim, f"{family}32bit"), params, **arguments),
-        "floor 32-bit": traffic(size * size, family, 32),
+        "floor 32-bit": traffic(size * size, family, 32, loops),
     }
     if family == "AdamW":
         calls |= torchs(params)
@@ -205,10 +206,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     console, load, began = Console(width=130), Load(), now()
+    # As many bytes as the largest step goes over: four float32 values an element, and the gradient.
+    loops = Machine(torch.get_num_threads(), 20 * options.size**2)
     results = []
     for family in options.families:
         one = family == SMALL
-        calls = small(not options.no_peers) if one else large(options.size, family, not options.no_peers)
+        calls = small(not options.no_peers) if one else large(options.size, family, not options.no_peers, loops)
         effort = Effort(options.rounds, options.seconds, slice_seconds=0.004 if one else 0.0)
         results.append(entry(family, *side_by_side(calls, effort)))
         console.print(family, results[-1]["ratios"], results[-1]["errors"] or "", style="dim")

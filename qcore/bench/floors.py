@@ -28,6 +28,7 @@ _DECLARATIONS = """
 uint64_t qcp_read(int64_t threads, const void *data, int64_t bytes);
 void qcp_write(int64_t threads, void *to, int64_t bytes, int32_t past_caches);
 void qcp_copy(int64_t threads, void *to, const void *from, int64_t bytes, int32_t past_caches);
+uint64_t qcp_update(int64_t threads, const void *data, int64_t bytes, void *updated, int64_t updated_bytes);
 int64_t qcp_multiply(int64_t threads, int32_t dtype, int64_t steps);
 const char *qcp_unit(int32_t dtype);
 """
@@ -60,8 +61,13 @@ class Machine:
             return "torch matrix product"
         return str(self._ffi.string(self._probe.qcp_unit(UNITS[dtype])).decode())
 
-    def loops(self, read: int, written: int, unit: str | None) -> dict[str, tuple[Call, float]]:
-        """The loops that make up a workload's floor: (call, what its time has to be multiplied with)."""
+    def loops(self, read: int, written: int, unit: str | None, in_place: bool = False) -> dict[str, tuple[Call, float]]:
+        """The loops that make up a workload's floor: (call, what its time has to be multiplied with).
+
+        ``in_place``: what is written has been read from the same place.
+        """
+        if in_place:
+            return {"update": self.update(read - written, written)}
         found: dict[str, tuple[Call, float]] = {}
         for name, size in (("read", read), ("write", written), ("copy", min(read, written))):
             if size > 0:
@@ -72,6 +78,18 @@ class Machine:
         if unit is not None:
             found["multiply"] = self._multiply(unit), 1.0
         return found
+
+    def update(self, read: int, changed: int) -> tuple[Call, float]:
+        """One pass over ``changed`` bytes, each changed in place, and over ``read`` more that are only read."""
+        held = min(self._source.numel(), self._target.numel())
+        part = min(1.0, held / max(read, changed))
+        sizes = [int(size * part) // _LINE * _LINE for size in (read, changed)]
+        source, target, probe, threads = self._source[: sizes[0]], self._target[: sizes[1]], self._probe, self.threads
+        if probe is None:
+            words, into = source.view(torch.float32), target.view(torch.float32)
+            return lambda: (into.neg_(), words.sum()), 1 / part
+        a, b = (self._ffi.cast("void *", tensor.data_ptr()) for tensor in (source, target))
+        return lambda: probe.qcp_update(threads, a, sizes[0], b, sizes[1]), 1 / part
 
     def operations(self, unit: str) -> int:
         """Multiplications and additions of one call of the ``multiply`` loop."""
@@ -144,12 +162,15 @@ def floor(parts: Mapping[str, Samples], scales: Mapping[str, float], read: int, 
     """Least time for the traffic and the multiplications of a workload, round by round.
 
     Reading all and then writing all, or copying as much as goes both ways and moving the rest, whichever is less; the
-    multiplications take place meanwhile.
+    multiplications take place meanwhile. What is changed in place has one loop of its own, "update".
     """
     rounds = set.intersection(*(set(part.by_round) for part in parts.values())) if parts else set()
     least = {}
     for index in sorted(rounds):
         seconds = {name: part.by_round[index] * scales[name] for name, part in parts.items()}
+        if "update" in seconds:
+            least[index] = seconds["update"]
+            continue
         into, out = seconds.get("read", 0.0), seconds.get("write", 0.0)
         both = min(read, written)
         traffic = into + out

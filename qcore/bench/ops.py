@@ -296,7 +296,8 @@ def _adamw(bits: int) -> Build:
         if s.bitsandbytes:
             calls["bitsandbytes"] = step(getattr(peers.bitsandbytes().optim, name))
         state = 2 * (1 + 4 / 256) if bits == 8 else 8.0  # bytes an element
-        return Workload(calls, int(gradient.numel() * (8 + state)), int(gradient.numel() * (4 + state)))
+        read, changed = int(gradient.numel() * (8 + state)), int(gradient.numel() * (4 + state))
+        return Workload(calls, read, changed, in_place=True)
 
     return build
 

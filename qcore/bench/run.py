@@ -100,7 +100,7 @@ def run(
 
 def measure(spec: Spec, work: Workload, machine: Machine, effort: Effort) -> Result:
     """Time a workload, its peers and the loops of its floor in the same rounds."""
-    loops = {} if work.one_thread else machine.loops(work.read, work.written, work.unit)
+    loops = {} if work.one_thread else machine.loops(work.read, work.written, work.unit, work.in_place)
     calls: dict[str, Call] = {**work.calls, **{f"loop {name}": call for name, (call, _) in loops.items()}}
     clock = time.thread_time if work.one_thread else time.perf_counter
     with torch.set_grad_enabled(work.grad), _threads(1 if work.one_thread else machine.threads):

@@ -33,6 +33,8 @@ class Workload:
         Multiplications and additions; 0 for what only moves data.
     unit : str, optional
         dtype of the factors, which decides what unit could multiply them.
+    in_place : bool
+        What is written is among what is read, at the same addresses.
     grad : bool
         Record gradients.
     one_thread : bool
@@ -46,6 +48,7 @@ class Workload:
     written: int = 0
     operations: int = 0
     unit: str | None = None
+    in_place: bool = False
     grad: bool = False
     one_thread: bool = False
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -20,6 +20,7 @@ enum Dtype : int32_t { kF32 = 0, kF16 = 1, kBf16 = 2, kInt8 = 3 };
 constexpr int64_t kLine = 64;
 constexpr int64_t kLeast = 64 << 10;  // bytes of a chunk
 constexpr int64_t kChunksPerThread = 4;
+constexpr int64_t kAheadBytes = 4096;  // what is fetched ahead by itself ends at the next page
 
 template <class Function>
 void for_bytes(int64_t threads, int64_t bytes, const Function &function) {
@@ -60,6 +61,15 @@ QC_CLONES uint64_t read_lines(const char *data, int64_t bytes) {
         sum ^= word;
     }
     return sum;
+}
+
+// Each line is read, changed and written back where it was: what a step of an optimizer does to its parameter.
+QC_CLONES void update_lines(char *data, int64_t bytes) {
+    for (int64_t at = 0; at + kLine <= bytes; at += kLine) {
+        Bytes64 *line = reinterpret_cast<Bytes64 *>(data + at);
+        __builtin_prefetch(data + at + kAheadBytes, 1, 2);
+        *line = ~*line;
+    }
 }
 
 #ifdef __x86_64__
@@ -228,6 +238,25 @@ QC_PROBE void qcp_write(int64_t threads, void *to, int64_t bytes, [[maybe_unused
 #endif
         std::memset(part, 1, static_cast<size_t>(length));
     });
+}
+
+// In one go over `data` and `updated`: one stream is only read while the lines of the other are changed in place.
+QC_PROBE uint64_t qcp_update(int64_t threads, const void *data, int64_t bytes, void *updated, int64_t updated_bytes) {
+    using namespace qcore::cpu;
+    constexpr int64_t kPart = 64 << 10;
+    const int64_t parts = (updated_bytes + kPart - 1) / kPart;
+    uint64_t sum = 0;
+    parallel_for(threads, threads, [&](int64_t thread) {
+        for (int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part) {
+            const int64_t first = part * kPart;
+            update_lines(static_cast<char *>(updated) + first,
+                         updated_bytes - first < kPart ? updated_bytes - first : kPart);
+            const int64_t from = bytes / parts * part / kLine * kLine;
+            const int64_t to = part + 1 == parts ? bytes : bytes / parts * (part + 1) / kLine * kLine;
+            __atomic_fetch_xor(&sum, read_lines(static_cast<const char *>(data) + from, to - from), __ATOMIC_RELAXED);
+        }
+    });
+    return sum;
 }
 
 QC_PROBE void qcp_copy(int64_t threads, void *to, const void *from, int64_t bytes,

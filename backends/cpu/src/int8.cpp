@@ -56,8 +56,29 @@ bool quantize_int8_rows(int32_t dtype, const void *a, int64_t m, int64_t k, floa
         }
     });
     // Only now is every outlier column known (QC-INT8-003).
-    if (!looks || std::memchr(outliers, 1, static_cast<size_t>(k)) == nullptr) {
+    if (!looks) {
         return false;
+    }
+    constexpr int64_t kFew = 64;  // columns that are cleared one by one: activations have some, or none
+    int64_t columns[kFew];
+    int64_t found = 0;
+    for (int64_t i = 0; found <= kFew; ++i, ++found) {
+        const void *next = i < k ? std::memchr(outliers + i, 1, static_cast<size_t>(k - i)) : nullptr;
+        if (next == nullptr) {
+            break;
+        }
+        i = static_cast<const uint8_t *>(next) - outliers;
+        if (found < kFew) {
+            columns[found] = i;
+        }
+    }
+    if (found <= kFew) {
+        for (int64_t r = 0; found > 0 && r < m; ++r) {
+            for (int64_t j = 0; j < found; ++j) {
+                codes[r * k + columns[j]] = 0;
+            }
+        }
+        return found > 0;
     }
     parallel_ranges(m, 1, work / 8, threads, [&](int64_t first, int64_t end) {
         for (int64_t r = first; r < end; ++r) {
@@ -104,7 +125,10 @@ qc_status int8_quantize_cols(int32_t device, uintptr_t stream, int32_t dtype, ui
         }
         const double work = kQuantize * static_cast<double>(m + 1);
         prefer_huge_pages(out, m * k);
-        parallel_ranges(k, 64, work, thread_limit(stream), [&](int64_t first, int64_t end) {
+        // Each thread takes as many neighbours as it can: a row of its columns is what it reads in one go.
+        const int64_t threads = thread_limit(stream);
+        const int64_t unit = ceil_div(ceil_div(k, threads), 64) * 64;
+        parallel_ranges(k, k < 64 * threads ? 64 : unit, work, threads, [&](int64_t first, int64_t end) {
             kernels().columns(dtype, pointer<const void>(a), m, k, threshold, first, end, pointer<int8_t>(out),
                               pointer<float>(col_stats));
         });
@@ -154,12 +178,12 @@ qc_status int8_dequantize_rows(int32_t device, uintptr_t stream, int32_t dtype, 
             return arguments.status();
         }
         const double work = kDequantize * static_cast<double>(k);
+        const bool past_caches = writes_past_caches(out, m * k * dtype_size(dtype));
         prefer_huge_pages(out, m * k * dtype_size(dtype));
         parallel_ranges(m, 1, work, thread_limit(stream), [&](int64_t first, int64_t end) {
-            for (int64_t r = first; r < end; ++r) {
-                kernels().dequantize_row(dtype, pointer<const int8_t>(a) + r * k, k, pointer<const float>(row_stats)[r],
-                                         pointer<char>(out) + r * k * dtype_size(dtype));
-            }
+            kernels().dequantize_rows(dtype, pointer<const int8_t>(a) + first * k,
+                                      pointer<const float>(row_stats) + first, end - first, k, past_caches,
+                                      pointer<char>(out) + first * k * dtype_size(dtype));
         });
         return QC_OK;
     });

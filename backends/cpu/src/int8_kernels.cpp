@@ -9,7 +9,8 @@ namespace qcore::cpu::QC_ISA {
 namespace {
 
 constexpr int64_t kChunk = 256;  // elements after which a row is looked through for outliers
-constexpr int64_t kStripColumns = 512;
+// Statistics and scales of a strip stay in L1; a row of it is long enough to be fetched ahead by the processor itself.
+constexpr int64_t kStripColumns = 2048;
 constexpr float kRound = 0x1.8p23f;  // adding and taking it away rounds to an integer, ties to even, up to 2^22
 
 I32 magnitude_bits(F32 x) { return (I32)x & 0x7fffffff; }
@@ -46,27 +47,49 @@ bool inside(float x, float threshold) {
 // Sets the bytes of the columns first ... end - 1 in which `x` is an outlier; other rows may be setting theirs.
 template <class T>
 void mark_outliers(const T *x, int64_t first, int64_t end, float threshold, uint8_t *outlier_cols) {
-    int64_t i = first;
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __m512 limit = (__m512)splat(threshold);
-    for (; i + kLanes <= end; i += kLanes) {
-        const auto outside = _mm512_cmp_ps_mask((__m512)magnitude(load(x + i)), limit, _CMP_NLT_UQ);
-        _mm_mask_storeu_epi8(outlier_cols + i, outside, _mm_set1_epi8(1));
-    }
-#endif
-    for (; i < end; ++i) {
+    for (int64_t i = first; i < end; ++i) {
         if (!inside(to_float(x[i]), threshold)) {
             __atomic_store_n(outlier_cols + i, uint8_t{1}, __ATOMIC_RELAXED);
         }
     }
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// Whole vectors of a row with a threshold: the largest magnitude inside it, and the columns of what lies outside.
+// Returns the number of elements that it took.
+template <class T>
+int64_t row_stat_with_outliers(const T *x, int64_t k, float threshold, uint8_t *outlier_cols, float &most) {
+    const __m512 limit = (__m512)splat(threshold);
+    __m512 highest[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
+        for (int j = 0; j < 2; ++j) {
+            const int64_t at = i + j * kLanes;
+            const __m512 a = (__m512)magnitude(load(x + at));
+            const __mmask16 within = _mm512_cmp_ps_mask(a, limit, _CMP_LT_OQ);
+            highest[j] = _mm512_mask_max_ps(highest[j], within, highest[j], a);
+            if (__builtin_expect(within != 0xFFFF, 0)) {  // other rows may be setting theirs
+                _mm_mask_storeu_epi8(outlier_cols + at, static_cast<__mmask16>(~within), _mm_set1_epi8(1));
+            }
+        }
+    }
+    most = _mm512_reduce_max_ps(_mm512_max_ps(highest[0], highest[1]));
+    return i;
+}
+#endif
+
 template <class T>
 float row_stat_of(const T *x, int64_t k, float threshold, uint8_t *outlier_cols) {
     const F32 limit = splat(threshold > 0.0f ? threshold : __builtin_inff());
     F32 most = {};
     float rest = 0.0f;
-    for (int64_t i0 = 0; i0 < k; i0 += kChunk) {
+    int64_t done = 0;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    if (threshold > 0.0f) {
+        done = row_stat_with_outliers(x, k, threshold, outlier_cols, rest);
+    }
+#endif
+    for (int64_t i0 = done; i0 < k; i0 += kChunk) {
         const int64_t end = i0 + kChunk < k ? i0 + kChunk : k;
         I32 outside = {};
         bool scalar_outside = false;
@@ -216,12 +239,35 @@ void columns_of(const T *a, int64_t m, int64_t k, float threshold, int64_t k0, i
     }
 }
 
-template <class T>
+// Past the caches `out` is aligned to 64 bytes in 64 elements' distance.
+template <bool kPastCaches, class T>
 void dequantize_row_of(const int8_t *codes, int64_t k, float stat, T *out) {
+    constexpr int64_t kAheadBytes = 4096;  // what is fetched ahead by itself ends at the next page
     int64_t i = 0;
+    const auto value = [&](int64_t at) {
+        return __builtin_convertvector(load_signed(codes + at), F32) * splat(stat) * splat(kInt8Reciprocal);
+    };
+#if defined(__AVX512F__)
+    if constexpr (kPastCaches) {
+        for (; i < k && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i) {
+            out[i] = from_float<T>(static_cast<float>(codes[i]) * stat * kInt8Reciprocal);
+        }
+        for (; i + 64 <= k; i += 64) {
+            __builtin_prefetch(codes + i + kAheadBytes, 0, 2);
+            alignas(64) T values[64];
+            for (int64_t l = 0; l < 64; l += kLanes) {
+                store(values + l, value(i + l));
+            }
+            for (int64_t byte = 0; byte < static_cast<int64_t>(sizeof values); byte += 64) {
+                _mm512_stream_si512(reinterpret_cast<__m512i *>(reinterpret_cast<char *>(out + i) + byte),
+                                    _mm512_load_si512(reinterpret_cast<const char *>(values) + byte));
+            }
+        }
+    }
+#endif
     for (; i + kLanes <= k; i += kLanes) {
-        const F32 x = __builtin_convertvector(__builtin_convertvector(load_vector<I8>(codes + i), I32), F32);
-        store(out + i, x * splat(stat) * splat(kInt8Reciprocal));
+        __builtin_prefetch(codes + i + kAheadBytes, 0, 2);
+        store(out + i, value(i));
     }
     for (; i < k; ++i) {
         out[i] = from_float<T>(static_cast<float>(codes[i]) * stat * kInt8Reciprocal);
@@ -268,19 +314,34 @@ void columns(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold
     }
 }
 
-void dequantize_row(int32_t dtype, const int8_t *codes, int64_t k, float stat, void *out) {
+template <class T>
+void dequantize_rows_of(const int8_t *codes, const float *stats, int64_t m, int64_t k, bool past_caches, T *out) {
+    for (int64_t r = 0; r < m; ++r) {
+        if (past_caches) {
+            dequantize_row_of<true>(codes + r * k, k, stats[r], out + r * k);
+        } else {
+            dequantize_row_of<false>(codes + r * k, k, stats[r], out + r * k);
+        }
+    }
+#if defined(__AVX512F__)
+    _mm_sfence();  // stores past the caches are in no order with others: whoever is told of the end must see them
+#endif
+}
+
+void dequantize_rows(int32_t dtype, const int8_t *codes, const float *stats, int64_t m, int64_t k, bool past_caches,
+                     void *out) {
     switch (dtype) {
         case QC_F32:
-            return dequantize_row_of(codes, k, stat, static_cast<float *>(out));
+            return dequantize_rows_of(codes, stats, m, k, past_caches, static_cast<float *>(out));
         case QC_F16:
-            return dequantize_row_of(codes, k, stat, static_cast<Half *>(out));
+            return dequantize_rows_of(codes, stats, m, k, past_caches, static_cast<Half *>(out));
         default:
-            return dequantize_row_of(codes, k, stat, static_cast<Bfloat *>(out));
+            return dequantize_rows_of(codes, stats, m, k, past_caches, static_cast<Bfloat *>(out));
     }
 }
 
 }  // namespace
 
-const Int8Kernels int8_kernels = {row_stat, row_codes, clear_outliers, columns, scale_row, dequantize_row};
+const Int8Kernels int8_kernels = {row_stat, row_codes, clear_outliers, columns, scale_row, dequantize_rows};
 
 }  // namespace qcore::cpu::QC_ISA

@@ -45,8 +45,9 @@ struct Int8Kernels {
                     int8_t *out, float *col_stats);
     // Row m of the output from the sums of its columns n0 ... n0 + count - 1.
     void (*scale_row)(const Int8Scaling &s, const int32_t *sums, int64_t m, int64_t n, int64_t n0, int64_t count);
-    // One row (QC-INT8-008).
-    void (*dequantize_row)(int32_t dtype, const int8_t *codes, int64_t k, float stat, void *out);
+    // m rows (QC-INT8-008).
+    void (*dequantize_rows)(int32_t dtype, const int8_t *codes, const float *stats, int64_t m, int64_t k,
+                            bool past_caches, void *out);
 };
 
 // C = A B^T in int32, or scaled at once where `scaling` is set.

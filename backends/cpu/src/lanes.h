@@ -76,6 +76,17 @@ inline U32 bf16_bits(F32 x) {
     return x == x ? rounded : (u >> 16 | 0x40u);
 }
 
+// kLanes bytes as integers. GCC 12 takes a conversion of whole vectors from bytes apart, element by element.
+inline I32 load_signed(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (I32)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(__AVX2__)
+    return (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+#else
+    return __builtin_convertvector(load_vector<I8>(p), I32);
+#endif
+}
+
 inline void store(float *p, F32 x) { store_vector(p, x); }
 inline void store(Bfloat *p, F32 x) { store_vector(p, __builtin_convertvector(bf16_bits(x), U16)); }
 inline void store(Half *p, F32 x) {
