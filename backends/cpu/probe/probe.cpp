@@ -63,12 +63,17 @@ QC_CLONES uint64_t read_lines(const char *data, int64_t bytes) {
     return sum;
 }
 
-// Each line is read, changed and written back where it was: what a step of an optimizer does to its parameter.
-QC_CLONES void update_lines(char *data, int64_t bytes) {
-    for (int64_t at = 0; at + kLine <= bytes; at += kLine) {
-        Bytes64 *line = reinterpret_cast<Bytes64 *>(data + at);
-        __builtin_prefetch(data + at + kAheadBytes, 1, 2);
-        *line = ~*line;
+// Each line is read, changed and written back where it was: what a step of an optimizer does to its parameter and its
+// states. kUpdated streams of `bytes` bytes in `distance`, so that as many pages of memory are open as in a step.
+constexpr int kUpdated = 3;
+QC_CLONES void update_lines(char *data, int64_t distance, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kLine) {
+        for (int stream = 0; stream < kUpdated; ++stream) {
+            char *to = data + stream * distance + at;
+            __builtin_prefetch(to + kAheadBytes, 1, 2);
+            Bytes64 *line = reinterpret_cast<Bytes64 *>(to);
+            *line = ~*line;
+        }
     }
 }
 
@@ -240,21 +245,25 @@ QC_PROBE void qcp_write(int64_t threads, void *to, int64_t bytes, [[maybe_unused
     });
 }
 
-// In one go over `data` and `updated`: one stream is only read while the lines of the other are changed in place.
+// In one go over `data` and `updated`: one stream is only read while the lines of others are changed in place.
 QC_PROBE uint64_t qcp_update(int64_t threads, const void *data, int64_t bytes, void *updated, int64_t updated_bytes) {
     using namespace qcore::cpu;
-    constexpr int64_t kPart = 64 << 10;
-    const int64_t parts = (updated_bytes + kPart - 1) / kPart;
+    constexpr int64_t kPart = 1 << 10;
+    const int64_t distance = updated_bytes / kUpdated / kPart * kPart;
+    const int64_t parts = distance / kPart;
     uint64_t sum = 0;
     parallel_for(threads, threads, [&](int64_t thread) {
+        uint64_t own = 0;
         for (int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part) {
-            const int64_t first = part * kPart;
-            update_lines(static_cast<char *>(updated) + first,
-                         updated_bytes - first < kPart ? updated_bytes - first : kPart);
-            const int64_t from = bytes / parts * part / kLine * kLine;
-            const int64_t to = part + 1 == parts ? bytes : bytes / parts * (part + 1) / kLine * kLine;
-            __atomic_fetch_xor(&sum, read_lines(static_cast<const char *>(data) + from, to - from), __ATOMIC_RELAXED);
+            update_lines(static_cast<char *>(updated) + part * kPart, distance, kPart);
+            const int64_t from = bytes * part / parts / kLine * kLine;
+            const int64_t to = bytes * (part + 1) / parts / kLine * kLine;
+            for (int64_t at = from; at < to; at += kLine) {
+                __builtin_prefetch(static_cast<const char *>(data) + at + kAheadBytes, 0, 2);
+            }
+            own ^= read_lines(static_cast<const char *>(data) + from, to - from);
         }
+        __atomic_fetch_xor(&sum, own, __ATOMIC_RELAXED);
     });
     return sum;
 }
