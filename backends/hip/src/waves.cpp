@@ -3,6 +3,7 @@
 // The kernels take the wave size as a constant of their compilation: 64 for CDNA, 32 for RDNA. So the library holds the
 // whole of backends/kernels once for each size that it is built for, in namespaces of their own (CMakeLists.txt), with
 // their own tables behind qcore_wave32_open and qcore_wave64_open.
+#include <cstddef>
 
 #include "devices.h"
 #include "qcore_backend.h"
@@ -102,6 +103,10 @@ qc_api make_table() {
     table.int8_dequantize_rows = forward<&qc_api::int8_dequantize_rows>();
     table.optimizer_step = forward<&qc_api::optimizer_step>();
     table.int8_linear = forward<&qc_api::int8_linear>();
+    table.gemm_int4 = forward<&qc_api::gemm_int4>();
+    table.gemm_4bit_transposed = forward<&qc_api::gemm_4bit_transposed>();
+    static_assert(sizeof(qc_api) == offsetof(qc_api, gemm_4bit_transposed) + sizeof table.gemm_4bit_transposed,
+                  "an entry that is not forwarded would be an op that the library leaves out");
     return table;
 }
 

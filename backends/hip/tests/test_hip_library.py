@@ -145,6 +145,22 @@ def test_a_device_that_reads_the_hosts_memory_takes_it(runtime: Path) -> None:
     assert "status 0" in said(runtime, "gfx942:64", "0", FAKE_HIP_MEMORY="0:0", FAKE_HIP_PAGEABLE="1")
 
 
+def test_every_entry_of_the_table_leads_somewhere() -> None:
+    program = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.qcore_backend_open.restype = ctypes.POINTER(ctypes.c_void_p)
+table = library.qcore_backend_open(1)
+words = ctypes.cast(table, ctypes.POINTER(ctypes.c_uint32))[0] // ctypes.sizeof(ctypes.c_void_p)
+print(words, [i for i in range(1, words) if not table[i]])
+"""
+    command = [sys.executable, "-c", program, str(LIBRARY)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words, empty = said.split(maxsplit=1)
+    assert int(words) > 20
+    assert empty.strip() == "[]"
+
+
 def test_nothing_but_the_entry_point_leaves_the_library() -> None:
     names = subprocess.run(["nm", "-D", "--defined-only", str(LIBRARY)], capture_output=True, text=True, check=True)
     assert [line.split()[-1] for line in names.stdout.splitlines()] == ["qcore_backend_open"]
