@@ -52,7 +52,7 @@ squares_kernel(QC_PARAMETER(OptimizerJob) given) {
     constexpr int kBlock = static_cast<int>(kOptimizerBlock);
     struct Shared {
         StateValues<Coded> values;
-        float value[kBlocksAtOnce][2][kBlock];
+        alignas(16) float value[kBlocksAtOnce][2][kBlock];
         double lane[kBlocksAtOnce][2][16];
     };
     QC_SHARED(Shared, shared);

@@ -96,27 +96,32 @@ QC_DEVICE float magnitude(float x) { return std::fabs(x); }
 QC_DEVICE float square_root(float x) { return std::sqrt(x); }
 QC_DEVICE double square_root(double x) { return std::sqrt(x); }
 
-QC_DEVICE Vector16 load16(const void *address) {
-    Vector16 value;
+template <class T>
+T load_word(const void *address) {
+    simt::check_access(address, sizeof(T));
+    T value;
     std::memcpy(&value, address, sizeof value);
     return value;
 }
-QC_DEVICE Vector16 load16_once(const void *address) { return load16(address); }
-QC_DEVICE uint32_t load4_once(const void *address) {
-    uint32_t value;
-    std::memcpy(&value, address, sizeof value);
-    return value;
+template <class T>
+void store_word(void *address, T value) {
+    simt::check_access(address, sizeof(T));
+    std::memcpy(address, &value, sizeof value);
 }
-QC_DEVICE Vector8 load8_once(const void *address) {
-    Vector8 value;
-    std::memcpy(&value, address, sizeof value);
-    return value;
-}
-QC_DEVICE void store16(void *address, Vector16 value) { std::memcpy(address, &value, sizeof value); }
-QC_DEVICE void store8(void *address, Vector8 value) { std::memcpy(address, &value, sizeof value); }
-QC_DEVICE void store4(void *address, uint32_t value) { std::memcpy(address, &value, sizeof value); }
 
-QC_DEVICE void copy16_async(void *to, const void *from, bool there) { simt::copies().add(to, there ? from : nullptr); }
+QC_DEVICE Vector16 load16(const void *address) { return load_word<Vector16>(address); }
+QC_DEVICE Vector16 load16_once(const void *address) { return load16(address); }
+QC_DEVICE uint32_t load4_once(const void *address) { return load_word<uint32_t>(address); }
+QC_DEVICE Vector8 load8_once(const void *address) { return load_word<Vector8>(address); }
+QC_DEVICE void store16(void *address, Vector16 value) { store_word(address, value); }
+QC_DEVICE void store8(void *address, Vector8 value) { store_word(address, value); }
+QC_DEVICE void store4(void *address, uint32_t value) { store_word(address, value); }
+
+QC_DEVICE void copy16_async(void *to, const void *from, bool there) {
+    simt::check_access(to, 16);
+    simt::check_access(from, 16);
+    simt::copies().add(to, there ? from : nullptr);
+}
 QC_DEVICE void close_copies() { simt::copies().close(); }
 template <int N>
 QC_DEVICE void wait_for_copies() {

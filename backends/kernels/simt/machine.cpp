@@ -27,7 +27,7 @@ constexpr size_t kStackStride = kStackBytes + 576;
 constexpr uint64_t kStackEnd = 0x51acc5e27c0ffee5;  // below every stack; gone if a thread ran past it
 constexpr int kPoison = 0xFB;                       // of shared memory: a large negative float, -1 and a bit as int
 
-enum class State : uint8_t { ready, in_wave, in_block, done };
+enum class State : uint8_t { ready, in_wave, in_block, misaligned, done };
 
 enum class Order { forward, reversed, random };
 
@@ -217,6 +217,10 @@ bool Worker::step(int wave, int first, int last) {
         if (thread.state == State::ready) {
             Fiber::switch_between(scheduler_, thread.fiber);
         }
+        if (thread.state == State::misaligned) {
+            const std::string bytes = std::to_string(thread.site);
+            return fail(current, "an access of " + bytes + " bytes at an address that is no multiple of " + bytes);
+        }
     }
     int waiting = 0;
     for (int i = first; i < last; ++i) {
@@ -385,6 +389,11 @@ int64_t block_index_y() { return worker->block_y; }
 int64_t block_count_x() { return worker->shape->blocks_x; }
 int64_t block_count_y() { return worker->shape->blocks_y; }
 void *shared_memory(size_t bytes) { return worker->shared_memory(bytes); }
+void check_access(const void *address, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+        worker->suspend(State::misaligned, static_cast<int>(bytes));
+    }
+}
 void wait_for_block(int site) { worker->suspend(State::in_block, site); }
 const char *exchange(const void *value, size_t bytes, int site) { return worker->exchange(value, bytes, site); }
 

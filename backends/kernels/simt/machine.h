@@ -11,6 +11,7 @@
 // A launch is an error, with a text that says which thread and where, if
 //   - lanes of one wave wait at different operations, or some of them have left the kernel or wait for the block;
 //   - some threads of a block wait at a barrier that others never reach, or wait at another barrier;
+//   - a thread reads or writes several words at once at an address that is no multiple of their size;
 //   - a block has no threads, too many, or no whole number of waves; a grid is empty or too large;
 //   - a kernel asks for more shared memory than every GPU has, or a thread runs out of its stack.
 // Shared memory starts as poison, and each kernel has exactly what it asked for.
@@ -48,6 +49,8 @@ int64_t block_count_x();
 int64_t block_count_y();
 void *shared_memory(size_t bytes);
 void wait_for_block(int site);
+// Ends the launch with an error if an access of `bytes` at `address` is one that a GPU faults on.
+void check_access(const void *address, size_t bytes);
 
 // Shows `bytes` (at most kSlotBytes) to the wave and waits for all of its lanes. Returns what lane 0 showed; lane i's
 // is i * kSlotBytes further. Valid until the second exchange after this one.

@@ -73,6 +73,8 @@ void runs_out_of_stack(int32_t *out) {
     out[thread_index()] = static_cast<int32_t>(large[64]);
 }
 
+void stores_across_a_boundary(int32_t *out) { store16(out + thread_index(), Vector16{}); }
+
 void wave_neighbour(int32_t *out) { out[thread_index()] = wave_xor<kWave>(thread_index(), kWave / 2); }
 
 void order_of_threads(int32_t *out) {
@@ -98,6 +100,7 @@ extern "C" const char *launch(const char *name, int threads, int64_t blocks, int
         {"one thread misses the barrier", one_thread_misses_the_barrier},
         {"waves wait at two barriers", waves_wait_at_two_barriers},
         {"runs out of stack", runs_out_of_stack},
+        {"stores across a boundary", stores_across_a_boundary},
         {"wave neighbour", wave_neighbour},
         {"order of threads", order_of_threads},
     };

@@ -79,6 +79,7 @@ def test_shuffles_reach_the_whole_wave(machine: ctypes.CDLL) -> None:
         ("one thread misses the barrier", "thread 200: has left the kernel while others of its block"),
         ("waves wait at two barriers", "thread 128: waits at the barrier of line"),
         ("runs out of stack", "ran out of its stack"),
+        ("stores across a boundary", "thread 1: an access of 16 bytes at an address that is no multiple of 16"),
     ],
 )
 def test_what_a_gpu_would_hide_is_an_error(machine: ctypes.CDLL, kernel: str, says: str) -> None:
