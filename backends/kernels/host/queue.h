@@ -75,9 +75,11 @@ class Queue {
 #if !defined(QC_TARGET_SIMT)
     runtime::Stream runtime_stream() const { return reinterpret_cast<runtime::Stream>(stream_); }
     qc_status checked(runtime::Error error) const {
-        return error == runtime::kSuccess
-                   ? QC_OK
-                   : fail(QC_DEVICE_ERROR, "%s: %s: %s", op_, runtime::name(error), runtime::text(error));
+        if (error == runtime::kSuccess) {
+            return QC_OK;
+        }
+        static_cast<void>(runtime::last_error());  // what a call returned also waits there for the caller's next check
+        return fail(QC_DEVICE_ERROR, "%s: %s: %s", op_, runtime::name(error), runtime::text(error));
     }
 #endif
 
