@@ -23,7 +23,7 @@
 #ifndef QC_WAVE_SIZE
 #error "QC_WAVE_SIZE: 32 or 64"
 #endif
-#if defined(__HIP_DEVICE_COMPILE__) && __AMDGCN_WAVEFRONT_SIZE != QC_WAVE_SIZE
+#if defined(__HIP_DEVICE_COMPILE__) && defined(__AMDGCN_WAVEFRONT_SIZE) && __AMDGCN_WAVEFRONT_SIZE != QC_WAVE_SIZE
 #error "QC_WAVE_SIZE is not the size of this target's waves"
 #endif
 
