@@ -173,9 +173,9 @@ class AutoGPTQForCausalLM(QuantizableCausalLM):
     ) -> AutoGPTQForCausalLM:
         """Load a GPTQ or AWQ checkpoint of 4 bits.
 
-        ``device`` is where the whole model goes, ``device_map`` and ``max_memory`` spread it. Arguments that pick one
-        of AutoGPTQ's kernels (``use_triton``, ``inject_fused_attention``, ...) may be there and False; qcore has its
-        own.
+        ``device`` is where the whole model goes, or ``device_map`` and ``max_memory`` spread it. Arguments that pick
+        one of AutoGPTQ's kernels (``use_triton``, ``inject_fused_attention``, ...) may be there and False; qcore has
+        its own.
 
         Raises
         ------
@@ -208,7 +208,8 @@ class AutoGPTQForCausalLM(QuantizableCausalLM):
         Parameters
         ----------
         examples : list of mappings
-            ``input_ids`` and ``attention_mask``, as tokenizers return; no more than 4096 tokens of each are used.
+            ``input_ids`` and ``attention_mask`` of one sequence each, as tokenizers return; no more than 4096 tokens
+            of each are used, or as many as the model has positions.
         batch_size, cache_examples_on_gpu
             Accepted: examples of one length run together anyway, and hidden states stay on the model's device.
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from qcore.errors import InvalidArgument, Unsupported
+from qcore.formats.grouped import FILES
 from qcore.formats.plan import Options
+from qcore.formats.source import read_json
 from qcore.integrations.calibration_data import token_batches
 from qcore.integrations.quantize_model import quantize_model
 from qcore.integrations.transformers import QcoreConfig
@@ -59,7 +61,8 @@ class QuantizableCausalLM(nn.Module):
         who = f"{type(self).__name__}.quantize"
         if self.quantized:
             raise InvalidArgument(f"{who}: the model is quantized already; load the float checkpoint")
-        batches = token_batches(data, tokenizer, samples=samples, length=length, caller=who)
+        most = getattr(self.model.config, "max_position_embeddings", None) or length
+        batches = token_batches(data, tokenizer, samples=samples, length=min(length, most), caller=who)
         device = self.model.get_input_embeddings().weight.device
         quantize_model(self.model, [batch.to(device) for batch in batches], options, skip_modules=skip_modules)
         self.quantized = True
@@ -92,17 +95,41 @@ def load_quantized(name: str | Path, who: str, formats: tuple[str, ...], **kwarg
     InvalidArgument
         It is a float checkpoint, or in another format.
     """
-    model = _load(name, kwargs)
-    config = getattr(model.config, "quantization_config", None)
-    if not isinstance(config, QcoreConfig) or config.format not in formats:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(name).strip(), trust_remote_code=kwargs.get("trust_remote_code"))
+    section = _section(str(name).strip(), config)
+    method = None if section is None else section.get("quant_method")
+    if section is None or method not in formats:
         raise InvalidArgument(f"{who}: {name} is no checkpoint in the format {' or '.join(formats)}")
-    return model
+    config.quantization_config = section
+    # Passed along, so that qcore loads it where the library that wrote it is installed too.
+    return _load(name, {**kwargs, "config": config, "quantization_config": QcoreConfig(method)})
+
+
+def _section(name: str, config: Any) -> dict[str, Any] | None:
+    """How a checkpoint is quantized; older writers said it in a file of its own."""
+    from transformers.utils import cached_file
+
+    for holder in (config, config.get_text_config(decoder=True)):
+        section = getattr(holder, "quantization_config", None)
+        if section is not None:
+            return dict(section if isinstance(section, dict) else section.to_dict())
+    for method, file in FILES.items():
+        try:
+            path = cached_file(name, file)
+        except OSError:
+            continue
+        return {"quant_method": method, **dict(read_json(Path(path)))}
+    return None
 
 
 def _load(name: str | Path, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     device = kwargs.pop("device", None)
+    if device is not None and kwargs.get("device_map") is not None:
+        raise InvalidArgument(f"{name}: device and device_map both say where the model goes; pass one of them")
     if device is not None:
         kwargs["device_map"] = {"": torch.device(device)}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}

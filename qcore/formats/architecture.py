@@ -95,6 +95,44 @@ def linear_layers(model: Any, skip_modules: Sequence[str]) -> dict[str, Linear]:
     return layers
 
 
+def check_patterns(names: Sequence[str], patterns: Iterable[str], caller: str) -> None:
+    """Refuse patterns of :func:`linear_layers` that are no regular expression, or match none of ``names``.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for pattern in patterns:
+        try:
+            matched = any(not should_convert_module(name, [pattern]) for name in names)
+        except re.error as error:
+            raise InvalidArgument(
+                f"{caller} has {pattern!r}, which is no regular expression: {error}; "
+                "write the start or the end of a name, without *"
+            ) from error
+        if not matched:
+            raise InvalidArgument(
+                f"{caller} has {pattern!r}, which matches no layer; they are called like "
+                f"{examples(names) or '(there is none)'}"
+            )
+
+
+def in_blocks(model: Any, skips: Sequence[str]) -> tuple[dict[str, Linear], list[str]]:
+    """The layers of :func:`linear_layers` in the model's blocks, which GPTQ and AWQ quantize; the names of the others.
+
+    Raises
+    ------
+    InvalidArgument
+        As :func:`block_list`.
+    """
+    path = block_list(model)
+    found = linear_layers(model, skips)
+    chosen = {name: layer for name, layer in found.items() if name.startswith(f"{path}.")}
+    return chosen, [name for name in found if name not in chosen]
+
+
 def default_skips(model: Any) -> list[str]:
     """Modules that stay in floating point unless told otherwise: the output head, and whatever shares its weight."""
     from transformers.quantizers.base import get_keys_to_not_convert

@@ -150,8 +150,8 @@ def make_plan(source: Source, options: Options) -> Plan:
     skips = _skips(model, options)
     linear = {} if options.format == "float" else architecture.linear_layers(model, skips)
     if options.format in GROUPED:
-        blocks = architecture.block_list(model)
-        linear = {name: layer for name, layer in linear.items() if name.startswith(f"{blocks}.")}
+        linear, outside = architecture.in_blocks(model, skips)
+        skips = sorted({*skips, *outside})
     if not untied:
         architecture.check_not_tied(model, linear)
     settings = _settings(options, skips)

@@ -238,6 +238,15 @@ class _Enough(Exception):
     """The last block was reached."""
 
 
+class _Hidden(Tensor):
+    """Hidden states that are their own first part: some models ask a block for ``[0]``, where others take it whole."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if type(index) is int and index == 0 else super().__getitem__(index)
+
+
 class _Stub(nn.Module):
     """Stands where a block stood, notes what it is called with, and lets the hidden states through."""
 
@@ -258,7 +267,7 @@ class _Stub(nn.Module):
             hidden.append(x)
         if index + 1 == len(calls):
             raise _Enough
-        return x
+        return x.as_subclass(_Hidden)
 
 
 def _forward(block: nn.Module, x: Tensor, call: Call) -> Tensor:

@@ -27,8 +27,8 @@ def token_batches(
     ----------
     data : str or iterable
         ``"c4"``: the first shard of C4's English part, from the hub or its cache, in windows of ``length`` tokens. Or
-        examples: a text each, a sequence of token ids, or a mapping with ``input_ids`` and perhaps ``attention_mask``,
-        as tokenizers return; what is masked out is left out.
+        examples: a text each, one sequence of token ids, or a mapping with ``input_ids`` of one sequence and perhaps
+        ``attention_mask``, as tokenizers return; what is masked out is left out.
     tokenizer
         For texts; may be None where there are none.
     samples, length : int
@@ -72,15 +72,25 @@ def _tokens(example: Any, tokenizer: Any, caller: str) -> Tensor:
         example = tokenizer(example, verbose=False)
     mask = None
     if isinstance(example, Mapping) or hasattr(example, "input_ids"):  # BatchEncoding is no Mapping everywhere
+        if "input_ids" not in example:
+            raise InvalidArgument(
+                f"{caller}: an example has {', '.join(map(str, example))}, needs input_ids; pass the texts themselves"
+            )
         mask = example.get("attention_mask")
         example = example["input_ids"]
     try:
-        ids = torch.as_tensor(example).reshape(-1)
-        kept = None if mask is None else torch.as_tensor(mask).reshape(-1).bool()
+        ids = torch.as_tensor(example)
+        kept = None if mask is None else torch.as_tensor(mask, device=ids.device).bool()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgument(f"{caller}: an example is {type(example).__name__}, needs a text or tokens") from error
     if ids.is_floating_point() and ids.numel():
         raise InvalidArgument(f"{caller}: an example holds {ids.dtype}, needs a text or whole numbers")
+    if ids.numel() != ids.shape[-1:].numel():
+        raise InvalidArgument(f"{caller}: an example has shape {tuple(ids.shape)}; pass each sequence by itself")
+    ids = ids.reshape(-1)
+    if kept is not None and kept.numel() != ids.numel():
+        raise InvalidArgument(f"{caller}: an example has {ids.numel()} tokens and a mask of {kept.numel()}")
+    kept = None if kept is None else kept.reshape(-1)
     return ids.long() if kept is None else ids.long()[kept]
 
 

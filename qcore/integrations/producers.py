@@ -28,7 +28,7 @@ def find_producer(block: nn.Module, each: Statistics, weights: dict[str, Tensor]
     rows, columns = len(weights[front]), len(each.hessian)
     if columns % rows:
         return None
-    owner = torch.arange(rows, device=weights[front].device)
+    owner = torch.arange(rows, device=each.hessian.device)
     if columns != rows:  # grouped-query attention: several query heads read one value head
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         owner = owner.view(-1, 1, head).expand(-1, columns // rows, -1).reshape(-1)

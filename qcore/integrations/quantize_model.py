@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.formats import architecture, grouped
 from qcore.formats.plan import Options
 from qcore.formats.quantization_config import QuantizationSettings, grouped_layout
+from qcore.integrations import experts
 from qcore.integrations.blocks import block_batches, block_inputs, float_weight, install, quantize_block
 from qcore.integrations.transformers.config import QcoreConfig
 from qcore.integrations.transformers.quantizer import QcoreQuantizer
 from qcore.nn import LinearInt4
+
+log = logging.get_logger(__name__)
 
 
 def quantize_model(
@@ -35,7 +39,7 @@ def quantize_model(
     Parameters
     ----------
     model : PreTrainedModel
-        With float weights, in memory; the blocks run where they are.
+        With float weights, in memory; the blocks run where they are. Fused experts are left alone, with a warning.
     batches : sequence of Tensor, optional
         int64 ``(sequences, length)`` tokens each; None to round to nearest.
     options : Options
@@ -53,14 +57,18 @@ def quantize_model(
     Raises
     ------
     InvalidArgument
-        No tokens, a skip that matches nothing, or a layer that the format cannot hold: nothing is replaced then. A
-        layer that no token reaches, or a Hessian that is not finite: the blocks in front of it are replaced.
+        No tokens, a pattern that matches no layer, or a layer that the format cannot hold; nothing is replaced then.
+        A layer that no token reaches, or a Hessian that is not finite: the blocks in front of it are replaced by then,
+        so load the model anew.
     Unsupported
         Part of the model is offloaded.
     """
-    skips = _skips(model, list(skip_modules))
+    defaults = architecture.default_skips(model)
+    skips = [*defaults, *skip_modules]
+    names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
+    architecture.check_patterns(names, skips[len(defaults) :], "quantize: skip_modules")
     path = architecture.block_list(model)
-    layers = {k: v for k, v in architecture.linear_layers(model, skips).items() if k.startswith(f"{path}.")}
+    layers, outside = architecture.in_blocks(model, skips)
     settings = QuantizationSettings(
         options.format,
         group_size=options.group_size,
@@ -68,9 +76,12 @@ def quantize_model(
         act_order=options.act_order,
         true_sequential=options.true_sequential,
         checkpoint_format=grouped_layout(options.format, options.symmetric),
-        skip_modules=sorted(set(skips)),
+        skip_modules=sorted({*skips, *outside}),
     )
     _check(model, layers, settings, batches)
+    left = [*experts.find(model, skips), *experts.unreachable(model, skips)]
+    if left:
+        log.warning(f"qcore leaves {len(left)} fused expert weights in floating point, such as {left[0]}")
     config, blocks = model.config, model.get_submodule(path)
     dtype, training = next(model.parameters()).dtype, model.training
     model.eval()
@@ -92,18 +103,6 @@ def quantize_model(
     quantizer = QcoreQuantizer(QcoreConfig(options.format), pre_quantized=True)
     quantizer.take(model, settings, dtype, {name for name, layer in layers.items() if layer.transposed})
     return model.train(training)
-
-
-def _skips(model: Any, asked: list[str]) -> list[str]:
-    """The defaults and what is asked for, each pattern of which has to match a layer."""
-    everything = architecture.linear_layers(model, [])
-    for pattern in asked:
-        if len(architecture.linear_layers(model, [pattern])) == len(everything):
-            raise InvalidArgument(
-                f"quantize: skip_modules has {pattern!r}, which matches no layer; they are called like "
-                f"{architecture.examples(list(everything))}"
-            )
-    return [*architecture.default_skips(model), *asked]
 
 
 def _exchange(block: nn.Module, name: str, layer: LinearInt4) -> None:

@@ -60,6 +60,31 @@ def test_autogptq_reads_what_it_wrote(source: Path, tmp_path: Path) -> None:
     assert (BaseQuantizeConfig.from_pretrained(tmp_path / "out").damp_percent, again.device.type) == (0.1, "cpu")
 
 
+def test_a_folder_of_older_writers_loads_and_qcore_is_asked_for_by_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoGPTQ before 0.5 wrote quantize_config.json alone; GPTQModel, where it is installed, is not called."""
+    model = AutoGPTQForCausalLM.from_pretrained(source, BaseQuantizeConfig(group_size=8, desc_act=False))
+    model.quantize([{"input_ids": list(range(200, 3, -1)), "attention_mask": [0] * 160 + [1] * 37}])
+    model.save_quantized(tmp_path / "out")
+    monkeypatch.setattr("qcore.integrations.transformers.has_gptqmodel", lambda: True)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    section = config.pop("quantization_config")
+    del section["qcore"]
+    for each in (config | {"quantization_config": section}, config):
+        path.write_text(json.dumps(each))
+        assert torch.equal(logits(AutoGPTQForCausalLM.from_quantized(tmp_path / "out")), logits(model))
+
+
+def test_examples_are_cut_to_what_the_model_takes(tmp_path: Path) -> None:
+    """GPT-2 has an embedding of 128 positions, and none behind them."""
+    path = save_model("gpt2", tmp_path / "float", torch.float32)
+    model = GPTQModel.load(path, QuantizeConfig(group_size=8))
+    model.quantize([[index % 48 for index in range(300)]])
+    assert model.quantized
+
+
 def test_autoawq_leaves_out_what_it_is_told_to(source: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoAWQForCausalLM.from_pretrained(source)
@@ -100,6 +125,13 @@ def test_masked_tokens_are_left_out_and_equal_lengths_run_together() -> None:
         (lambda: token_batches({"input_ids": [1]}, None), InvalidArgument, "list of examples"),
         (lambda: token_batches([[]], None), InvalidArgument, "no tokens"),
         (lambda: token_batches([[0.5]], None), InvalidArgument, "whole numbers"),
+        (lambda: token_batches([torch.ones(2, 8).long()], None), InvalidArgument, "each sequence by itself"),
+        (lambda: token_batches([{"text": "a text"}], None), InvalidArgument, "has text, needs input_ids"),
+        (
+            lambda: token_batches([{"input_ids": [1, 2, 3], "attention_mask": [1]}], None),
+            InvalidArgument,
+            "3 tokens and a mask of 1",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(call: Callable[[], Any], error: type[QcoreError], says: str) -> None:
@@ -117,6 +149,18 @@ def test_what_cannot_be_done_is_refused(call: Callable[[], Any], error: type[Qco
             "another library's kernel",
         ),
         (lambda path: AutoGPTQForCausalLM.from_pretrained(path, None), InvalidArgument, "needs a BaseQuantizeConfig"),
+        (
+            lambda path: GPTQModel.load(path, QuantizeConfig(), device="cpu", device_map="auto"),
+            InvalidArgument,
+            "pass one of them",
+        ),
+        (
+            lambda path: AutoAWQForCausalLM.from_pretrained(path).quantize(
+                None, {"q_group_size": 8, "modules_to_not_convert": ["down_porj"]}, calib_data=[[1, 2]]
+            ),
+            InvalidArgument,
+            "'down_porj', which matches no layer",
+        ),
         (lambda path: AutoAWQForCausalLM.from_quantized(path, fuse_layers=True), Unsupported, "fuse_layers=True"),
         (lambda path: AutoAWQForCausalLM.from_pretrained(path).save_quantized("x"), InvalidArgument, "call quantize"),
         (

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import contents, save_model
-from transformers import AutoModelForCausalLM
+from tiny_models import config_of, contents, save_model
+from transformers import AutoModelForCausalLM, GPTJConfig, OPTConfig
 
 import qcore
 from qcore.algorithms import gptq
@@ -186,3 +186,39 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, 
     source = save_model("llama", tmp_path / "float", torch.float32)
     with pytest.raises(InvalidArgument, match=says):
         quantize_checkpoint(source, tmp_path / "out", Options(**options))
+
+
+def _many_blocks(name: str) -> Any:
+    shape = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name == "gptj":  # asks each block for [0], which three dimensions of a tensor stand three times
+        config: Any = GPTJConfig(vocab_size=48, n_embd=32, n_layer=5, n_head=4, rotary_dim=4, n_positions=64)
+    else:  # opt-350m has linear layers in front of its blocks and behind them
+        config = OPTConfig(**shape, word_embed_proj_dim=16, ffn_dim=64, max_position_embeddings=64)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(("name", "format_"), [("gptj", "gptq"), ("opt", "gptq"), ("opt", "awq")])
+def test_models_whose_blocks_give_tuples_or_stand_between_linear_layers(
+    tmp_path: Path, name: str, format_: str
+) -> None:
+    model = _many_blocks(name)
+    truth = logits(model)
+    options = Options(format_, group_size=8, symmetric=False, calibration="text")
+    quantize_model(model, [IDS[:8]], options).save_pretrained(tmp_path / "saved")
+    assert 0 < (logits(model) - truth).norm() < 0.2 * truth.norm()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+    assert torch.equal(logits(load_model(tmp_path / "saved")), logits(model))
+
+
+def test_statistics_lie_where_the_inputs_do() -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(16, 24, device="meta"), torch.nn.Linear(24, 16, device="meta"))
+    found = observe(block, ["0", "1"], [lambda: block(torch.ones(4, 16, device="meta"))])
+    assert {part.device.type for each in found for part in (each.hessian, each.magnitude)} == {"meta"}
+
+
+def test_experts_that_stay_in_floating_point_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(config_of("mixtral"))
+    with caplog.at_level("WARNING"):
+        quantize_model(model, None, Options("gptq", group_size=8))
+    assert "leaves 6 fused expert weights in floating point, such as model.layers.0.mlp.experts" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from qcore.backend.registry import backend_for
@@ -143,6 +143,9 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             away = {"cpu", "disk"} if places - {"cpu", "disk"} else {"disk"}
             skips += [key for key, device in device_map.items() if str(device) in away and key]
         linear = architecture.linear_layers(model, skips)
+        if config.format in GROUPED:
+            plain = _stored_plain(model, linear, checkpoint_files or [])
+            linear = {name: layer for name, layer in linear.items() if name not in plain}
         takes_experts = config.settings.experts or not self.pre_quantized
         fused = experts.find(model, skips) if takes_experts else {}
         if not linear and not fused:
@@ -174,12 +177,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             return list(config.settings.skip_modules)
         asked = config.skip_modules or []
         names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
-        for pattern in asked:
-            if not _matches_one(names, pattern):
-                raise InvalidArgument(
-                    f"QcoreConfig: skip_modules has {pattern!r}, which matches no layer; they are called like "
-                    f"{architecture.examples(names) or '(there is none)'}"
-                )
+        architecture.check_patterns(names, asked, "QcoreConfig: skip_modules")
         return [*([] if config.quantize_head else architecture.default_skips(model)), *asked]
 
     def get_quantize_ops(self) -> Any:
@@ -305,14 +303,12 @@ def _tensor_names(path: Path) -> list[str]:
     return []
 
 
-def _matches_one(names: list[str], pattern: str) -> bool:
-    try:
-        return any(not should_convert_module(name, [pattern]) for name in names)
-    except re.error as error:
-        raise InvalidArgument(
-            f"QcoreConfig: skip_modules has {pattern!r}, which is no regular expression: {error}; "
-            "write the start or the end of a name, without *"
-        ) from error
+def _stored_plain(model: Any, names: Iterable[str], files: list[str]) -> set[str]:
+    """Those of the layers ``names`` whose float weights are in the checkpoint: GPTQ and AWQ do not list them all."""
+    stored = {name for path in map(Path, files) for name in _tensor_names(path)}
+    prefix = f"{model.base_model_prefix}."
+    spellings = {name: (name, prefix + name, name.removeprefix(prefix)) for name in names}
+    return {name for name, each in spellings.items() if any(f"{spelling}.weight" in stored for spelling in each)}
 
 
 def _devices(device_map: Any) -> list[torch.device]:
