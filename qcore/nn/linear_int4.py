@@ -140,7 +140,7 @@ class LinearInt4(QuantizedModule, nn.Linear):
     def _prepare(self) -> PreparedInt4:
         gemm, known = self._prepared
         if gemm is None or self.weight is not known:
-            gemm = prepare_int4(self._value)
+            gemm = prepare_int4(self._value, self.weight, self.weight)
             self._prepared = (gemm, self.weight)
         return gemm
 

@@ -48,6 +48,24 @@ def test_the_layer_multiplies_by_the_decoded_weight(dtype: torch.dtype, ordered:
         assert (first.double() - expected).abs().max() <= tolerance * (1 + expected.abs().max())
 
 
+@pytest.mark.parametrize("part", ["packed", "scales", "scales.data", "zeros", "perm"])
+def test_a_part_that_is_replaced_counts_from_the_next_call(part: str) -> None:
+    weight = random_weight(ordered=True)
+    layer, x = LinearInt4.of(weight), random_input(2, 64)
+    before = [layer(x), layer(x)][1]
+    parameter = layer.weight
+    if part == "packed":
+        parameter.data = weight.packed.flip(0)
+    elif part == "scales.data":
+        parameter.scales.data = weight.scales.flip(0)
+    else:
+        setattr(parameter, part, getattr(weight, part).flip(0))
+    after = layer(x)
+    assert not torch.equal(after, before)
+    expected = x @ dequantize_int4(parameter.value(), torch.float32).T
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_flow_to_the_input_and_the_bias() -> None:
     weight = random_weight(ordered=True)
     layer = LinearInt4.of(weight, torch.zeros(24))
