@@ -115,7 +115,15 @@ def templates(session: nox.Session) -> None:
 
 
 # Ops of the suite that reach every kernel file and the checks at the ABI, in a minute; the rest is `nox -s sanitizers`.
-LEAN_SANITIZERS = ("quantize_4bit", "gemm_4bit", "int8_quantize_rows", "int8_scaled_gemm")
+LEAN_SANITIZERS = (
+    "quantize_4bit",
+    "quantize_blockwise",
+    "gemm_4bit",
+    "gemm_4bit_transposed",
+    "int8_quantize_rows",
+    "int8_scaled_gemm",
+    "optimizer_step",
+)
 
 
 def _sanitized(session: nox.Session) -> tuple[str, dict[str, str]]:
