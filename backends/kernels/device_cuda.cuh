@@ -22,7 +22,6 @@
 namespace qcore::gpu {
 
 inline constexpr int kWave = 32;
-inline constexpr int kParameterBytes = 32764;  // since CUDA 12.1, from compute capability 7.0
 
 using Vector16 = uint4;
 using Vector8 = uint2;

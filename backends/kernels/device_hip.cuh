@@ -30,7 +30,6 @@
 namespace qcore::gpu {
 
 inline constexpr int kWave = QC_WAVE_SIZE;
-inline constexpr int kParameterBytes = 4096;
 
 struct alignas(16) Vector16 {
     uint32_t x, y, z, w;

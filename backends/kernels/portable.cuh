@@ -17,7 +17,7 @@
 //                                 of this thread: a barrier follows
 //   magnitude, round_to_even, multiply_add, bits_to_float, float_to_bits
 //   square_root(float), square_root(double)   IEEE's: rounded to nearest
-//   QC_PARAMETER(T) name          a large struct as a kernel's only parameter, of at most kParameterBytes
+//   QC_PARAMETER(T) name          a large struct as a kernel's only parameter (host/parameters.h)
 //   only_parameter(name)          the same, of which a kernel may index the arrays
 //
 // Everything else is C++. Contraction is off: a product and a sum are fused only by multiply_add, where

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../portable.cuh"
+#include "parameters.h"
 #include "qcore_backend.h"
 
 namespace qcore::gpu {

@@ -26,7 +26,6 @@ namespace qcore::gpu {
 #error "QC_WAVE_SIZE: 32 or 64"
 #endif
 inline constexpr int kWave = QC_WAVE_SIZE;
-inline constexpr int kParameterBytes = 1280;  // less than any GPU's, so that lists of tensors take several launches
 
 struct alignas(16) Vector16 {
     uint32_t x, y, z, w;
