@@ -55,15 +55,19 @@ int main() {
 """
 
 
-def _compiled(folder: Path, name: str, program: str) -> Path:
+def _compiler() -> str:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         if os.environ.get("QCORE_REQUIRE_NATIVE") == "1":
             pytest.fail("no C++ compiler (c++, g++) was found")
         pytest.skip("no C++ compiler (c++, g++) was found")
+    return compiler
+
+
+def _compiled(folder: Path, name: str, program: str) -> Path:
     source = folder / f"{name}.cpp"
     source.write_text(program, encoding="utf-8")
-    subprocess.run([compiler, "-std=c++17", f"-I{SOURCES}", f"-I{HOST}", "-o", folder / name, source], check=True)
+    subprocess.run([_compiler(), "-std=c++17", f"-I{SOURCES}", f"-I{HOST}", "-o", folder / name, source], check=True)
     return folder / name
 
 
@@ -103,3 +107,13 @@ def test_a_build_knows_its_devices(runs_on: Path, built: str, capability: int, r
 def test_memory_of_the_host_and_of_other_devices_is_refused(tmp_path: Path) -> None:
     said = subprocess.run([_compiled(tmp_path, "memory", MEMORY)], capture_output=True, text=True, check=True).stdout
     assert said == "yes\n"
+
+
+@pytest.mark.parametrize("source", sorted(HOST.glob("*.cpp")), ids=lambda path: path.name)
+def test_the_shared_host_side_needs_no_kernel_compiler(source: Path) -> None:
+    """A CUDA build gives these files to the host's compiler; HIP and the emulation to another."""
+    root = HOST.parents[2]
+    folders = (root / "qcore" / "include", root / "backends" / "common", HOST.parent)
+    command = [_compiler(), "-std=c++17", "-fsyntax-only", *(f"-I{folder}" for folder in folders), str(source)]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
