@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -162,8 +163,9 @@ def test_without_the_probe_torch_measures_the_floor(backend: Backend, capsys: py
     assert f"floors by {loops}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_shows_and_writes_what_it_has(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qcore.bench import run as runs
 
@@ -172,7 +174,7 @@ def test_an_interrupted_run_shows_and_writes_what_it_has(
     def stop_at_third(*arguments: Any) -> Any:
         seen.append(arguments)
         if len(seen) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return measure(*arguments)
 
     monkeypatch.setattr(runs, "measure", stop_at_third)
