@@ -59,8 +59,9 @@ QC_DEVICE Vector16 load16(const void *address) { return *static_cast<const uint4
 QC_DEVICE Vector16 load16_once(const void *address) { return __ldcs(static_cast<const uint4 *>(address)); }
 QC_DEVICE uint32_t load4_once(const void *address) { return __ldcs(static_cast<const unsigned *>(address)); }
 QC_DEVICE Vector8 load8_once(const void *address) { return __ldcs(static_cast<const uint2 *>(address)); }
-QC_DEVICE void store16(void *address, Vector16 value) { *static_cast<uint4 *>(address) = value; }
-QC_DEVICE void store8(void *address, Vector8 value) { *static_cast<uint2 *>(address) = value; }
+// Intrinsics: of an assignment the compiler makes stores of single words where a branch beside it stores elements.
+QC_DEVICE void store16(void *address, Vector16 value) { __stwb(static_cast<uint4 *>(address), value); }
+QC_DEVICE void store8(void *address, Vector8 value) { __stwb(static_cast<uint2 *>(address), value); }
 QC_DEVICE void store4(void *address, uint32_t value) { *static_cast<uint32_t *>(address) = value; }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -76,7 +77,7 @@ QC_DEVICE void wait_for_copies() {
 }
 #else
 QC_DEVICE void copy16_async(void *to, const void *from, bool there) {
-    store16(to, there ? load16(from) : Vector16{0, 0, 0, 0});
+    *static_cast<uint4 *>(to) = there ? load16(from) : Vector16{0, 0, 0, 0};
 }
 QC_DEVICE void close_copies() {}
 template <int N>

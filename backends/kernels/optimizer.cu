@@ -61,8 +61,11 @@ squares_kernel(QC_PARAMETER(OptimizerJob) given) {
     const int team = thread_index() / kLanesOfBlock, mine = thread_index() % kLanesOfBlock;
     for_blocks<Rule, Coded>(job, [&](const Entry<Rule, Coded> &entry, int64_t block, int64_t first, int64_t count) {
         const Stepped<Rule, Coded> stepped(entry, shared.values, first, count);
-        store_aligned<float>(&shared.value[team][0][8 * mine], stepped.update);
-        store_aligned<float>(&shared.value[team][1][8 * mine], stepped.param);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            shared.value[team][0][8 * mine + i] = stepped.update.value[i];
+            shared.value[team][1][8 * mine + i] = stepped.param.value[i];
+        }
         block_barrier();
         const int which = mine / 16, l = mine % 16;
         double sum = 0.0;

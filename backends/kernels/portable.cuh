@@ -10,7 +10,8 @@
 //   wave_xor<W>(value, mask)      the value of lane `lane ^ mask`; every lane of the wave comes here
 //   atomic_max(address, value)
 //   load16, load16_once, load8_once, load4_once, store16, store8, store4
-//                                 one memory operation at an aligned address; "once" is not worth a place in a cache
+//                                 one operation of device memory at an aligned address; "once" is not worth a place
+//                                 in a cache
 //   copy16_async(to, from, there) 16 bytes (zeros if not there) to shared memory, from the next wait on
 //   close_copies(), wait_for_copies<N>()
 //                                 copies since the last close form a group; waits until all but N groups have landed,
