@@ -9,6 +9,7 @@
 #include "host/arguments.h"
 #include "host/ops.h"
 #include "host/queue.h"
+#include "int4_checks.h"
 #include "weight_int4.cuh"
 
 namespace qcore::gpu {
@@ -57,46 +58,6 @@ Int4Weight view_of(const qc_weight_int4 &w) {
     return view;
 }
 
-qc_status refuse(const char *field, const char *expected, int64_t got) {
-    return fail(QC_INVALID_ARGUMENT, "%s: w.%s: expected %s, got %lld", kOp, field, expected,
-                static_cast<long long>(got));
-}
-
-// QC-INT4-001, after the sizes of the call.
-qc_status check_weight(Arguments &arguments, const qc_weight_int4 *w, int64_t n, int64_t k) {
-    if (!arguments.ok()) {
-        return arguments.status();
-    }
-    if (w == nullptr) {
-        return fail(QC_INVALID_ARGUMENT, "%s: w: expected the address of a qc_weight_int4, got 0", kOp);
-    }
-    if (w->layout != 0) {
-        return refuse("layout", "0", w->layout);
-    }
-    if (w->n != n) {
-        return refuse("n", "that of the call", w->n);
-    }
-    if (w->k != k) {
-        return refuse("k", "that of the call", w->k);
-    }
-    if (w->group_size < 1 || (w->group_size % 8 != 0 && w->group_size < k)) {
-        return refuse("group_size", "a multiple of 8, or k or more", w->group_size);
-    }
-    const int64_t groups = elements(n, ceil_div(k, w->group_size));
-    arguments.dtype("scale_dtype", w->scale_dtype).array("packed", w->packed, elements(n, ceil_div(k, 2)), 1);
-    if (arguments.ok()) {
-        arguments.array("scales", w->scales, groups, dtype_size(w->scale_dtype));
-    }
-    arguments.optional_array("zeros", w->zeros, groups, 1).optional_array("perm", w->perm, k, sizeof(int32_t));
-    const auto *perm = pointer<const int32_t>(w->perm);
-    for (int64_t j = 0; kHostReadsMemory && arguments.ok() && perm != nullptr && j < k; ++j) {
-        if (perm[j] < 0 || perm[j] >= k) {
-            return refuse("perm", "columns from 0 to k - 1", perm[j]);
-        }
-    }
-    return arguments.status();
-}
-
 }  // namespace
 
 qc_status gemm_int4(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
@@ -106,7 +67,7 @@ qc_status gemm_int4(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("n", n).count("k", k);
         arguments.extent("m, k", m, k).extent("n, k", n, k).extent("m, n", m, n);
-        const qc_status status = check_weight(arguments, w, n, k);
+        const qc_status status = check_int4_weight(arguments, w, n, k, kHostReadsMemory, fail);
         if (status != QC_OK) {
             return status;
         }

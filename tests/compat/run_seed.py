@@ -88,7 +88,7 @@ def run(document: str) -> None:
             exec(compile(source, f"<block {snippet.index}>", "exec"), names)
             if not eval(snippet.check, names):
                 outcome, why = "failed", f"not true afterwards: {snippet.check}"
-        except Exception:
+        except Exception:  # whatever a snippet raises is its outcome
             outcome, why = "failed", traceback.format_exc(limit=-4)
         print(json.dumps({"index": snippet.index, "outcome": outcome, "why": why}), file=sys.__stdout__, flush=True)
 

@@ -5,6 +5,7 @@
 #include "chunks.h"
 #include "dispatch.h"
 #include "gemm_4bit_kernels.h"
+#include "int4_checks.h"
 #include "ops.h"
 #include "product.h"
 
@@ -52,47 +53,6 @@ Int4Weight weight_of(const qc_weight_int4 &w) {
     return weight;
 }
 
-qc_status check_weight(Arguments &arguments, const qc_weight_int4 *w, int64_t n, int64_t k) {
-    const auto refuse = [](const char *field, const char *expected, int64_t got) {
-        return fail(QC_INVALID_ARGUMENT, "%s: w.%s: expected %s, got %lld", kOp, field, expected,
-                    static_cast<long long>(got));
-    };
-    if (!arguments.ok()) {
-        return arguments.status();
-    }
-    if (w == nullptr) {
-        return fail(QC_INVALID_ARGUMENT, "%s: w: expected the address of a qc_weight_int4, got 0", kOp);
-    }
-    if (w->layout != 0) {
-        return refuse("layout", "0", w->layout);
-    }
-    if (w->n != n) {
-        return refuse("n", "that of the call", w->n);
-    }
-    if (w->k != k) {
-        return refuse("k", "that of the call", w->k);
-    }
-    if (w->group_size < 1 || (w->group_size % 8 != 0 && w->group_size < k)) {
-        return refuse("group_size", "a multiple of 8, or k or more", w->group_size);
-    }
-    const int64_t groups = n * ceil_div(k, w->group_size);
-    arguments.dtype("scale_dtype", w->scale_dtype);
-    arguments.array("packed", w->packed, n * ceil_div(k, 2), 1);
-    if (arguments.ok()) {
-        arguments.array("scales", w->scales, groups, dtype_size(w->scale_dtype));
-    }
-    arguments.optional_array("zeros", w->zeros, groups, 1).optional_array("perm", w->perm, k, sizeof(int32_t));
-    if (arguments.ok() && w->perm != 0) {
-        const auto *perm = pointer<const int32_t>(w->perm);
-        for (int64_t j = 0; j < k; ++j) {
-            if (perm[j] < 0 || perm[j] >= k) {
-                return refuse("perm", "columns from 0 to k - 1", perm[j]);
-            }
-        }
-    }
-    return arguments.status();
-}
-
 // Columns of X in the order of the packed weight (QC-INT4-003).
 template <class Element>
 void gather(const ProductOf4Bits &p, const int32_t *perm, int64_t threads, Element *out) {
@@ -131,7 +91,7 @@ qc_status gemm_int4(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, 
         Arguments arguments(kOp, device);
         arguments.dtype("dtype", dtype).count("m", m).count("n", n).count("k", k);
         arguments.extent("m, k", m, k).extent("n, k", n, k).extent("m, n", m, n);
-        if (const qc_status status = check_weight(arguments, w, n, k); status != QC_OK) {
+        if (const qc_status status = check_int4_weight(arguments, w, n, k, true, fail); status != QC_OK) {
             return status;
         }
         arguments.array("a", a, m * k, dtype_size(dtype)).array("out", out, m * n, dtype_size(dtype));
