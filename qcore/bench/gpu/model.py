@@ -136,44 +136,23 @@ def elementwise(n: int, k: int) -> Iterator[Work]:
     yield Work("int8_dequantize_rows", "bf16", None, n, k, size + 4 * n, 2 * size, instructions=_FROM_INT32 * size)
 
 
+def _fourbit_product(op: str, variant: str, m: int, n: int, k: int, weight: int, decode: int) -> Work:
+    """``weight`` bytes that take ``decode`` operations an element, times ``m`` rows of bfloat16."""
+    passes = math.ceil(m / ROWS_OF_TILE)
+    read, written, operations = weight + 2 * m * k, 2 * m * n, 2 * m * n * k
+    return Work(op, variant, m, n, k, read, written, operations, "f16", decode * n * k * passes, weight, passes)
+
+
 def gemm_4bit(m: int, n: int, k: int) -> Work:
     """NF4 weight ``(n, k)``, blocks of 64, times ``m`` rows of bfloat16."""
     weight = n * k // 2 + 4 * math.ceil(n * k / BLOCK_4BIT)
-    passes = math.ceil(m / ROWS_OF_TILE)
-    return Work(
-        "gemm_4bit",
-        "nf4 bf16",
-        m,
-        n,
-        k,
-        weight + 2 * m * k,
-        2 * m * n,
-        2 * m * n * k,
-        "f16",
-        _DECODE_4BIT * n * k * passes,
-        weight,
-        passes,
-    )
+    return _fourbit_product("gemm_4bit", "nf4 bf16", m, n, k, weight, _DECODE_4BIT)
 
 
 def gemm_int4(m: int, n: int, k: int) -> Work:
     """Integers ``(n, k)`` in groups of 128 with bfloat16 scales and zero points, times ``m`` rows of bfloat16."""
     weight = n * k // 2 + 3 * n * math.ceil(k / GROUP_INT4)
-    passes = math.ceil(m / ROWS_OF_TILE)
-    return Work(
-        "gemm_int4",
-        "bf16",
-        m,
-        n,
-        k,
-        weight + 2 * m * k,
-        2 * m * n,
-        2 * m * n * k,
-        "f16",
-        _DECODE_INT4 * n * k * passes,
-        weight,
-        passes,
-    )
+    return _fourbit_product("gemm_int4", "bf16", m, n, k, weight, _DECODE_INT4)
 
 
 def gemm_4bit_transposed(m: int, n: int, k: int) -> Work:
