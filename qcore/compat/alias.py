@@ -79,13 +79,8 @@ def install_for_environment() -> None:
 
     Where bitsandbytes itself is installed as well, importing either fails with a text that says which to remove.
     """
-    if not stands_in():
+    if not any(isinstance(finder, StandIn) for finder in sys.meta_path):
         _take_name(yields=True)
-
-
-def stands_in() -> bool:
-    """Whether ``import bitsandbytes`` means qcore in this process."""
-    return any(isinstance(finder, StandIn) for finder in sys.meta_path)
 
 
 def _take_name(*, yields: bool) -> None:
@@ -110,7 +105,7 @@ class StandIn:
         Refuse where bitsandbytes itself is installed too, instead of taking its place.
     """
 
-    stands_in_for = NAME
+    stands_in_for = NAME  # how others tell that the name is qcore's, without this module
 
     def __init__(self, *, yields: bool) -> None:
         self.yields = yields
