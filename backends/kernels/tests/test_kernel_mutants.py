@@ -69,7 +69,8 @@ def build(mutant: KernelMutant, objects: list[Path], folder: Path) -> Path:
     library = folder / "mutant.so"
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
-    defines = ["-DQC_TARGET_SIMT", "-DQC_WAVE_SIZE=32", f"-I{ROOT / 'qcore' / 'include'}", f"-I{source}"]
+    folders = (ROOT / "qcore" / "include", ROOT / "backends" / "common", source)
+    defines = ["-DQC_TARGET_SIMT", "-DQC_WAVE_SIZE=32", *(f"-I{folder}" for folder in folders)]
     changed = folder / "changed.o"
     subprocess.run([compiler, *flags, *defines, "-x", "c++", "-c", source / mutant.unit, "-o", changed], check=True)
     others = [path for path in objects if path.name != f"{mutant.unit}.o"]
