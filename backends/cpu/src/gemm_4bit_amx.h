@@ -5,9 +5,10 @@
 //
 // Memory picture for few rows of X (multiply_few_rows): W is read once, sixteen of its rows side by side, 128 elements
 // of each at a time, into 4 KiB of scratch, while the tile unit multiplies the 4 KiB before. Decoding (split order,
-// gemm_4bit_split.h) keeps the vector ports busy for 128 cycles a step, the four tile products of the step the tile
-// unit for 64, so two rows of X or sixteen cost about what the decoding costs. The tiles of X are as narrow as X has
-// rows, so that they are small; the lines that the next sixteen rows of W will need are fetched into L2 meanwhile.
+// gemm_4bit_split.h) keeps the vector ports busy for 120 cycles a step, the four tile products of the step the tile
+// unit for 64, so one row of X or sixteen cost about what the decoding costs. The tiles of X are as narrow as X has
+// rows, so that they are small; the lines that the next sixteen rows of W will need are fetched into L2 meanwhile. One
+// tile of sums for all: see tiles.h on why as few tiles as possible are in use.
 #ifndef QCORE_CPU_GEMM_4BIT_AMX_H
 #define QCORE_CPU_GEMM_4BIT_AMX_H
 
@@ -66,12 +67,12 @@ inline void finish_tile(const ProductOf4Bits &p, int64_t row0, int64_t rows, int
     }
 }
 
-// What multiply_few_rows needs to itself: two steps of decoded W, the scales of sixteen rows, four tiles of sums.
+// What multiply_few_rows needs to itself: two steps of decoded W, the scales of sixteen rows, a tile of sums.
 template <class Weight>
 struct FewRowsScratch {
     alignas(64) uint8_t step[2][kStepBytes];
     alignas(64) typename Split<Weight>::Room room[kTile];
-    alignas(64) float sums[4][kTile * kTile];
+    alignas(64) float sums[kTile * kTile];
 };
 
 // What is read of a row of W.
@@ -109,7 +110,7 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
     const int64_t columns = 4 * rows;  // bytes of a row of the tiles of X and of sums
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
-        const bool of_w = tile == 4 || tile == 5;
+        const bool of_w = tile == 1;
         config.row_bytes[tile] = static_cast<uint16_t>(of_w ? kTileRowBytes : columns);
     }
     const Split<Weight> decoder(p.w);
@@ -118,9 +119,6 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
     for (int64_t n = n0; n < n1; n += kTile) {
         const int64_t count = n1 - n < kTile ? n1 - n : kTile;
         _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
         bool regular = true;
         for (int64_t k0 = 0; k0 < p.k; k0 += kScaleElements) {
             const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
@@ -150,38 +148,21 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
                     continue;
                 }
                 const uint8_t *w = scratch.step[(g - 1) & 1];
-                decode(0);
-                _tile_loadd(4, w, kTileRowBytes);
-                _tile_loadd(6, x_step, columns);
-                _tile_dpbf16ps(0, 4, 6);
-                decode(1);
-                _tile_loadd(5, w + kTileBytes, kTileRowBytes);
-                _tile_loadd(7, x_step + 16 * columns, columns);
-                _tile_dpbf16ps(1, 5, 7);
-                decode(2);
-                _tile_loadd(4, w + 2 * kTileBytes, kTileRowBytes);
-                _tile_loadd(6, x_step + 32 * columns, columns);
-                _tile_dpbf16ps(2, 4, 6);
-                decode(3);
-                _tile_loadd(5, w + 3 * kTileBytes, kTileRowBytes);
-                _tile_loadd(7, x_step + 48 * columns, columns);
-                _tile_dpbf16ps(3, 5, 7);
+                for (int j = 0; j < 4; ++j) {
+                    decode(j);
+                    _tile_loadd(1, w + j * kTileBytes, kTileRowBytes);
+                    _tile_loadd(2, x_step + j * 16 * columns, columns);
+                    _tile_dpbf16ps(0, 1, 2);
+                }
                 x_step += 64 * columns;
                 asm volatile("" ::: "memory");
             }
         }
-        _tile_stored(0, scratch.sums[0], kTileRowBytes);
-        _tile_stored(1, scratch.sums[1], kTileRowBytes);
-        _tile_stored(2, scratch.sums[2], kTileRowBytes);
-        _tile_stored(3, scratch.sums[3], kTileRowBytes);
+        _tile_stored(0, scratch.sums, kTileRowBytes);
         const auto valid = static_cast<__mmask16>((1u << rows) - 1);
         __m512i v[kTile];
         for (int i = 0; i < kTile; ++i) {
-            const __m512 a = _mm512_maskz_loadu_ps(valid, scratch.sums[0] + kTile * i);
-            const __m512 b = _mm512_maskz_loadu_ps(valid, scratch.sums[1] + kTile * i);
-            const __m512 c = _mm512_maskz_loadu_ps(valid, scratch.sums[2] + kTile * i);
-            const __m512 d = _mm512_maskz_loadu_ps(valid, scratch.sums[3] + kTile * i);
-            v[i] = (__m512i)_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+            v[i] = _mm512_maskz_loadu_epi32(valid, scratch.sums + kTile * i);
         }
         if (regular) {
             transpose_16x16(v);

@@ -5,9 +5,7 @@
 // (gemm_4bit_split.h) and 16 to multiply and add, because VDPBF16PS keeps both ports busy for two cycles on the
 // processors that have tiles, just what two float32 products and their unpacking would take: 31, so 15.5 cycles for 72
 // bytes, 10 GB/s a core at 2.2 GHz, half of what one core draws from the L3 cache. Float32 takes 26.
-// The tile unit would do the products beside the decoding, but it is shared by the two threads of a core: measured
-// 0.7 times the time where the other thread leaves it alone, 1.3 times where it does not. So tiles serve two rows and
-// more, where the vector ports would have 16 more cycles to spend on each row.
+// Where there is a tile unit, it multiplies beside the decoding (gemm_4bit_amx.h), and only the float32 part is used.
 //
 // In float32, X is brought into the order [16 even][16 odd] of the nibbles of 16 bytes, spread over 16 dwords.
 #ifndef QCORE_CPU_GEMM_4BIT_GEMV_H

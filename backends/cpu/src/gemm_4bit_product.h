@@ -1,9 +1,9 @@
 // gemm_4bit and gemm_int4: which of the ways to compute a product this instruction set takes for a shape. Only the
 // kernel files of both include it.
 //  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
-//  - the same with bfloat16 products, gemm_4bit_gemv.h (one row) and gemm_4bit_amx.h (tiles): bfloat16 only, and only
-//    where no denormal can arise, since those instructions flush them. Rows and columns where one can are computed
-//    again in float32.
+//  - the same with bfloat16 products, gemm_4bit_amx.h (tiles) or gemm_4bit_gemv.h (one row, where there are no tiles):
+//    bfloat16 only, and only where no denormal can arise, since those instructions flush them. Rows and columns where
+//    one can are computed again in float32.
 #ifndef QCORE_CPU_GEMM_4BIT_PRODUCT_H
 #define QCORE_CPU_GEMM_4BIT_PRODUCT_H
 
@@ -14,7 +14,8 @@ namespace qcore::cpu::QC_ISA {
 
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Bytes for multiply_in_float; float_gemv_serves also depends on the weight, which workspace() does not know.
+// Bytes for multiply_in_float; float_gemv_serves also depends on the weight, which workspace() does not know. The same
+// goes for by_tiles() in scratch_bytes() and packed_bytes().
 inline int64_t float_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
     const int64_t row = p.m == 1 ? p.k * static_cast<int64_t>(sizeof(float)) : 0;
     return max64(DotScratch<InFloat<float>>::bytes(rows), row);
@@ -37,7 +38,11 @@ void multiply_in_float(const Problem &p, int64_t row0, int64_t rows, int64_t n0,
 constexpr int64_t kFlagBytes = kProductRows;  // the packed X starts with a byte for each row: is it irregular?
 
 #if defined(__AMX_BF16__)
-inline bool by_tiles(const ProductOf4Bits &p) { return p.dtype == QC_BF16 && p.m > 1 && p.k > 0; }
+// One row only where it costs no more than decoding.
+template <class Weight>
+inline bool by_tiles(const WeightProduct<Weight> &p) {
+    return p.dtype == QC_BF16 && p.k > 0 && (p.m > 1 || split_serves(p));
+}
 #endif
 
 template <class Problem>
@@ -46,8 +51,8 @@ int64_t packed_bytes(const Problem &p, int64_t rows) {
         return 0;
     }
 #if defined(__AMX_BF16__)
-    if (p.m > 1 && p.k > 0) {
-        return kFlagBytes + bf16_x_tile_bytes(p, rows);
+    if (p.k > 0) {  // tiles of one row are one column wide
+        return kFlagBytes + bf16_x_tile_bytes(p, rows) / (p.m == 1 ? kTile : 1);
     }
 #endif
     return round_up(rows, 64);
@@ -70,17 +75,18 @@ void pack(const Problem &p, int64_t row0, int64_t rows, int64_t group, void *pac
 
 template <class Weight>
 int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t columns) {
-    const int64_t exact = float_scratch_bytes(p, rows);
+    int64_t bytes = float_scratch_bytes(p, rows);
     if (p.dtype != QC_BF16) {
-        return exact;
+        return bytes;
     }
 #if defined(__AMX_BF16__)
-    if (by_tiles(p)) {
-        return max64(exact, bf16_tile_scratch_bytes<Weight>(rows, columns));
+    if (p.m > 1) {
+        return max64(bytes, bf16_tile_scratch_bytes<Weight>(rows, columns));
     }
+    bytes = max64(bytes, static_cast<int64_t>(sizeof(FewRowsScratch<Weight>)));
 #endif
     (void)columns;
-    return max64(exact, DotScratch<InBf16>::bytes(rows));
+    return max64(bytes, DotScratch<InBf16>::bytes(rows));
 }
 
 template <class Weight>
@@ -90,6 +96,12 @@ void multiply_bf16(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, i
     const auto again = [&](int64_t first_row, int64_t some_rows, int64_t first, int64_t end) {
         multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, first, end, scratch);
     };
+    const auto odd_panel = [&](int64_t first, int64_t end) { again(0, rows, first, end); };
+#if defined(__AMX_BF16__)
+    if (by_tiles(p)) {
+        multiply_bf16_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+    } else
+#else
     if (p.m == 1 && split_serves(p) && flags[0] == 0) {
         auto *x = static_cast<Bfloat *>(scratch);
         const Split<Weight> decoder(p.w);
@@ -105,12 +117,6 @@ void multiply_bf16(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, i
                 split_row(p, x);
             }
         }
-        return;
-    }
-    const auto odd_panel = [&](int64_t first, int64_t end) { again(0, rows, first, end); };
-#if defined(__AMX_BF16__)
-    if (by_tiles(p)) {
-        multiply_bf16_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
     } else
 #endif
         multiply_by_dots<InBf16>(p, row0, rows, n0, n1, scratch, odd_panel);

@@ -4,10 +4,10 @@
 // sixteen columns (gemm_4bit_pairs.h). Regular rows and panels only, as in gemm_4bit_amx.h.
 //
 // Memory picture: a panel, 64 columns of 512 rows of W, is decoded into 64 KiB of scratch (L2), a pair of its tile
-// columns at a time is held in L1 and meets every tile of X of that span, four tiles of sums in registers. Meanwhile,
-// a few pairs of rows between two tile products, the next panel is decoded into other 64 KiB: the tile unit keeps its
-// pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in scratch between spans
-// (L2), so that X is read once for a slice, and a line of W is used up while it is in L2.
+// columns at a time is held in L1 and meets every tile of X of that span, two tiles of sums in registers (tiles.h).
+// Meanwhile, a few pairs of rows between two tile products, the next panel is decoded into other 64 KiB: the tile unit
+// keeps its pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in scratch
+// between spans (L2), so that X is read once for a slice, and a line of W is used up while it is in L2.
 #ifndef QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
 #define QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
 
@@ -80,88 +80,31 @@ inline void pack_transposed_x(const Bfloat *x, int64_t rows, int64_t k, int64_t 
     }
 }
 
-// sums += tiles of X * tiles of W over `count` tiles along k; kTwo: two groups of rows of X, else one. meanwhile() is
-// called once a step.
-template <bool kTwo, class Meanwhile>
-inline void multiply_pair_tiles(const uint8_t *x, int64_t x_tile_bytes, const uint8_t *x2, const uint8_t *w,
-                                int64_t w_stride, int64_t count, bool first, uint8_t *upper, uint8_t *lower,
-                                const Meanwhile &meanwhile) {
-    const uint8_t *w2 = w + w_stride;
+// sums += tiles of X * tiles of W over `count` tiles along k, for two columns of tiles. meanwhile() is called once a
+// step.
+template <class Meanwhile>
+inline void multiply_pair_tiles(const uint8_t *x, int64_t x_tile_bytes, const uint8_t *w, int64_t w_stride,
+                                int64_t count, bool first, uint8_t *left, uint8_t *right, const Meanwhile &meanwhile) {
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
-        if (kTwo) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
     } else {
-        _tile_loadd(0, upper, 64);
-        _tile_loadd(1, lower, 64);
-        if (kTwo) {
-            _tile_loadd(2, upper + kTileBytes, 64);
-            _tile_loadd(3, lower + kTileBytes, 64);
-        }
+        _tile_loadd(0, left, 64);
+        _tile_loadd(1, right, 64);
     }
     for (int64_t t = 0; t < count; ++t) {
         for (int64_t line = 0; line < kTileBytes; line += 64) {
             _mm_prefetch(x + (t + 1) * x_tile_bytes + line, _MM_HINT_T0);
-            if (kTwo) {
-                _mm_prefetch(x2 + (t + 1) * x_tile_bytes + line, _MM_HINT_T0);
-            }
         }
-        _tile_loadd(6, w + t * kTileBytes, 64);
-        _tile_loadd(4, x + t * x_tile_bytes, 64);
+        _tile_loadd(2, x + t * x_tile_bytes, 64);
+        _tile_loadd(3, w + t * kTileBytes, 64);
         Bf16Tiles::add<0>();
-        _tile_loadd(7, w2 + t * kTileBytes, 64);
+        _tile_loadd(3, w + w_stride + t * kTileBytes, 64);
         Bf16Tiles::add<1>();
-        if (kTwo) {
-            _tile_loadd(5, x2 + t * x_tile_bytes, 64);
-            Bf16Tiles::add<2>();
-            Bf16Tiles::add<3>();
-        }
         meanwhile();
     }
-    _tile_stored(0, upper, 64);
-    _tile_stored(1, lower, 64);
-    if (kTwo) {
-        _tile_stored(2, upper + kTileBytes, 64);
-        _tile_stored(3, lower + kTileBytes, 64);
-    }
-}
-
-// The same for one group of rows of X and all four columns of tiles of a panel: four sums in turn, which hides how long
-// one takes.
-template <class Meanwhile>
-inline void multiply_one_group(const uint8_t *x, int64_t x_tile_bytes, const uint8_t *w, int64_t w_stride,
-                               int64_t count, bool first, uint8_t *sums, const Meanwhile &meanwhile) {
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + kTileBytes, 64);
-        _tile_loadd(2, sums + 2 * kTileBytes, 64);
-        _tile_loadd(3, sums + 3 * kTileBytes, 64);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-        const uint8_t *w_tile = w + t * kTileBytes;
-        _tile_loadd(4, x + t * x_tile_bytes, 64);
-        _tile_loadd(5, w_tile, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, w_tile + w_stride, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(7, w_tile + 2 * w_stride, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, w_tile + 3 * w_stride, 64);
-        _tile_dpbf16ps(3, 4, 5);
-        meanwhile();
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + kTileBytes, 64);
-    _tile_stored(2, sums + 2 * kTileBytes, 64);
-    _tile_stored(3, sums + 3 * kTileBytes, 64);
+    _tile_stored(0, left, 64);
+    _tile_stored(1, right, 64);
 }
 
 // Columns n0 ... n1 - 1 of `rows` rows; odd_panel(first, end) is called for columns that are not regular.
@@ -186,7 +129,7 @@ class TransposedTiles {
     template <class OddPanel>
     void run(const OddPanel &odd_panel) {
         TileConfig config;
-        for (int tile = 0; tile < (groups_ > 1 ? 6 : 5); ++tile) {  // sums and X
+        for (int tile = 0; tile < 3; ++tile) {  // sums and X
             config.rows[tile] = static_cast<uint8_t>(height_);
         }
         load_tile_config(config);
@@ -273,30 +216,17 @@ class TransposedTiles {
             int64_t pairs = 0;  // of the next panel, a step
             if (item + 1 < items) {
                 begin(item + 1, panels);
-                const int64_t steps = groups_ > 1 ? 2 * ((groups_ + 1) / 2) * count : count;
+                const int64_t steps = kPairVectors / 2 * groups_ * count;
                 pairs = (target_.end / 2 + steps - 1) / steps;
             }
             const auto meanwhile = [&] { decode_pairs(pairs); };
             asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
-            if (groups_ == 1) {
-                multiply_one_group(x_ + transposed_x_tile(k0, 1, height_, 0, count), height_ * kTileRowBytes, w,
-                                   column_bytes(), count, k0 == 0, sums_ + item % panels * kPairVectors * kTileBytes,
-                                   meanwhile);
-            }
-            for (int64_t tile = 0; tile < kPairVectors && groups_ > 1; tile += 2) {
-                const uint8_t *w_tiles = w + tile * column_bytes();
-                for (int64_t group = 0; group < groups_; group += 2) {
-                    uint8_t *upper = sums_ + ((item % panels * kPairVectors + tile) * groups_ + group) * kTileBytes;
-                    uint8_t *lower = upper + groups_ * kTileBytes;
+            for (int64_t tile = 0; tile < kPairVectors; tile += 2) {
+                for (int64_t group = 0; group < groups_; ++group) {
+                    uint8_t *left = sums_ + ((item % panels * kPairVectors + tile) * groups_ + group) * kTileBytes;
                     const uint8_t *x = x_ + transposed_x_tile(k0, groups_, height_, group, count);
-                    const int64_t bytes = height_ * kTileRowBytes;
-                    if (group + 1 < groups_) {
-                        multiply_pair_tiles<true>(x, bytes, x + count * bytes, w_tiles, column_bytes(), count, k0 == 0,
-                                                  upper, lower, meanwhile);
-                    } else {
-                        multiply_pair_tiles<false>(x, bytes, x, w_tiles, column_bytes(), count, k0 == 0, upper, lower,
-                                                   meanwhile);
-                    }
+                    multiply_pair_tiles(x, height_ * kTileRowBytes, w + tile * column_bytes(), column_bytes(), count,
+                                        k0 == 0, left, left + groups_ * kTileBytes, meanwhile);
                 }
             }
             if (item + 1 < items) {

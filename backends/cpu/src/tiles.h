@@ -6,8 +6,15 @@
 // and rows of Y across, and is turned when it is finished.
 //
 // Memory picture: 32 rows of W, 1024 bytes at a time, are brought into 34 KiB of scratch (L1) and meet every tile of X
-// of that span, four tiles of sums in registers. With more than 32 rows of X the sums of kTileSlice columns wait in
+// of that span, two tiles of sums in registers. With more than 32 rows of X the sums of kTileSlice columns wait in
 // scratch between spans (L2), so that a span of X is read once for all of them.
+//
+// Four tiles are in use, not the eight of the usual two by two sums. Both threads of a core rename from one pool of
+// tile registers, it seems: a processor at 2.05 GHz has two states, minutes long, in which a product with its loads
+// from L1 takes, in ns,
+//     two by two sums, eight tiles   7.3 or 31       two sums, four tiles   7.3 or 15
+//     one sum, three tiles           7.3 or 15       one sum, no loads      7.3 or 7.6
+// and loads alone take 3.8 or 4.9 into two tiles in turn, 3.8 or 13.6 into all eight.
 #ifndef QCORE_CPU_TILES_H
 #define QCORE_CPU_TILES_H
 
@@ -131,65 +138,39 @@ inline void pack_x_tiles(const void *x_rows, int64_t rows, int64_t k_bytes, int6
     pack_x_tiles<1>(rows, k_bytes, group, kTile, plain, tiles);
 }
 
-// sums += W tiles * X tiles over `count` tiles of K; kTwo: two groups of rows of X, else one.
-template <class Product, bool kTwo>
+// sums += W tiles * X tiles over `count` tiles of K.
+template <class Product>
 inline void multiply_tiles(const uint8_t *w, const uint8_t *x, int64_t count, bool first, uint8_t *upper,
                            uint8_t *lower) {
-    const uint8_t *x2 = x + kTilesOfSpan * kTileBytes;
     if (first) {
         _tile_zero(0);
-        _tile_zero(2);
-        if (kTwo) {
-            _tile_zero(1);
-            _tile_zero(3);
-        }
+        _tile_zero(1);
     } else {
         _tile_loadd(0, upper, 64);
-        _tile_loadd(2, lower, 64);
-        if (kTwo) {
-            _tile_loadd(1, upper + kTileBytes, 64);
-            _tile_loadd(3, lower + kTileBytes, 64);
-        }
+        _tile_loadd(1, lower, 64);
     }
     for (int64_t t = 0; t < count; ++t) {
-        for (int64_t line = 0; line < kTileBytes;
-             line += 64) {  // a product takes sixteen cycles, a line from L2 as many
+        for (int64_t line = 0; line < kTileBytes; line += 64) {  // a product takes as long as a line from L2
             _mm_prefetch(x + (t + 1) * kTileBytes + line, _MM_HINT_T0);
-            if (kTwo) {
-                _mm_prefetch(x2 + (t + 1) * kTileBytes + line, _MM_HINT_T0);
-            }
         }
-        _tile_loadd(4, w + t * kTileRowBytes, kTileStride);
-        _tile_loadd(6, x + t * kTileBytes, 64);
-        _tile_loadd(5, w + kTile * kTileStride + t * kTileRowBytes, kTileStride);
+        _tile_loadd(3, x + t * kTileBytes, 64);
+        _tile_loadd(2, w + t * kTileRowBytes, kTileStride);
         Product::template add<0>();
-        Product::template add<2>();
-        if (kTwo) {
-            _tile_loadd(7, x2 + t * kTileBytes, 64);
-            Product::template add<1>();
-            Product::template add<3>();
-        }
+        _tile_loadd(2, w + kTile * kTileStride + t * kTileRowBytes, kTileStride);
+        Product::template add<1>();
     }
     _tile_stored(0, upper, 64);
-    _tile_stored(2, lower, 64);
-    if (kTwo) {
-        _tile_stored(1, upper + kTileBytes, 64);
-        _tile_stored(3, lower + kTileBytes, 64);
-    }
+    _tile_stored(1, lower, 64);
 }
 
-// Tile kSum += W tile * X tile: 0 = 4 * 6, 1 = 4 * 7, 2 = 5 * 6, 3 = 5 * 7.
+// Tile kSum, 0 or 1, += tile 2 * tile 3.
 struct Bf16Tiles {
     template <int kSum>
     static void add() {
         if constexpr (kSum == 0) {
-            _tile_dpbf16ps(0, 4, 6);
-        } else if constexpr (kSum == 1) {
-            _tile_dpbf16ps(1, 4, 7);
-        } else if constexpr (kSum == 2) {
-            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(0, 2, 3);
         } else {
-            _tile_dpbf16ps(3, 5, 7);
+            _tile_dpbf16ps(1, 2, 3);
         }
     }
 };
@@ -198,13 +179,9 @@ struct Int8Tiles {
     template <int kSum>
     static void add() {
         if constexpr (kSum == 0) {
-            _tile_dpbssd(0, 4, 6);
-        } else if constexpr (kSum == 1) {
-            _tile_dpbssd(1, 4, 7);
-        } else if constexpr (kSum == 2) {
-            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(0, 2, 3);
         } else {
-            _tile_dpbssd(3, 5, 7);
+            _tile_dpbssd(1, 2, 3);
         }
     }
 };
@@ -239,15 +216,10 @@ inline void multiply_by_tiles(int64_t rows, int64_t n0, int64_t n1, int64_t k_by
                     }
                 }
                 asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
-                for (int64_t group = 0; group < groups; group += 2) {
+                for (int64_t group = 0; group < groups; ++group) {
                     uint8_t *upper = sums + ((n - first) / kTile * groups + group) * kTileBytes;
-                    uint8_t *lower = upper + groups * kTileBytes;
-                    const uint8_t *x_span = x + x_tile(b / kTileSpan, groups, group);
-                    if (group + 1 < groups) {
-                        multiply_tiles<Product, true>(w, x_span, count, b == 0, upper, lower);
-                    } else {
-                        multiply_tiles<Product, false>(w, x_span, count, b == 0, upper, lower);
-                    }
+                    multiply_tiles<Product>(w, x + x_tile(b / kTileSpan, groups, group), count, b == 0, upper,
+                                            upper + groups * kTileBytes);
                 }
             }
         }
