@@ -1,12 +1,15 @@
 """Quantize a Transformers model that is in memory to GPTQ or AWQ, on tokens that are calibrated with.
 
 As :mod:`qcore.integrations.calibrated` does with a checkpoint that is larger than the memory: block by block, each with
-the hidden states that the quantized blocks in front of it give.
+the hidden states that the quantized blocks in front of it give. The model is touched when the last block is done: until
+then a block has its float weights back as soon as the next one's inputs are known, and the quantized ones wait beside
+the model, which adds half a byte a weight to the peak, and one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +39,8 @@ def quantize_model(
 ) -> Any:
     """Replace the linear layers in the blocks of ``model`` by :class:`LinearInt4`, in place.
 
+    Whatever is raised before the last block is done, by ``progress`` and Ctrl-C too, leaves the model as it was.
+
     Parameters
     ----------
     model : PreTrainedModel
@@ -57,9 +62,8 @@ def quantize_model(
     Raises
     ------
     InvalidArgument
-        No tokens, a pattern that matches no layer, or a layer that the format cannot hold; nothing is replaced then.
-        A layer that no token reaches, or a Hessian that is not finite: the blocks in front of it are replaced by then,
-        so load the model anew.
+        No tokens, a pattern that matches no layer, a layer that the format cannot hold or that no token reaches, or a
+        Hessian that is not finite.
     Unsupported
         Part of the model is offloaded.
     """
@@ -82,39 +86,72 @@ def quantize_model(
     left = [*experts.find(model, skips), *experts.unreachable(model, skips)]
     if left:
         log.warning(f"qcore leaves {len(left)} fused expert weights in floating point, such as {left[0]}")
-    config, blocks = model.config, model.get_submodule(path)
-    dtype, training = next(model.parameters()).dtype, model.training
-    model.eval()
-    hidden, calls = (None, []) if batches is None else block_inputs(model, path, batches)
-    for index, block in enumerate(blocks):
-        prefix = f"{path}.{index}."
-        names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
-        runs = None if hidden is None else block_batches(block, hidden, calls[index])
-        found = quantize_block(block, names, runs, options, config, prefix)
-        install(block, {}, found.changed)
-        for name, weight in found.weights.items():
-            _exchange(block, name, LinearInt4.of(weight, checkpoint_format=settings.checkpoint_format))
-        if hidden is not None and runs is not None and index + 1 < len(blocks):
-            with torch.inference_mode():
-                for i, run in enumerate(runs):
-                    hidden[i] = run()
-        if progress is not None:
-            progress(index + 1, len(blocks))
+    blocks, dtype = model.get_submodule(path), next(model.parameters()).dtype
+    waiting: dict[str, LinearInt4] = {}
+    changed: dict[str, Tensor] = {}
+    with _in_eval_mode(model):
+        hidden, calls = (None, []) if batches is None else block_inputs(model, path, batches)
+        for index, block in enumerate(blocks):
+            prefix = f"{path}.{index}."
+            names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
+            runs = None if hidden is None else block_batches(block, hidden, calls[index])
+            with _put_back(block, names):
+                found = quantize_block(block, names, runs, options, model.config, prefix)
+                install(block, {}, found.changed)
+                if hidden is not None and runs is not None and index + 1 < len(blocks):
+                    with torch.inference_mode():
+                        for i, run in enumerate(runs):
+                            hidden[i] = run()
+            changed |= {prefix + name: value for name, value in found.changed.items()}
+            for name, weight in found.weights.items():
+                waiting[prefix + name] = LinearInt4.of(weight, checkpoint_format=settings.checkpoint_format)
+            if progress is not None:
+                progress(index + 1, len(blocks))
+    install(model, {}, changed)
+    for name in list(waiting):
+        _exchange(model, name, waiting.pop(name))
     quantizer = QcoreQuantizer(QcoreConfig(options.format), pre_quantized=True)
     quantizer.take(model, settings, dtype, {name for name, layer in layers.items() if layer.transposed})
-    return model.train(training)
+    return model
 
 
-def _exchange(block: nn.Module, name: str, layer: LinearInt4) -> None:
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module is in eval mode, and afterwards in the one that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _put_back(block: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Give the linear layers ``names``, and the vectors beside them, the values back that they had."""
+    weights = {f"{name}.weight" for name in names}
+    kept = {
+        name: value.detach().clone()
+        for name, value in block.named_parameters()
+        if name in weights or value.dim() < 2  # norms and biases are what AWQ changes
+    }
+    try:
+        yield
+    finally:
+        install(block, {}, kept)
+
+
+def _exchange(model: nn.Module, name: str, layer: LinearInt4) -> None:
     """Put ``layer`` where the float one was, with its bias and whatever Accelerate hooked to it."""
-    old: Any = block.get_submodule(name)
+    old: Any = model.get_submodule(name)
     layer.bias = old.bias
     layer.train(old.training)
     if hasattr(old, "_hf_hook"):
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(layer, old._hf_hook)
-    block.set_submodule(name, layer)
+    model.set_submodule(name, layer)
 
 
 def _check(

@@ -141,6 +141,43 @@ def test_a_model_in_memory_becomes_what_its_checkpoint_becomes(tmp_path: Path) -
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("name", "format_"), [("qwen2", "awq"), ("gpt2", "gptq")])
+def test_a_model_in_memory_is_as_it_was_when_a_block_fails(name: str, format_: str, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(name)).train()
+    model.get_input_embeddings().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    objects, modes = dict(model.named_parameters()), [module.training for module in model.modules()]
+    options = Options(format_, group_size=8, symmetric=False, calibration="text")
+
+    def stop(done: int, count: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def half(block: Any, *arguments: Any) -> Any:
+        quantize_block(block, *arguments)
+        raise InvalidArgument("after the block's weights are what the codes stand for")
+
+    def untouched() -> None:
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert after.keys() == before.keys()
+        assert all(value is objects[key] for key, value in model.named_parameters())
+        assert [module.training for module in model.modules()] == modes
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, [IDS[:4]], options, progress=stop)
+    untouched()
+    with monkeypatch.context() as patch, pytest.raises(InvalidArgument, match="codes stand for"):
+        patch.setattr("qcore.integrations.quantize_model.quantize_block", half)
+        quantize_model(model, [IDS[:4]], options)
+    untouched()
+    quantize_model(model, [IDS[:4]], options)
+    assert sum(isinstance(module, LinearInt4) for module in model.modules()) == (8 if name == "gpt2" else 21)
+    modes_now = [(name, module.training) for name, module in model.named_modules() if not module.training]
+    assert len(modes_now) == 1  # the embedding, which was so before
+
+
 @pytest.mark.parametrize("sequential", [True, False])
 def test_layers_make_up_for_the_errors_of_those_in_front_of_them(sequential: bool) -> None:
     """With true_sequential, the inputs of the second layer are those that the quantized first layer gives."""
