@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -174,7 +175,19 @@ def _dry_run(model: Path, out: Path, options: Options, force: bool) -> None:
     finally:
         source.close()
     _print_table(planned_rows(plan), errors=False)
+    _tell_of_experts(plan.experts, options.format)
     console().print(f"{len(plan.shards)} weight file(s), at most {size(plan.nbytes)}; nothing was written.")
+
+
+def _tell_of_experts(names: Sequence[str], format_: str) -> None:
+    """Say that fused experts were left out, which often are most of a model, and what takes them."""
+    if names:
+        why = f"{format_} has no place for them" if format_ in GROUPED else "they are quantized in Python alone"
+        click.echo(
+            f"warning: {len(names)} fused expert weights stay in floating point, such as {names[0]}: {why}. "
+            'AutoModelForCausalLM.from_pretrained(..., quantization_config=qcore.QcoreConfig("nf4")) takes them too',
+            err=True,
+        )
 
 
 def _calibration(format_: str, path: Path | None, nearest: bool) -> str | None:
@@ -207,6 +220,7 @@ def _run(model: Path, out: Path, options: Options, force: bool, restart: bool, t
         bar.close()
     seconds = time.monotonic() - began
     _print_table(report.rows, errors=True)
+    _tell_of_experts(report.experts, options.format)
     for name in report.dropped:
         click.echo(f"not written, because it equals another tensor or the model does not use it: {name}", err=True)
     rate = size(report.before / seconds)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from qcore.errors import FormatError, InvalidArgument
+from qcore.errors import FormatError, InvalidArgument, Unsupported
+
+FUSED_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -65,6 +67,57 @@ def _model_class(transformers: Any, config: Any) -> Any:
             f"config.json: names no architectures, and {config.model_type!r} has no causal language model"
         )
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def checkpoint_names(model: Any, names: Iterable[str], where: str) -> dict[str, str]:
+    """The model's name for each tensor of a checkpoint: classes were renamed inside, others wrote without a prefix.
+
+    ``where`` is the checkpoint, for messages.
+
+    Raises
+    ------
+    Unsupported
+        Transformers makes one parameter of several of these tensors.
+    FormatError
+        Two of them are the same one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    known = model.state_dict(keep_vars=True)
+    mapping = get_model_conversion_mapping(model)
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+    found: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    pieces: dict[str, str] = {}
+    for name in names:
+        new, converter = name, None
+        if name not in known:
+            new, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if converter is not None and new in known:
+            pieces[name] = new
+            continue
+        if new in taken:
+            raise FormatError(f"{where}: {taken[new]} and {name} are both {new} of {type(model).__name__}")
+        found[name], taken[new] = new, name
+    if pieces:
+        name, new = next(iter(pieces.items()))
+        raise Unsupported(
+            f"{where}: {type(model).__name__} of this Transformers keeps {len(pieces)} of the tensors fused, such as "
+            f"{name} in {new}, which is not done here; load the folder with AutoModelForCausalLM.from_pretrained(..., "
+            'quantization_config=qcore.QcoreConfig("nf4")), which quantizes them too, and save_pretrained'
+        )
+    return found
+
+
+def fused_weights(model: Any) -> list[str]:
+    """Names of the parameters that hold a matrix for each expert; they are no linear layers."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and name.rpartition(".")[2] in FUSED_PROJECTIONS
+    ]
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in shards, the output's ``config.json``, and what is dropped."""
+    """Steps in shards, the output's ``config.json``, and what is dropped.
+
+    ``experts`` are fused weights that stay in floating point although they are most of what could be quantized.
+    """
 
     shards: list[list[Step]]
     config: dict[str, Any]
     dropped: list[str]
     settings: QuantizationSettings | None = None
+    experts: tuple[str, ...] = ()
 
     @property
     def steps(self) -> list[Step]:
@@ -136,6 +140,8 @@ def make_plan(source: Source, options: Options) -> Plan:
     ------
     FormatError
         A tensor is unknown to the model, missing, or of another shape or dtype; the source is quantized already.
+    Unsupported
+        Transformers fuses several tensors of the source to one parameter (the experts of Mixtral and others).
     InvalidArgument
         A skip matches nothing, or a tied head is to be quantized.
     """
@@ -164,7 +170,8 @@ def make_plan(source: Source, options: Options) -> Plan:
         result["tie_word_embeddings"] = False
     if settings is not None:
         result["quantization_config"] = write_quantization(settings, dtype)
-    return Plan(_shards(steps, options.shard_bytes), result, dropped, settings)
+    fused = () if settings is None else tuple(architecture.fused_weights(model))
+    return Plan(_shards(steps, options.shard_bytes), result, dropped, settings, fused)
 
 
 def _settings(options: Options, skips: list[str]) -> QuantizationSettings | None:
@@ -198,20 +205,22 @@ def _match(source: Source, model: Any, options: Options) -> tuple[dict[str, str]
     """Map the source's tensor names to the model's; also what is dropped, and whether tied tensors differ."""
     parameters: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    spelled = architecture.checkpoint_names(model, source.tensors, str(source.path))
+    stored = {new: old for old, new in spelled.items()}
     names: dict[str, str] = {}
     dropped: list[str] = []
     unknown: list[str] = []
     untied = False
-    for name in source.tensors:
-        target = tied.get(name)
-        if target in source.tensors and _equal(source, name, str(target)):
+    for name, own in spelled.items():
+        target = tied.get(own)
+        if target in stored and _equal(source, name, stored[target]):
             dropped.append(name)
-        elif target in source.tensors:
-            names[name], untied = name, True
+        elif target in stored:
+            names[name], untied = own, True
         elif target is not None:
             names[name] = target
-        elif name in parameters:
-            names[name] = name
+        elif own in parameters:
+            names[name] = own
         elif architecture.matches_any(name, model._keys_to_ignore_on_load_unexpected):
             dropped.append(name)
         else:

@@ -83,12 +83,16 @@ class KindRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: rows by kind of layer in the order of the model, bytes of the source's and output's weights."""
+    """What was written: rows by kind of layer in the order of the model, bytes of the source's and output's weights.
+
+    ``experts`` are fused weights that stayed in floating point.
+    """
 
     rows: list[KindRow]
     before: int
     after: int
     dropped: list[str]
+    experts: tuple[str, ...] = ()
 
 
 def quantize_checkpoint(
@@ -149,7 +153,8 @@ def quantize_checkpoint(
             shutil.rmtree(partial.path / BLOCKS, ignore_errors=True)
             partial.commit(f"{out.name}.old-{os.getpid()}")
         after = sum((out / shard).stat().st_size for shard in plan.shard_names())
-        return Report(_rows(plan, results), sum(i.nbytes for i in source.tensors.values()), after, plan.dropped)
+        before = sum(info.nbytes for info in source.tensors.values())
+        return Report(_rows(plan, results), before, after, plan.dropped, plan.experts)
     finally:
         source.close()
 

@@ -46,6 +46,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
     ------
     FormatError
         The folder is incomplete, truncated or inconsistent.
+    Unsupported
+        Float weights of experts that Transformers fuses to one parameter while it loads.
     """
     path = Path(path)
     if not path.is_dir():
@@ -75,7 +77,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: to
 
 def _fill(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: torch.device) -> None:
     """Read every tensor of the source into its place; whatever the model lacks or the source lacks is an error."""
-    names_of = _model_names(model, source)
+    spelled = architecture.checkpoint_names(model, source.tensors, str(source.path))
+    names_of = {new: name for name, new in spelled.items()}
     left = set(names_of)
 
     def read(name: str) -> Tensor:
@@ -107,15 +110,6 @@ def _fill(model: Any, source: SafetensorsSource, dtype: torch.dtype, device: tor
     for what, names in (("missing", sorted(missing)), ("not in the model", sorted(unknown))):
         if names:
             raise FormatError(f"{source.path}: {len(names)} tensors are {what}: {', '.join(names[:4])}")
-
-
-def _model_names(model: Any, source: SafetensorsSource) -> dict[str, str]:
-    """The source's tensors by the model's names for them: some classes have been renamed inside since."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    return {apply_renamings(name, renamings): name for name in source.tensors}
 
 
 def _fill_plain(

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qcore.errors import FormatError, InvalidArgument
+from qcore.formats import architecture
 from qcore.formats.quantization_config import QuantizationSettings
 from qcore.integrations.layers import dequantized, make_layer
 
 IMPLEMENTATION = "qcore"
-_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def find(model: nn.Module, skip_modules: Sequence[str]) -> dict[str, FusedExpert
     for prefix, module in model.named_modules():
         if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
             continue
-        for key in _PROJECTIONS:
+        for key in architecture.FUSED_PROJECTIONS:
             weight, name = module._parameters.get(key), f"{prefix}.{key}"
             if weight is not None and weight.dim() == 3 and should_convert_module(name, list(skip_modules)):
                 first, second, third = weight.shape
@@ -71,11 +71,8 @@ def unreachable(model: nn.Module, skip_modules: Sequence[str]) -> list[str]:
     known = find(model, skip_modules)
     return [
         name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3
-        and name.rpartition(".")[2] in _PROJECTIONS
-        and name not in known
-        and should_convert_module(name, list(skip_modules))
+        for name in architecture.fused_weights(model)
+        if name not in known and should_convert_module(name, list(skip_modules))
     ]
 
 

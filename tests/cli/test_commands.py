@@ -58,6 +58,19 @@ def test_quantize_prints_a_table_and_sizes(
     assert (source.parent / "out/config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(["--format", "awq", "--round-to-nearest", "--group-size", "8", "--dry-run"], "awq has no place"), ([], "Python")],
+)
+def test_experts_that_stay_in_floating_point_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], why: str
+) -> None:
+    assert quantize(save_model("gpt-oss", tmp_path / "float"), *options) == 0
+    printed = capsys.readouterr().err
+    assert "6 fused expert weights stay in floating point, such as model.layers.0.mlp.experts.gate_up_proj" in printed
+    assert why in printed
+
+
 def test_a_dry_run_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quantize(source, "--dry-run") == 0
     assert "nothing was written" in capsys.readouterr().out

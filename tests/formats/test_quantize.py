@@ -10,14 +10,15 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_models import save_model
+from safetensors.torch import load_file, save_file
+from tiny_models import contents, save_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qcore.backend import Backend
-from qcore.errors import FormatError, InvalidArgument
+from qcore.errors import FormatError, InvalidArgument, Unsupported
 from qcore.formats.plan import Options
 from qcore.formats.quantize import Report, quantize_checkpoint
+from qcore.integrations.checkpoint import load_model
 
 FORMATS = [
     ("nf4", {"double_quant": True}),
@@ -291,3 +292,42 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument):
         Options(**{"format": "nf4", **options})  # type: ignore[arg-type]
+
+
+def respell(folder: Path, old: str, new: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace(old, new): value for name, value in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_names_of_other_writers_are_understood(tmp_path: Path) -> None:
+    """GPT-2 on the hub is written without the prefix that the class for text generation gives its names."""
+    source = save_model("gpt2", tmp_path / "float")
+    quantize(source, tmp_path / "out", "nf4")
+    expected = logits_of(load_model(source))
+    respell(source, "transformer.", "")
+    quantize(source, tmp_path / "respelt", "nf4")
+    assert contents(tmp_path / "out") == contents(tmp_path / "respelt")
+    assert torch.equal(logits_of(load_model(source)), expected)
+    tensors = load_file(source / "model.safetensors")
+    tensors["transformer.ln_f.bias"] = tensors["ln_f.bias"] + 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="ln_f.bias are both transformer.ln_f.bias of GPT2LMHeadModel"):
+        quantize(source, tmp_path / "twice", "nf4")
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.arange(12)[None]).logits
+
+
+@pytest.mark.parametrize("format_", ["nf4", "gptq"])
+def test_experts_in_pieces_are_refused_with_the_way_to_quantize_them(tmp_path: Path, format_: str) -> None:
+    """Mixtral's experts are matrices in the file and one parameter in the model."""
+    source = save_model("mixtral", tmp_path / "float")
+    says = "keeps 36 of the tensors fused, such as model.layers.0.block_sparse_moe.experts.0.w1.weight in"
+    with pytest.raises(Unsupported, match=says):
+        quantize(source, tmp_path / "out", format_, group_size=8)
+    with pytest.raises(Unsupported, match=says):
+        load_model(source)
+    assert not (tmp_path / "out").exists()
