@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qcore.compat.causal_lm import QuantizableCausalLM, load_float, load_quantized, refuse
+from qcore.compat.causal_lm import QuantizableCausalLM, hub_arguments, load_float, load_quantized, refuse
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.formats.grouped import FILES
 from qcore.formats.plan import Options
@@ -169,25 +169,47 @@ class AutoGPTQForCausalLM(QuantizableCausalLM):
         use_safetensors: bool = True,
         trust_remote_code: bool = False,
         torch_dtype: torch.dtype | None = None,
-        **kernels: Any,
+        quantize_config: BaseQuantizeConfig | dict[str, Any] | None = None,
+        model_basename: str | None = None,
+        **others: Any,
     ) -> AutoGPTQForCausalLM:
         """Load a GPTQ or AWQ checkpoint of 4 bits.
 
-        ``device`` is where the whole model goes, or ``device_map`` and ``max_memory`` spread it. Arguments that pick
-        one of AutoGPTQ's kernels (``use_triton``, ``inject_fused_attention``, ...) may be there and False; qcore has
-        its own.
+        Parameters
+        ----------
+        model_name_or_path : str or Path
+        device_map, max_memory, device
+            ``device`` is where the whole model goes, or the other two spread it.
+        use_safetensors : bool
+            True: pickled weights are not read.
+        trust_remote_code, torch_dtype
+            For Transformers' ``from_pretrained``.
+        quantize_config : BaseQuantizeConfig or dict, optional
+            How the checkpoint is quantized, instead of what its folder says.
+        model_basename : str, optional
+            Name of the weight file, without ``.safetensors``. Without it that in ``quantize_config.json``, the usual
+            one, or AutoGPTQ's ``gptq_model-4bit-128g`` (its bits and group size).
+        **others
+            ``revision``, ``subfolder``, ``cache_dir``, ``force_download``, ``local_files_only``, ``proxies``,
+            ``token`` of a checkpoint on the hub. Kernels of AutoGPTQ (``use_triton``, ``inject_fused_attention``, ...)
+            may be there and False; qcore has its own. ``low_cpu_mem_usage`` may be there; it always is low.
 
         Raises
         ------
         InvalidArgument
-            The checkpoint is in no such format.
+            The checkpoint is in no such format, has no such file, or a folder is asked for a revision.
         Unsupported
             A kernel of AutoGPTQ, ``use_safetensors=False``, or another argument that would be ignored.
         """
         who = f"{cls.__name__}.from_quantized"
-        refuse(
-            who, {"use_safetensors": use_safetensors, **kernels}, {"use_safetensors": True, "low_cpu_mem_usage": True}
-        )
+        hub = hub_arguments(who, model_name_or_path, others)
+        others.pop("low_cpu_mem_usage", None)
+        nothing = {"use_safetensors": True, "trainable": False, "strict": True, "use_cuda_fp16": True}
+        refuse(who, {"use_safetensors": use_safetensors, **others}, nothing)
+        section = None
+        if quantize_config is not None:
+            given = quantize_config if isinstance(quantize_config, dict) else quantize_config.to_dict()
+            section = {"quant_method": "gptq", **given}
         model = load_quantized(
             model_name_or_path,
             who,
@@ -197,6 +219,9 @@ class AutoGPTQForCausalLM(QuantizableCausalLM):
             device=device,
             trust_remote_code=trust_remote_code,
             torch_dtype=torch_dtype,
+            basename=model_basename,
+            section=section,
+            hub=hub,
         )
         return cls(model, quantized=True)
 

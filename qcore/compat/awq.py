@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qcore.compat.causal_lm import QuantizableCausalLM, load_float, load_quantized, refuse
+from qcore.compat.causal_lm import QuantizableCausalLM, hub_arguments, load_float, load_quantized, refuse
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.formats.plan import Options
 
@@ -58,18 +58,33 @@ class AutoAWQForCausalLM(QuantizableCausalLM):
         torch_dtype: torch.dtype | None = None,
         trust_remote_code: bool = True,
         device_map: Any = None,
-        **kernels: Any,
+        max_memory: dict[Any, Any] | None = None,
+        quant_filename: str | None = None,
+        **others: Any,
     ) -> AutoAWQForCausalLM:
         """Load an AWQ checkpoint of version ``gemm``.
 
-        Arguments that pick one of AutoAWQ's kernels (``fuse_layers``, ``use_exllama``, ...) may be there and False;
-        qcore has its own. Raises ``InvalidArgument`` for a checkpoint in another format, ``Unsupported`` for kernels
-        and for arguments that would be ignored.
+        ``quant_filename`` is the name of its weight file, if that is not the usual one; ``revision``, ``subfolder``,
+        ``cache_dir``, ``force_download``, ``local_files_only``, ``proxies`` and ``token`` are of a checkpoint on the
+        hub. Arguments that pick one of AutoAWQ's kernels (``fuse_layers``, ``use_exllama``, ...) may be there and
+        False; qcore has its own. Raises ``InvalidArgument`` for a checkpoint in another format, a file that is not
+        there and the revision of a folder, ``Unsupported`` for kernels and for arguments that would be ignored.
         """
         who = f"{cls.__name__}.from_quantized"
-        refuse(who, kernels, {"safetensors": True})
-        values = {"torch_dtype": torch_dtype, "trust_remote_code": trust_remote_code, "device_map": device_map}
-        return cls(load_quantized(quant_path, who, ("awq",), **values), quantized=True)
+        hub = hub_arguments(who, quant_path, others)
+        refuse(who, others, {"safetensors": True})
+        model = load_quantized(
+            quant_path,
+            who,
+            ("awq",),
+            device_map=device_map,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+            torch_dtype=torch_dtype,
+            basename=quant_filename or None,
+            hub=hub,
+        )
+        return cls(model, quantized=True)
 
     def quantize(
         self,

@@ -24,6 +24,9 @@ _KERNELS = re.compile(
     "disable_exllama(v2)?|warmup_triton|autotune_warmup_after_quantized|fuse_(layers|qkv)|backend"
 )
 
+# Where on the hub a checkpoint is, and how it is fetched: for Transformers.
+_HUB = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
+
 
 class QuantizableCausalLM(nn.Module):
     """A causal language model that is quantized, or will be; whatever is not here is asked of ``model``.
@@ -87,40 +90,92 @@ def load_float(name: str | Path, who: str, **kwargs: Any) -> Any:
     return model
 
 
-def load_quantized(name: str | Path, who: str, formats: tuple[str, ...], **kwargs: Any) -> Any:
+def load_quantized(
+    name: str | Path,
+    who: str,
+    formats: tuple[str, ...],
+    *,
+    basename: str | None = None,
+    section: dict[str, Any] | None = None,
+    hub: dict[str, Any],
+    **kwargs: Any,
+) -> Any:
     """The model called ``name``, which is a checkpoint in one of ``formats``.
+
+    ``basename`` is the name of its weight file, with or without ``.safetensors``; ``section`` says how it is quantized,
+    instead of what stands beside it; ``hub`` is of :func:`hub_arguments`.
 
     Raises
     ------
     InvalidArgument
-        It is a float checkpoint, or in another format.
+        It is a float checkpoint, or in another format, or has no such file.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(name).strip(), trust_remote_code=kwargs.get("trust_remote_code"))
-    section = _section(str(name).strip(), config)
+    name = str(name).strip()
+    config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
+    section = section or _section(name, config, hub)
     method = None if section is None else section.get("quant_method")
     if section is None or method not in formats:
         raise InvalidArgument(f"{who}: {name} is no checkpoint in the format {' or '.join(formats)}")
     config.quantization_config = section
+    config.transformers_weights = _weight_file(name, who, basename, section, hub)
     # Passed along, so that qcore loads it where the library that wrote it is installed too.
-    return _load(name, {**kwargs, "config": config, "quantization_config": QcoreConfig(method)})
+    model = _load(name, {**kwargs, **hub, "config": config, "quantization_config": QcoreConfig(method)})
+    model.config.transformers_weights = None  # what it is saved as has the usual name
+    return model
 
 
-def _section(name: str, config: Any) -> dict[str, Any] | None:
-    """How a checkpoint is quantized; older writers said it in a file of its own."""
+def hub_arguments(who: str, name: str | Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Take out of ``given`` what says where on the hub a checkpoint is.
+
+    Raises
+    ------
+    InvalidArgument
+        A revision of a folder.
+    """
+    given.pop("resume_download", None)  # every download goes on where it stopped
+    token = given.pop("use_auth_token", None)
+    found = {key: value for key in _HUB if (value := given.pop(key, None)) is not None}
+    if token is not None:
+        found.setdefault("token", token)
+    if Path(str(name).strip()).is_dir() and found.pop("revision", "main") != "main":
+        raise InvalidArgument(f"{who}: {name} is a folder, which has no revisions; leave revision out")
+    return found
+
+
+def _weight_file(name: str, who: str, basename: str | None, section: dict[str, Any], hub: dict[str, Any]) -> str | None:
+    """The file that the weights are in; None for the usual names, which Transformers finds."""
+    guesses = [section.get("model_file_base_name"), "model"]
+    if section["quant_method"] == "gptq":  # AutoGPTQ's own name
+        guesses.append(f"gptq_model-{section.get('bits')}bit-{section.get('group_size')}g")
+    for guess in guesses if basename is None else [basename]:
+        for ending in (".safetensors", ".safetensors.index.json"):
+            file = f"{str(guess).removesuffix('.safetensors')}{ending}"
+            if guess and _found(name, file, hub) is not None:
+                return None if guess == "model" else file
+    if basename is not None:
+        raise InvalidArgument(f"{who}: {name} has no file {basename.removesuffix('.safetensors')}.safetensors")
+    return None
+
+
+def _found(name: str, file: str, hub: dict[str, Any]) -> str | None:
     from transformers.utils import cached_file
 
+    path: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+    return path
+
+
+def _section(name: str, config: Any, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """How a checkpoint is quantized; older writers said it in a file of its own."""
     for holder in (config, config.get_text_config(decoder=True)):
         section = getattr(holder, "quantization_config", None)
         if section is not None:
             return dict(section if isinstance(section, dict) else section.to_dict())
     for method, file in FILES.items():
-        try:
-            path = cached_file(name, file)
-        except OSError:
-            continue
-        return {"quant_method": method, **dict(read_json(Path(path)))}
+        path = _found(name, file, hub)
+        if path is not None:
+            return {"quant_method": method, **dict(read_json(Path(path)))}
     return None
 
 

@@ -77,6 +77,39 @@ def test_a_folder_of_older_writers_loads_and_qcore_is_asked_for_by_name(
         assert torch.equal(logits(AutoGPTQForCausalLM.from_quantized(tmp_path / "out")), logits(model))
 
 
+def test_the_weight_file_and_its_description_may_be_named(source: Path, tmp_path: Path) -> None:
+    """Folders of the first AutoGPTQ: a weight file with bits and group size in its name, beside a file of settings."""
+    model = AutoGPTQForCausalLM.from_pretrained(source, BaseQuantizeConfig(group_size=8, desc_act=False))
+    model.quantize([{"input_ids": list(range(3, 48)), "attention_mask": [1] * 45}])
+    out = tmp_path / "out"
+    model.save_quantized(out)
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "model.safetensors").rename(out / "gptq_model-4bit-8g.safetensors")
+    settings = json.loads((out / "quantize_config.json").read_text())
+    (out / "quantize_config.json").write_text(json.dumps({**settings, "model_file_base_name": None}))
+    again = AutoGPTQForCausalLM.from_quantized(out, revision="main", low_cpu_mem_usage=False, trainable=False)
+    assert torch.equal(logits(again), logits(model))
+    again.save_quantized(tmp_path / "usual")
+    assert torch.equal(logits(AutoGPTQForCausalLM.from_quantized(tmp_path / "usual")), logits(model))
+    (out / "gptq_model-4bit-8g.safetensors").rename(out / "other.safetensors")
+    (out / "quantize_config.json").unlink()
+    named = {"model_basename": "other", "quantize_config": model.quantize_config}
+    assert torch.equal(logits(AutoGPTQForCausalLM.from_quantized(out, **named)), logits(model))
+    below = AutoGPTQForCausalLM.from_quantized(tmp_path, subfolder="out", **named)
+    assert torch.equal(logits(below), logits(model))
+    for options, says in (
+        ({"model_basename": "model"}, "has no file model.safetensors"),
+        ({"model_basename": "other", "revision": "v2"}, "is a folder, which has no revisions"),
+    ):
+        with pytest.raises(InvalidArgument, match=says):
+            AutoGPTQForCausalLM.from_quantized(out, **{**named, **options})
+    for options in ({"use_safetensors": False}, {"trainable": True}, {"unheard_of": 1}):
+        with pytest.raises(Unsupported, match=f"{next(iter(options))}=.* is not supported; leave it out"):
+            AutoGPTQForCausalLM.from_quantized(out, **{**named, **options})
+
+
 def test_examples_are_cut_to_what_the_model_takes(tmp_path: Path) -> None:
     """GPT-2 has an embedding of 128 positions, and none behind them."""
     path = save_model("gpt2", tmp_path / "float", torch.float32)

@@ -312,7 +312,7 @@ def test_names_of_other_writers_are_understood(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["transformer.ln_f.bias"] = tensors["ln_f.bias"] + 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FormatError, match="ln_f.bias are both transformer.ln_f.bias of GPT2LMHeadModel"):
+    with pytest.raises(FormatError, match=r"ln_f\.bias are both transformer\.ln_f\.bias of GPT2LMHeadModel"):
         quantize(source, tmp_path / "twice", "nf4")
 
 
