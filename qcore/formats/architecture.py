@@ -12,6 +12,7 @@ import torch
 
 from qcore.errors import FormatError, InvalidArgument, Unsupported
 
+_LIKE_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 FUSED_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -131,7 +132,11 @@ class Linear:
 
 
 def linear_layers(model: Any, skip_modules: Sequence[str]) -> dict[str, Linear]:
-    """The layers that Transformers would replace when it loads a bitsandbytes checkpoint with these skips."""
+    """The layers that Transformers would replace when it loads a bitsandbytes checkpoint with these skips.
+
+    Falcon's, which are a class of their own since its products were written out by hand, too: Transformers 4 replaced
+    them, Transformers 5 replaces no subclass of ``nn.Linear``.
+    """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -140,12 +145,18 @@ def linear_layers(model: Any, skip_modules: Sequence[str]) -> dict[str, Linear]:
     layers = {}
     for name, module in model.named_modules():
         transposed = isinstance(module, Conv1D)
-        if not (transposed or type(module) is torch.nn.Linear) or not should_convert_module(name, patterns):
+        if not (transposed or _is_linear(module)) or not should_convert_module(name, patterns):
             continue
         rows, columns = module.weight.shape
         shape = (columns, rows) if transposed else (rows, columns)
         layers[name] = Linear(name, shape, module.bias is not None, transposed)
     return layers
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """Whether ``module`` computes what ``nn.Linear`` does; other subclasses (routers) may compute anything."""
+    kind = type(module)
+    return kind is torch.nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in _LIKE_LINEAR
 
 
 def check_patterns(names: Sequence[str], patterns: Iterable[str], caller: str) -> None:

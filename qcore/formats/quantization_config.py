@@ -148,7 +148,9 @@ def read_section(section: dict[str, Any]) -> QuantizationSettings:
     format = section.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"
     if format not in FORMATS:
         raise FormatError(f"quantization_config: bnb_4bit_quant_type is {format!r}, expected nf4 or fp4")
-    compute = own.get("compute_dtype", section.get("bnb_4bit_compute_dtype", "float32"))
+    compute = own.get("compute_dtype", section.get("bnb_4bit_compute_dtype"))
+    if "compute_dtype" not in own and compute is not None and dtype_of(compute, "compute") == torch.float32:
+        compute = None  # bitsandbytes' default, under which it too computes in the dtype of bfloat16 activations
     return QuantizationSettings(
         format,
         int(own.get("blocksize", 64)),

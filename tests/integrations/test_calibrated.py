@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import config_of, contents, save_model
-from transformers import AutoModelForCausalLM, GPTJConfig, OPTConfig
+from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig, OPTConfig
 
 import qcore
 from qcore.algorithms import gptq
@@ -229,13 +229,15 @@ def _many_blocks(name: str) -> Any:
     shape = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if name == "gptj":  # asks each block for [0], which three dimensions of a tensor stand three times
         config: Any = GPTJConfig(vocab_size=48, n_embd=32, n_layer=5, n_head=4, rotary_dim=4, n_positions=64)
+    elif name == "falcon":  # a class of its own for linear layers; attention and MLP read one norm
+        config = FalconConfig(**shape, multi_query=True, parallel_attn=True, alibi=False, bias=False)
     else:  # opt-350m has linear layers in front of its blocks and behind them
         config = OPTConfig(**shape, word_embed_proj_dim=16, ffn_dim=64, max_position_embeddings=64)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize(("name", "format_"), [("gptj", "gptq"), ("opt", "gptq"), ("opt", "awq")])
+@pytest.mark.parametrize(("name", "format_"), [("gptj", "gptq"), ("opt", "gptq"), ("opt", "awq"), ("falcon", "awq")])
 def test_models_whose_blocks_give_tuples_or_stand_between_linear_layers(
     tmp_path: Path, name: str, format_: str
 ) -> None:

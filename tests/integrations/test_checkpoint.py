@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,17 @@ def test_dtype_overrides_the_checkpoint(tmp_path: Path) -> None:
     model = load_model(out, dtype=torch.float32)
     assert logits(model).dtype == torch.float32
     assert {layer.compute_dtype for layer in model.modules() if isinstance(layer, Linear4bit)} == {torch.float32}
+
+
+@pytest.mark.parametrize(("stated", "used"), [("float32", None), ("bfloat16", torch.bfloat16)])
+def test_the_default_of_bitsandbytes_does_not_slow_other_dtypes_down(tmp_path: Path, stated: str, used: Any) -> None:
+    """It notes float32, its default, and computes with bfloat16 activations in bfloat16 all the same."""
+    out = quantized(tmp_path, "llama", "nf4", dtype="bfloat16")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]["qcore"]
+    config["quantization_config"]["bnb_4bit_compute_dtype"] = stated
+    (out / "config.json").write_text(json.dumps(config))
+    assert {m.compute_dtype for m in load_model(out).modules() if isinstance(m, Linear4bit)} == {used}
 
 
 def test_shards_load(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ResNetConfig, ResNetModel
 
 import qcore
 from fake_hub import running_hub
@@ -231,7 +231,7 @@ def test_a_wrong_configuration_is_refused(arguments: dict[str, Any], error: type
 BAD_LOADS: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
     "skip": ("llama", {"skip_modules": ["up_prj"]}, {}, InvalidArgument, "'up_prj', which matches no layer"),
     "no pattern": ("llama", {"skip_modules": ["*.up_proj"]}, {}, InvalidArgument, "is no regular expression"),
-    "all skipped": ("llama", {"skip_modules": ["model"]}, {}, InvalidArgument, "has no linear layer to quantize"),
+    "all skipped": ("llama", {"skip_modules": ["model"]}, {}, InvalidArgument, "every linear layer of LlamaFor"),
     "tied": ("llama-tied", {"quantize_head": True}, {}, InvalidArgument, "share their values"),
     "no map": ("llama", {"fp32_cpu_offload": True}, {"device_map": "auto"}, InvalidArgument, "that names modules"),
     "dtype": ("llama", {}, {"dtype": torch.float64}, InvalidDtype, "dtype is torch.float64"),
@@ -248,6 +248,13 @@ def test_a_load_that_makes_no_sense_is_refused(
         pytest.skip("there is a GPU")
     with pytest.raises(error, match=message):
         load(save_model(name, tmp_path), QcoreConfig("nf4", **arguments), **options)
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_stages=1)
+    ResNetModel(config).save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgument, match="ResNetModel has no linear layer to quantize; leave quantization_config"):
+        ResNetModel.from_pretrained(tmp_path, quantization_config=QcoreConfig("nf4"))
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -149,10 +149,12 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         takes_experts = config.settings.experts or not self.pre_quantized
         fused = experts.find(model, skips) if takes_experts else {}
         if not linear and not fused:
-            raise InvalidArgument(
-                f"QcoreConfig: {type(model).__name__} has no linear layer to quantize"
-                + (f", those of {skips} left out" if skips else "")
-            )
+            name = type(model).__name__
+            if architecture.linear_layers(model, []) or experts.find(model, []):
+                raise InvalidArgument(
+                    f"QcoreConfig: every linear layer of {name} is left out by {skips}; leave some in"
+                )
+            raise InvalidArgument(f"QcoreConfig: {name} has no linear layer to quantize; leave quantization_config out")
         if not self.pre_quantized:
             architecture.check_not_tied(model, linear)
             left = experts.unreachable(model, skips)
