@@ -15,7 +15,8 @@ set(QCORE_KERNEL_SOURCES
 set(QCORE_HOST_SOURCES
     ${KERNELS}/host/api.cpp
     ${KERNELS}/host/arguments.cpp
-    ${KERNELS}/host/optimizer_job.cpp)
+    ${KERNELS}/host/optimizer_job.cpp
+    ${KERNELS}/host/paged_memory.cpp)
 
 # The ABI header: the repository's own, or the copy that an sdist carries.
 find_path(QCORE_INCLUDE qcore_backend.h

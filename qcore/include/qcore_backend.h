@@ -1,4 +1,4 @@
-/* qcore backend ABI, version 1.2: the whole contract of a native backend.
+/* qcore backend ABI, version 1.3: the whole contract of a native backend.
  *
  * A backend is one shared library that exports qcore_backend_open(). The table that it returns is append-only:
  * within a major version new entries go to the end, `size` says how much of it the library fills, and a NULL entry
@@ -8,9 +8,9 @@
  *  - Addresses (uintptr_t) are device addresses, aligned to their element type; 0 where an argument is optional.
  *  - Arrays are contiguous, row-major. Counts are int64_t and not negative. Inputs and outputs do not overlap.
  *  - Arguments are checked first: on any status but QC_OK nothing has been written (asynchronous faults excepted).
- *  - It never synchronises, allocates device memory, or changes the current device. It is re-entrant, can be
- *    captured in a CUDA or HIP graph, and no exception leaves it. Scratch comes from the caller, at an address that
- *    is a multiple of 64; workspace() says how much.
+ *  - It never synchronises, allocates device memory (but for the memory_ functions), or changes the current device. It
+ *    is re-entrant, can be captured in a CUDA or HIP graph, and no exception leaves it. Scratch comes from the caller,
+ * at an address that is a multiple of 64; workspace() says how much.
  *  - `device` is the index of the device, 0 on a host; the caller of an op makes it current first, where the runtime
  *    has a current device. `stream` is the CUDA or HIP stream; on a host it is the largest number of threads that the
  *    call may use, 0 for the library's own choice.
@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define QC_ABI_MAJOR 1
-#define QC_ABI_MINOR 2
+#define QC_ABI_MINOR 3
 
 typedef int32_t qc_status;
 #define QC_OK 0
@@ -43,6 +43,10 @@ typedef int32_t qc_status;
 
 #define QC_NF4 0 /* formats of 4-bit weights (QC-NF4-001, QC-FP4-001) */
 #define QC_FP4 1
+
+/* kinds of memory for state that may be larger than the device's own */
+#define QC_MEMORY_MANAGED 0 /* its pages move to whoever touches them, the host or a device */
+#define QC_MEMORY_PINNED 1  /* stays with the host; kernels read and write it there */
 
 /* ops, for workspace() */
 #define QC_OP_QUANTIZE_BLOCKWISE 0
@@ -207,6 +211,19 @@ typedef struct qc_api {
     qc_status (*gemm_4bit_transposed)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
                                       uintptr_t a, const qc_weight_4bit *w, uintptr_t out, uintptr_t workspace,
                                       int64_t workspace_bytes);
+
+    /* Memory for paged state: all four or none. The kind that suits a device. */
+    qc_status (*memory_kind)(int32_t device, int32_t *kind);
+    /* bytes > 0, at a multiple of 64, with any contents. QC_UNSUPPORTED: the device does not have this kind. May wait
+     * for the device. */
+    qc_status (*memory_allocate)(int32_t device, int32_t kind, int64_t bytes, uintptr_t *address);
+    /* Gives back what memory_allocate gave, when the device has done all that was queued before; any thread may call
+     * it, whichever device is current, and while a graph is captured. Nothing happens to address 0. */
+    qc_status (*memory_free)(int32_t device, int32_t kind, uintptr_t address);
+    /* Begins to move a piece of such memory to the device or, if to_host is 1, to the host, in the order of `stream`;
+     * pinned memory stays where it is. For speed only: contents do not change. */
+    qc_status (*memory_prefetch)(int32_t device, uintptr_t stream, int32_t kind, uintptr_t address, int64_t bytes,
+                                 int32_t to_host);
 } qc_api;
 
 /* The library's only export. NULL if it cannot serve this major version. */

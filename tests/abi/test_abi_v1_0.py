@@ -80,7 +80,7 @@ def parsed(header: str) -> cffi.FFI:
 def next_minor(header: str) -> str:
     """The header as a later 1.x would have it: one more entry at the end of the table."""
     grown = header.replace("} qc_api;", "    qc_status (*later_op)(int32_t device, uintptr_t stream);\n} qc_api;")
-    return grown.replace("#define QC_ABI_MINOR 2", "#define QC_ABI_MINOR 3")
+    return grown.replace("#define QC_ABI_MINOR 3", "#define QC_ABI_MINOR 4")
 
 
 def check_ops(backend: CffiBackend) -> None:

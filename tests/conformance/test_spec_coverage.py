@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "docs" / "spec"
 HEADER = ROOT / "qcore" / "include" / "qcore_backend.h"
 # Functions of the table that are no ops.
-SERVICES = {"last_error", "device_count", "describe", "workspace"}
+MEMORY = {"memory_kind", "memory_allocate", "memory_free", "memory_prefetch"}
+SERVICES = {"last_error", "device_count", "describe", "workspace", *MEMORY}
 CLAUSE = r"QC-[A-Z0-9]+-\d{3}"
 
 
@@ -185,7 +186,7 @@ def test_the_interface_has_a_method_for_every_op(op: str) -> None:
 
 def test_the_interface_has_no_op_beyond_the_table() -> None:
     prepared = {"gemm_4bit", "gemm_4bit_transposed", "gemm_int4", "int8_linear", "optimizer_step"}
-    others = {"describe", "supports", *(f"prepare_{op}" for op in prepared)}
+    others = {"describe", "supports", "paged_memory", *(f"prepare_{op}" for op in prepared)}
     public = {name for name, _ in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_")}
     assert public - others == set(OPS)
 

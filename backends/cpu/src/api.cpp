@@ -149,6 +149,10 @@ constexpr qc_api kApi = {
     int8_linear,
     gemm_int4,
     gemm_4bit_transposed,
+    nullptr,  // memory_: paged state of the host is qcore's own map of files
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

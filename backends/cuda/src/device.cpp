@@ -10,6 +10,7 @@
 #include "host/arguments.h"
 #include "host/capabilities.h"
 #include "host/memory.h"
+#include "host/runtime_memory.h"
 
 #ifndef QC_CUDA_ARCHITECTURES
 #error "QC_CUDA_ARCHITECTURES: the compute capabilities of this build as text, such as \"75 80 90a\""
@@ -26,6 +27,7 @@ struct Device {
     int capability = 0;     // 90 for 9.0
     int threads = 0;        // that run at once
     bool pageable = false;  // reads the host's own memory
+    bool pages = false;     // of managed memory move to it while it runs
     std::string refusal;    // why this build does not run there, or ""
 };
 
@@ -84,6 +86,7 @@ Machine look() {
             device.capability = 10 * properties.major + properties.minor;
             device.threads = properties.multiProcessorCount * properties.maxThreadsPerMultiProcessor;
             device.pageable = properties.pageableMemoryAccess != 0;
+            device.pages = properties.managedMemory != 0 && properties.concurrentManagedAccess != 0;
             if (!runs_on(QC_CUDA_ARCHITECTURES, device.capability)) {
                 device.refusal = refusal_of(properties);
             }
@@ -196,6 +199,20 @@ int blocks_at_once(int32_t device) {
 
 bool has_matrix_unit(int32_t device, int32_t dtype) {
     return takes(nvidia_capability(machine().devices[static_cast<size_t>(device)].capability), dtype);
+}
+
+bool pages_move(int32_t device) { return machine().devices[static_cast<size_t>(device)].pages; }
+
+qc_status allocate_memory(const char *op, int32_t kind, size_t bytes, uintptr_t *address) {
+    return runtime::allocate_memory(op, kind, bytes, address);
+}
+
+qc_status free_memory(const char *op, int32_t kind, uintptr_t address) {
+    return runtime::free_memory(op, kind, address);
+}
+
+qc_status move_memory(const char *op, int32_t device, uintptr_t stream, uintptr_t address, size_t bytes, bool to_host) {
+    return runtime::move_memory(op, device, stream, address, bytes, to_host);
 }
 
 }  // namespace qcore::gpu

@@ -6,6 +6,7 @@
 #include "host/capabilities.h"
 #include "host/memory.h"
 #include "host/runtime.h"
+#include "host/runtime_memory.h"
 
 namespace qcore::gpu {
 
@@ -108,5 +109,19 @@ int blocks_at_once(int32_t device) {
 }
 
 bool has_matrix_unit(int32_t device, int32_t dtype) { return takes(capability_of(at(device).arch.c_str()), dtype); }
+
+bool pages_move(int32_t device) { return at(device).pages; }
+
+qc_status allocate_memory(const char *op, int32_t kind, size_t bytes, uintptr_t *address) {
+    return runtime::allocate_memory(op, kind, bytes, address);
+}
+
+qc_status free_memory(const char *op, int32_t kind, uintptr_t address) {
+    return runtime::free_memory(op, kind, address);
+}
+
+qc_status move_memory(const char *op, int32_t device, uintptr_t stream, uintptr_t address, size_t bytes, bool to_host) {
+    return runtime::move_memory(op, device, stream, address, bytes, to_host);
+}
 
 }  // namespace qcore::gpu

@@ -50,6 +50,9 @@ Device look_at(int index) {
     device.wave = properties.warpSize;
     device.threads = properties.multiProcessorCount * properties.maxThreadsPerMultiProcessor;
     device.pageable = properties.pageableMemoryAccess != 0;
+    // Without XNACK a kernel cannot wait for a page, so that no page may leave the device; only with it is the host's
+    // own memory, too, the device's to read.
+    device.pages = properties.managedMemory != 0 && properties.concurrentManagedAccess != 0 && device.pageable;
     if (!is_built_for(device.arch)) {
         device.refusal = "built for " QC_HIP_ARCHITECTURES "; this " + device.name + " is " + device.arch +
                          "; build qcore-hip with -DQCORE_HIP_ARCHITECTURES=" + device.arch;

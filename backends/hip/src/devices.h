@@ -15,6 +15,7 @@ struct Device {
     int wave = 0;           // 32 or 64
     int threads = 0;        // that run at once
     bool pageable = false;  // reads the host's own memory
+    bool pages = false;     // of managed memory move to it while it runs
     std::string refusal;    // why this build does not run there, or ""
 };
 

@@ -141,6 +141,28 @@ hipError_t hipLaunchKernel(const void *kernel, dim3 blocks, dim3 threads, void *
                                     shared, stream);
 }
 
+// Of paged state. HIP's headers have templates under the names of the first two.
+hipError_t hipMallocManaged(void **made, size_t bytes, unsigned flags) {
+    constexpr hipError_t (*function)(void **, size_t, unsigned) = hipMallocManaged;
+    return hand_on<function>("hipMallocManaged", hipErrorNotInitialized, made, bytes, flags);
+}
+hipError_t hipHostMalloc(void **made, size_t bytes, unsigned flags) {
+    constexpr hipError_t (*function)(void **, size_t, unsigned) = hipHostMalloc;
+    return hand_on<function>("hipHostMalloc", hipErrorNotInitialized, made, bytes, flags);
+}
+hipError_t hipHostGetDevicePointer(void **seen, void *pinned, unsigned flags) {
+    return hand_on<hipHostGetDevicePointer>("hipHostGetDevicePointer", hipErrorNotInitialized, seen, pinned, flags);
+}
+hipError_t hipFree(void *memory) { return hand_on<hipFree>("hipFree", hipErrorNotInitialized, memory); }
+hipError_t hipHostFree(void *memory) { return hand_on<hipHostFree>("hipHostFree", hipErrorNotInitialized, memory); }
+hipError_t hipMemPrefetchAsync(const void *memory, size_t bytes, int device, hipStream_t stream) {
+    return hand_on<hipMemPrefetchAsync>("hipMemPrefetchAsync", hipErrorNotInitialized, memory, bytes, device, stream);
+}
+hipError_t hipThreadExchangeStreamCaptureMode(hipStreamCaptureMode *mode) {
+    return hand_on<hipThreadExchangeStreamCaptureMode>("hipThreadExchangeStreamCaptureMode", hipErrorNotInitialized,
+                                                       mode);
+}
+
 // What clang's compiled code calls: no header declares them.
 hipError_t __hipPushCallConfiguration(dim3 blocks, dim3 threads, size_t shared, hipStream_t stream) {
     return hand_on<__hipPushCallConfiguration>("__hipPushCallConfiguration", hipErrorNotInitialized, blocks, threads,

@@ -105,7 +105,11 @@ qc_api make_table() {
     table.int8_linear = forward<&qc_api::int8_linear>();
     table.gemm_int4 = forward<&qc_api::gemm_int4>();
     table.gemm_4bit_transposed = forward<&qc_api::gemm_4bit_transposed>();
-    static_assert(sizeof(qc_api) == offsetof(qc_api, gemm_4bit_transposed) + sizeof table.gemm_4bit_transposed,
+    table.memory_kind = forward<&qc_api::memory_kind>();
+    table.memory_allocate = forward<&qc_api::memory_allocate>();
+    table.memory_free = forward<&qc_api::memory_free>();
+    table.memory_prefetch = forward<&qc_api::memory_prefetch>();
+    static_assert(sizeof(qc_api) == offsetof(qc_api, memory_prefetch) + sizeof table.memory_prefetch,
                   "an entry that is not forwarded would be an op that the library leaves out");
     return table;
 }

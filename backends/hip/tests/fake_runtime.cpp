@@ -4,6 +4,12 @@
 //   FAKE_HIP=gfx906:64,gfx1100:32    these devices, with these wave sizes
 //   FAKE_HIP_LAUNCH=9                a launch answers that error
 //   FAKE_HIP_PAGEABLE=1              devices read the host's own memory
+//   FAKE_HIP_MANAGED=1               devices have managed memory that both sides may use at once
+//   FAKE_HIP_ALLOCATE=2              every allocation answers that error
+//   FAKE_HIP_FREE=1                  giving memory back answers that error
+//   FAKE_HIP_PREFETCH=1              a prefetch answers that error
+//   FAKE_HIP_MAPPED=64               devices see pinned memory so many bytes further on
+//   FAKE_HIP_CAPTURING=1             the thread captures a graph: it may allocate and free in relaxed mode alone
 //   FAKE_HIP_MEMORY=2:1              every address is memory of type 2 (hipMemoryTypeDevice) of device 1; an error
 //                                    of the runtime without a colon; without it, of the current device
 #include <hip/hip_runtime_api.h>
@@ -14,6 +20,7 @@
 #include <map>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -42,6 +49,38 @@ const Fake &fake() {
 }
 
 hipError_t last = hipSuccess;
+hipStreamCaptureMode capture_mode = hipStreamCaptureModeGlobal;
+
+// The error that a variable of the environment names, noted as the runtime's last one.
+hipError_t told(const char *variable) {
+    const char *text = std::getenv(variable);
+    return text != nullptr ? last = static_cast<hipError_t>(std::atoi(text)) : hipSuccess;
+}
+
+hipError_t refused_in_capture() {
+    const bool refused = std::getenv("FAKE_HIP_CAPTURING") != nullptr && capture_mode != hipStreamCaptureModeRelaxed;
+    return refused ? last = hipErrorStreamCaptureUnsupported : hipSuccess;
+}
+
+hipError_t allocate(const char *kind, void **made, size_t bytes, unsigned flags) {
+    hipError_t error = refused_in_capture();
+    error = error == hipSuccess ? told("FAKE_HIP_ALLOCATE") : error;
+    if (error == hipSuccess) {
+        *made = std::malloc(bytes);
+        std::printf("%s %zu flags %u\n", kind, bytes, flags);
+    }
+    return error;
+}
+
+hipError_t give_back(const char *kind, void *memory) {
+    hipError_t error = refused_in_capture();
+    error = error == hipSuccess ? told("FAKE_HIP_FREE") : error;
+    if (error == hipSuccess) {
+        std::free(memory);
+        std::printf("free %s\n", kind);
+    }
+    return error;
+}
 std::map<const void *, std::string> kernels;
 struct {
     dim3 blocks, threads;
@@ -71,6 +110,7 @@ hipError_t hipGetDevicePropertiesR0600(hipDeviceProp_tR0600 *properties, int dev
     properties->multiProcessorCount = 4;
     properties->maxThreadsPerMultiProcessor = 2048;
     properties->pageableMemoryAccess = std::getenv("FAKE_HIP_PAGEABLE") != nullptr;
+    properties->managedMemory = properties->concurrentManagedAccess = std::getenv("FAKE_HIP_MANAGED") != nullptr;
     return hipSuccess;
 }
 #endif
@@ -106,11 +146,40 @@ hipError_t hipGetLastError() {
     return error;
 }
 const char *hipGetErrorName(hipError_t error) {
-    return error == hipErrorInvalidConfiguration ? "hipErrorInvalidConfiguration" : "hipErrorOther";
+    switch (error) {
+        case hipErrorInvalidConfiguration:
+            return "hipErrorInvalidConfiguration";
+        case hipErrorOutOfMemory:
+            return "hipErrorOutOfMemory";
+        default:
+            return "hipErrorOther";
+    }
 }
 const char *hipGetErrorString(hipError_t) { return "a fake error"; }
 hipError_t hipMemsetAsync(void *, int, size_t bytes, hipStream_t) {
     std::printf("memset %zu\n", bytes);
+    return hipSuccess;
+}
+hipError_t hipMallocManaged(void **made, size_t bytes, unsigned flags) {
+    return allocate("managed", made, bytes, flags);
+}
+hipError_t hipHostMalloc(void **made, size_t bytes, unsigned flags) { return allocate("pinned", made, bytes, flags); }
+hipError_t hipHostGetDevicePointer(void **seen, void *pinned, unsigned) {
+    const char *distance = std::getenv("FAKE_HIP_MAPPED");
+    *seen = static_cast<char *>(pinned) + (distance != nullptr ? std::atoi(distance) : 0);
+    return hipSuccess;
+}
+hipError_t hipFree(void *memory) { return give_back("managed", memory); }
+hipError_t hipHostFree(void *memory) { return give_back("pinned", memory); }
+hipError_t hipMemPrefetchAsync(const void *, size_t bytes, int device, hipStream_t stream) {
+    const hipError_t error = told("FAKE_HIP_PREFETCH");
+    if (error == hipSuccess) {
+        std::printf("prefetch %zu to %d stream %p\n", bytes, device, static_cast<void *>(stream));
+    }
+    return error;
+}
+hipError_t hipThreadExchangeStreamCaptureMode(hipStreamCaptureMode *mode) {
+    std::swap(*mode, capture_mode);
     return hipSuccess;
 }
 hipError_t hipLaunchKernel(const void *kernel, dim3 blocks, dim3 threads, void **, size_t, hipStream_t stream) {

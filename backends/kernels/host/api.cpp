@@ -6,6 +6,7 @@
 #include "arguments.h"
 #include "device.h"
 #include "ops.h"
+#include "paged_memory.h"
 #include "qcore_backend.h"
 
 namespace qcore::gpu {
@@ -95,6 +96,10 @@ const qc_api kApi = {
     int8_linear,
     gemm_int4,
     gemm_4bit_transposed,
+    memory_kind,
+    memory_allocate,
+    memory_free,
+    memory_prefetch,
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #ifndef QCORE_GPU_DEVICE_H
 #define QCORE_GPU_DEVICE_H
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -40,6 +41,16 @@ int blocks_at_once(int32_t device);
 
 // Whether the matrix units of a device take this dtype: which of two kernels a product runs (gemm_4bit.cu).
 bool has_matrix_unit(int32_t device, int32_t dtype);
+
+// Whether managed memory's pages move to a device when its kernels touch them, while the host may use others. Called
+// with a device that is there.
+bool pages_move(int32_t device);
+
+// What the memory_ functions of the table leave to the target, with arguments that have been checked
+// (paged_memory.cpp). They leave no error behind in the runtime.
+qc_status allocate_memory(const char *op, int32_t kind, size_t bytes, uintptr_t *address);
+qc_status free_memory(const char *op, int32_t kind, uintptr_t address);
+qc_status move_memory(const char *op, int32_t device, uintptr_t stream, uintptr_t address, size_t bytes, bool to_host);
 
 }  // namespace qcore::gpu
 

@@ -2,6 +2,7 @@
 #include "../host/device.h"
 
 #include <cstdlib>
+#include <cstring>
 
 #include "../host/arguments.h"
 #include "device.h"
@@ -41,5 +42,28 @@ std::string device_fields(int32_t) {
 int blocks_at_once(int32_t) { return 2; }
 
 bool has_matrix_unit(int32_t, int32_t) { return true; }
+
+bool pages_move(int32_t) {
+    const char *memory = std::getenv("QCORE_SIMT_MEMORY");
+    return memory == nullptr || std::strcmp(memory, "pinned") != 0;
+}
+
+// The host's memory stands in for both kinds. It is filled, so that nobody takes it for zeroed.
+qc_status allocate_memory(const char *op, int32_t, size_t bytes, uintptr_t *address) {
+    void *const made = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (made == nullptr) {
+        return fail(QC_OUT_OF_MEMORY, "%s: %zu bytes cannot be had", op, bytes);
+    }
+    std::memset(made, 0xFB, bytes);
+    *address = reinterpret_cast<uintptr_t>(made);
+    return QC_OK;
+}
+
+qc_status free_memory(const char *, int32_t, uintptr_t address) {
+    std::free(reinterpret_cast<void *>(address));
+    return QC_OK;
+}
+
+qc_status move_memory(const char *, int32_t, uintptr_t, uintptr_t, size_t, bool) { return QC_OK; }
 
 }  // namespace qcore::gpu

@@ -31,6 +31,37 @@ inline hipError_t hipMemsetAsync(void *address, int value, size_t bytes, hipStre
     return cudaMemsetAsync(address, value, bytes, stream);
 }
 
+// Memory of paged state.
+inline constexpr hipError_t hipErrorOutOfMemory = cudaErrorMemoryAllocation;
+using hipStreamCaptureMode = cudaStreamCaptureMode;
+inline constexpr hipStreamCaptureMode hipStreamCaptureModeRelaxed = cudaStreamCaptureModeRelaxed;
+inline constexpr unsigned hipMemAttachGlobal = cudaMemAttachGlobal;
+inline constexpr unsigned hipHostMallocMapped = cudaHostAllocMapped;
+inline constexpr unsigned hipHostMallocPortable = cudaHostAllocPortable;
+inline constexpr int hipCpuDeviceId = cudaCpuDeviceId;
+inline hipError_t hipThreadExchangeStreamCaptureMode(hipStreamCaptureMode *mode) {
+    return cudaThreadExchangeStreamCaptureMode(mode);
+}
+inline hipError_t hipMallocManaged(void **made, size_t bytes, unsigned flags) {
+    return cudaMallocManaged(made, bytes, flags);
+}
+inline hipError_t hipHostMalloc(void **made, size_t bytes, unsigned flags) { return cudaHostAlloc(made, bytes, flags); }
+inline hipError_t hipHostGetDevicePointer(void **seen, void *pinned, unsigned flags) {
+    return cudaHostGetDevicePointer(seen, pinned, flags);
+}
+inline hipError_t hipFree(void *memory) { return cudaFree(memory); }
+inline hipError_t hipHostFree(void *memory) { return cudaFreeHost(memory); }
+inline hipError_t hipMemPrefetchAsync(const void *memory, size_t bytes, int device, hipStream_t stream) {
+#if CUDART_VERSION >= 13000
+    cudaMemLocation location = {};
+    location.type = device == hipCpuDeviceId ? cudaMemLocationTypeHost : cudaMemLocationTypeDevice;
+    location.id = device == hipCpuDeviceId ? 0 : device;
+    return cudaMemPrefetchAsync(memory, bytes, location, 0, stream);
+#else
+    return cudaMemPrefetchAsync(memory, bytes, device, stream);
+#endif
+}
+
 inline hipError_t hipPointerGetAttributes(hipPointerAttribute_t *attributes, const void *address) {
     return cudaPointerGetAttributes(attributes, address);
 }
