@@ -115,6 +115,9 @@ else
 fi
 
 part "small calls" 60 "$python" tools/gpu_small_calls.py "$library"
+paged=(tools/gpu_paged.py "$library" --device "$device")
+[[ -z $rehearsal ]] || paged+=(--elements 30000)
+part paged 25 "$python" "${paged[@]}"
 
 conformance() { # NAME LIMIT RESULT ARGUMENT...: the suite; its JSON and page go to OUT_DIR even if cases failed
     local name=$1 limit=$2 result=$3 left=$((budget - (SECONDS - start)))

@@ -8,6 +8,7 @@ from qcore.backend.optimizer import (
     OptimizerTensors,
     PreparedStep,
 )
+from qcore.backend.paged import PagedMemory
 from qcore.backend.registry import BackendStatus, backend_for, backend_report, get_backend, use_backend
 from qcore.backend.weights import Weight4bit, Weight8bit, WeightInt4
 
@@ -20,6 +21,7 @@ __all__ = [
     "Description",
     "OptimizerRule",
     "OptimizerTensors",
+    "PagedMemory",
     "PreparedGemm",
     "PreparedInt8",
     "PreparedStep",

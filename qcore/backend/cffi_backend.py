@@ -15,10 +15,13 @@ from torch import Tensor
 
 from qcore.backend.abi import constants as QC
 from qcore.backend.abi import ffi
+from qcore.backend.cffi_memory import FUNCTIONS as MEMORY
+from qcore.backend.cffi_memory import CffiMemory
 from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
 from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8, PreparedTransposed
 from qcore.backend.library import open_library
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
+from qcore.backend.paged import PagedMemory
 from qcore.backend.weights import Weight4bit, Weight8bit, WeightInt4
 from qcore.errors import (
     BackendError,
@@ -343,6 +346,17 @@ class CffiBackend(Backend):
             self._call("optimizer_step", device, stream, pack_rule(rule, *dtypes), packed.struct, address, size)
 
         return step
+
+    def paged_memory(self, device: torch.device) -> PagedMemory:
+        functions: dict[str, Any] = {name: self._function(name) for name in MEMORY}
+        if not all(functions.values()):
+            return super().paged_memory(device)
+        if not self._host:
+            if device.index is None:
+                device = torch.device(device.type, torch.cuda.current_device())
+            for name in ("memory_allocate", "memory_prefetch"):
+                functions[name] = partial(_on_device, functions[name])
+        return CffiMemory(self._library, functions, self._check, device)
 
 
 def _on_device(function: Callable[..., int], device: int, *arguments: Any) -> int:

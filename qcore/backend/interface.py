@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, device
 
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
+from qcore.backend.paged import PagedMemory
 from qcore.backend.weights import Weight4bit as Weight4bit
 from qcore.backend.weights import Weight8bit as Weight8bit
 from qcore.backend.weights import WeightInt4 as WeightInt4
@@ -156,6 +157,10 @@ class Backend(ABC):
     def prepare_optimizer_step(self, t: OptimizerTensors) -> PreparedStep:
         """Pack the tensors of many steps once; each step brings its rule and its gradients."""
         return lambda rule, grads, scales: self.optimizer_step(rule, replace(t, grads=grads, grad_scales=scales))
+
+    def paged_memory(self, device: device) -> PagedMemory:
+        """Memory for optimizer state that may be larger than that of ``device``; raises ``Unsupported`` without."""
+        raise Unsupported(f"paged memory: backend {self.name!r} has none for {device.type} tensors")
 
     def _unsupported(self, op: str) -> Unsupported:
         return Unsupported(f"{op}: backend {self.name!r} does not serve this op; `qcore info` lists those that do")

@@ -17,6 +17,7 @@ from qcore.functional.int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from qcore.functional.paged import get_paged, prefetch_tensor
 from qcore.functional.quant_state import QuantState, pack_dict_to_tensor, unpack_tensor_to_dict
 from qcore.functional.quantization import (
     dequantize_4bit,
@@ -43,6 +44,7 @@ __all__ = [
     "fake_quantize_tensor",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mixed_scaled_mm",
@@ -51,6 +53,7 @@ __all__ = [
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "pack_dict_to_tensor",
+    "prefetch_tensor",
     "quantize_4bit",
     "quantize_activation",
     "quantize_blockwise",

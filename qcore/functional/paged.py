@@ -1,8 +1,9 @@
 """Where optimizer state lives: in the device's own memory, or in a tier that may be larger than it.
 
-A tier makes zeroed tensors and reads them ahead. On the CPU the paged tier is a map of files that have no name any
-more: the kernel writes pages out when memory is short, nothing is left on disk whatever ends the process, and the space
-is reserved when a tensor is made, so that a full disk is an error then and not a crash in the middle of a step.
+A tier makes zeroed tensors and brings them near ahead of their use. A GPU's tier is its backend's: managed memory, or
+pinned memory of the host. On the CPU it is a map of files that have no name any more: the kernel writes pages out when
+memory is short, nothing is left on disk whatever ends the process, and the space is reserved when a tensor is made, so
+that a full disk is an error then and not a crash in the middle of a step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -18,7 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qcore.errors import InvalidArgument, OutOfMemory, OutputError, Unsupported
+from qcore.backend.interface import Backend
+from qcore.backend.paged import PagedMemory
+from qcore.backend.registry import backend_for
+from qcore.errors import DeviceError, InvalidArgument, OutOfMemory, OutputError, Unsupported
 
 DIRECTORY = "QCORE_PAGED_DIR"
 # Smaller tensors stay where they are: a page table entry each costs more than they take (bitsandbytes' threshold).
@@ -28,14 +33,20 @@ SMALLEST = 100_000
 class MemoryTier(ABC):
     """Makes tensors for optimizer state, and brings them near before a step.
 
+    A step that goes through several windows calls ``ready`` for one, ``prefetch`` for the next, and then the backend.
+
     Attributes
     ----------
     window : int
-        Bytes of state that one call of the backend should touch, so that the next call's can be read meanwhile; 0 for
-        any number.
+        Bytes of state that one call of the backend should touch, so that the next call's can be brought meanwhile; 0
+        for any number, and then nothing is brought.
+    what : str
+        What messages say was closed.
     """
 
     window: int = 0
+    what = "memory"
+    _closed = False
 
     @abstractmethod
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -45,11 +56,23 @@ class MemoryTier(ABC):
         """Whether the tensor's memory is this tier's."""
         return True
 
-    def prefetch(self, tensors: Iterable[Tensor]) -> None:  # noqa: B027 - a tier may have nothing to do
-        """Start to bring the tensors' pages in; a hint."""
+    def prefetch(self, tensors: Iterable[Tensor], to_host: bool = False) -> None:  # noqa: B027 - may have nothing to do
+        """Start to bring the tensors near, or back to the host; a hint."""
 
-    def check_open(self) -> None:  # noqa: B027
+    def ready(self, tensors: Iterable[Tensor]) -> None:  # noqa: B027
+        """Have the next call find the tensors near: those of the last ``prefetch``, or, without one, any others."""
+
+    def check_open(self) -> None:
         """Raise if the tier was closed."""
+        if self._closed:
+            raise InvalidArgument(
+                f"paged state: its {self.what} was closed by close(), and the state went with it; load a state dict "
+                "into a new optimizer"
+            )
+
+    def close(self) -> None:
+        """Make no more tensors; those that exist go when nobody refers to them any more."""
+        self._closed = True
 
 
 class DeviceMemory(MemoryTier):
@@ -83,6 +106,7 @@ class FileMemory(MemoryTier):
     """
 
     window = 64 << 20
+    what = "map"
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         self.directory = Path(directory or os.environ.get(DIRECTORY) or tempfile.gettempdir())
@@ -93,7 +117,6 @@ class FileMemory(MemoryTier):
             )
         # Address -> map; a tensor keeps its map alive, and the space is given back with the last tensor.
         self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
-        self._closed = False
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         self.check_open()
@@ -130,38 +153,133 @@ class FileMemory(MemoryTier):
     def holds(self, tensor: Tensor) -> bool:
         return tensor.nbytes < SMALLEST or tensor.data_ptr() in self._maps
 
-    def prefetch(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
+    def prefetch(self, tensors: Iterable[Tensor], to_host: bool = False) -> None:
+        for tensor in () if to_host else tensors:  # pages that nobody uses go back by themselves
             pages = self._maps.get(tensor.data_ptr())
             if pages is not None:
                 pages.madvise(mmap.MADV_WILLNEED)
 
-    def check_open(self) -> None:
-        if self._closed:
-            raise InvalidArgument(
-                "paged state: its map was closed by close(), and the state went with it; load a state dict into a new "
-                "optimizer"
-            )
 
-    def close(self) -> None:
-        """Make no more tensors; those that exist go when nobody refers to them any more."""
-        self._closed = True
+class BackendMemory(MemoryTier):
+    """Memory that the backend of a device offers (``Backend.paged_memory``), for tensors of that device."""
+
+    window = 64 << 20
+
+    def __init__(self, memory: PagedMemory) -> None:
+        self.memory = memory
+        self._ahead = False  # a window was asked for that nobody was ready for yet
+        self._warned = False
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.check_open()
+        size = _size(shape, dtype)
+        if size < SMALLEST:
+            return DeviceMemory().zeros(shape, dtype, device)
+        try:
+            return self.memory.empty(shape, dtype).zero_()
+        except OutOfMemory as error:
+            raise OutOfMemory(
+                f"paged state: {size} bytes of {self.memory.kind} memory for a {dtype} tensor of shape {shape} cannot "
+                f"be had for {device}: {error}; keep the state in 8 bits, or free some of the host's memory"
+            ) from error
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.nbytes < SMALLEST or self.memory.holds(tensor)
+
+    def prefetch(self, tensors: Iterable[Tensor], to_host: bool = False) -> None:
+        self._ahead = not to_host
+        try:
+            self.memory.prefetch([tensor for tensor in tensors if self.memory.holds(tensor)], to_host)
+        except DeviceError as error:  # in the middle of a step, which is right without it
+            if not self._warned:
+                self._warned = True
+                message = f"paged state: it could not be brought near, and steps may be slow: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def ready(self, tensors: Iterable[Tensor]) -> None:
+        if not self._ahead:
+            self.prefetch(tensors)
+        self._ahead = False
+        self.memory.wait()
 
 
-def paged_memory(device: torch.device, directory: str | os.PathLike[str] | None) -> MemoryTier:
+def paged_memory(device: torch.device, directory: str | os.PathLike[str] | None = None) -> MemoryTier:
     """The tier for paged state of tensors on ``device``.
+
+    Parameters
+    ----------
+    device : torch.device
+    directory : path, optional
+        CPU tensors: where the files are, and that there are files even if the backend has memory of its own.
 
     Raises
     ------
     Unsupported
-        No backend has one for this kind of device.
+        The device's backend has none.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and directory is not None:
         return FileMemory(directory)
-    raise Unsupported(
-        f"paged state on {device}: needs managed or pinned memory from the backend of {device.type} tensors, and none "
-        "has it; use the optimizer that is not paged"
-    )
+    backend = backend_for(device)
+    try:
+        return BackendMemory(backend.paged_memory(device))
+    except Unsupported as error:
+        if device.type == "cpu":
+            return FileMemory()
+        raise Unsupported(
+            f"paged state on {device}: needs managed or pinned memory from its backend, and {backend.name!r} has none; "
+            "use the optimizer that is not paged"
+        ) from error
+
+
+_shared: dict[tuple[torch.device, Backend], MemoryTier] = {}  # of get_paged
+
+
+def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cuda:0") -> Tensor:
+    """A tensor in memory that may be larger than its device's own: bitsandbytes' function, for every device.
+
+    Parameters
+    ----------
+    *shape : int
+    dtype : torch.dtype
+        uint8, float32, float16 or bfloat16.
+    device : torch.device or str
+
+    Returns
+    -------
+    Tensor
+        On ``device`` (bitsandbytes' is a CPU tensor over the same memory), zeroed; below 100,000 bytes in the device's
+        own memory. Its attribute ``is_paged`` is True.
+
+    Raises
+    ------
+    OutOfMemory, Unsupported
+        There is no room, or the device's backend has no such memory.
+    """
+    device = torch.device(device)
+    tensor = _shared_tier(device).zeros(shape, dtype, device)
+    tensor.is_paged = True  # type: ignore[attr-defined]
+    tensor.page_deviceid = device.index  # type: ignore[attr-defined]
+    return tensor
+
+
+def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
+    """Begin to bring a tensor of :func:`get_paged` to its device, or back to the host; bitsandbytes' function.
+
+    Raises
+    ------
+    InvalidArgument
+        Another tensor.
+    """
+    if not getattr(A, "is_paged", False):
+        raise InvalidArgument("prefetch_tensor: A is not paged; make it with get_paged")
+    _shared_tier(A.device).prefetch([A], to_cpu)
+
+
+def _shared_tier(device: torch.device) -> MemoryTier:
+    key = (device, backend_for(device))
+    if key not in _shared:
+        _shared[key] = paged_memory(device)
+    return _shared[key]
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

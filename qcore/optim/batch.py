@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from qcore.errors import InvalidArgument, InvalidDtype
+from qcore.functional.paged import MemoryTier
 from qcore.ops.optimizer import OptimizerRule, OptimizerTensors, PreparedOptimizerStep, prepare_optimizer_step
 from qcore.ops.validate import FLOATS
 from qcore.optim.clipping import grad_scale, history_of, recorded, squared_norms
-from qcore.optim.memory import MemoryTier
 from qcore.optim.sharded import as_dtensor, local, local_gradient
 from qcore.optim.state import State
 

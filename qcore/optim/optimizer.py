@@ -12,13 +12,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from qcore.backend.registry import selection
+from qcore.backend.interface import Backend
+from qcore.backend.registry import backend_for, selection
 from qcore.errors import InvalidArgument, InvalidDtype
+from qcore.functional.paged import DeviceMemory, MemoryTier, paged_memory
 from qcore.ops.optimizer import OptimizerRule, optimizer_rule
 from qcore.ops.validate import FLOATS
 from qcore.optim import checkpoint
 from qcore.optim.batch import Batch, Member, check_gradient
-from qcore.optim.memory import DeviceMemory, FileMemory, MemoryTier, paged_memory
 from qcore.optim.overrides import GlobalOptimManager
 from qcore.optim.settings import STRUCTURE, check_group, gather
 from qcore.optim.sharded import is_split, local, local_gradient, rank_of
@@ -63,7 +64,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._batches: list[Batch] | None = None
         self._made_for: tuple[Any, ...] = ()
         self._idle: list[Tensor] = []  # parameters that have had no gradient yet
-        self._tiers: dict[tuple[str, str | None], MemoryTier] = {}
+        self._tiers: dict[tuple[torch.device, str | None, Backend], MemoryTier] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -126,7 +127,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         calls = [call for batch in self._batches for call in batch.calls(self._rule)]
         limit_sharded(calls)
         for call, following in zip(calls, [*calls[1:], None]):
-            if following is not None and following.batch is not call.batch:
+            batch = call.batch
+            if batch.memory.window:
+                batch.memory.ready(batch.state_tensors())
+            if following is not None and following.batch is not batch and following.batch.memory.window:
                 following.batch.memory.prefetch(following.batch.state_tensors())
             call.run()
 
@@ -238,20 +242,19 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _memory(self, settings: Mapping[str, Any], device: torch.device) -> MemoryTier:
         if not settings["is_paged"]:
             return _IN_MEMORY
-        key = (device.type, settings["paged_dir"])
+        key = (device, settings["paged_dir"], backend_for(device))
         if key not in self._tiers:
             self._tiers[key] = paged_memory(device, settings["paged_dir"])
         return self._tiers[key]
 
     def close(self) -> None:
-        """Give the files of paged state back now, and the whole state with them; a later step raises.
+        """Give the memory or the files of paged state back now, and the whole state with them; a later step raises.
 
         Does nothing if no state is paged.
         """
-        tiers = [tier for tier in self._tiers.values() if isinstance(tier, FileMemory)]
-        if not tiers:
+        if not self._tiers:
             return
-        for tier in tiers:
+        for tier in self._tiers.values():
             tier.close()
         self._batches = None
         self.state = defaultdict(dict)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qcore.backend.optimizer import OPTIMIZER_BLOCK
 from qcore.errors import FormatError
+from qcore.functional.paged import MemoryTier
 from qcore.optim.codes import codebook, decode_rows, encode_rows, zero_code
-from qcore.optim.memory import MemoryTier
 
 State = dict[str, Any]
 TENSORS = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2", "kahan", "gnorm_vec", "unorm_vec")

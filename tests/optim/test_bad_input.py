@@ -148,7 +148,7 @@ def test_tied_memory_is_refused() -> None:
 
 
 def test_state_that_does_not_fit_in_memory_is_an_error_of_the_tree() -> None:
-    from qcore.optim.memory import DeviceMemory
+    from qcore.functional.paged import DeviceMemory
 
     with pytest.raises(
         OutOfMemory, match=r"optimizer state: \d+ bytes for a torch.float32 tensor .* do not fit on cpu"

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import resource
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cases import gradients, run
-from qcore import optim
-from qcore.errors import InvalidArgument, OutOfMemory, OutputError, Unsupported
+from qcore import functional, optim
+from qcore.backend import OptimizerRule, OptimizerTensors, PagedMemory, use_backend
+from qcore.errors import DeviceError, InvalidArgument, OutOfMemory, OutputError, Unsupported
+from qcore.functional import paged
+from qcore.functional.paged import FileMemory, paged_memory
 from qcore.ops.optimizer import PreparedOptimizerStep
-from qcore.optim.memory import FileMemory, paged_memory
+from qcore_cpu_reference import ReferenceBackend
 
 LARGE = 150_000  # elements whose 8-bit codes are a page tier's business
 
@@ -179,6 +185,165 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         memory.zeros((LARGE,), torch.float32, torch.device("cpu"))
 
 
+class Host(ReferenceBackend):
+    """The reference with memory of its own: bytearrays that count themselves."""
+
+    name = "host"
+
+    def __init__(self, room: int = 1 << 40) -> None:
+        self.memory = Bytes(room)
+
+    def paged_memory(self, device: torch.device) -> PagedMemory:
+        return self.memory
+
+    def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
+        self.memory.said.append("step")
+        super().optimizer_step(rule, tensors)
+
+
+class Bytes(PagedMemory):
+    """What a backend that is written in Python may have."""
+
+    kind = "counted"
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.alive: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+        self.said: list[str] = []
+        self.broken = False
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.full(shape, 77, dtype=dtype)
+        if tensor.nbytes > self.room:
+            raise OutOfMemory(f"{tensor.nbytes} bytes of {self.room}")
+        self.alive[tensor.data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.data_ptr() in self.alive
+
+    def prefetch(self, tensors: Iterable[Tensor], to_host: bool = False) -> None:
+        self.said.append(f"prefetch {sum(tensor.nbytes for tensor in tensors)}{' to the host' if to_host else ''}")
+        if self.broken:
+            raise DeviceError("the bus is on fire")
+
+    def wait(self) -> None:
+        self.said.append("wait")
+
+
+def step_of(optimizer: optim.Optimizer8bit, starts: list[Tensor]) -> list[Tensor]:
+    """Parameters after one step from ``starts`` on gradients of their own values."""
+    params = optimizer.param_groups[0]["params"]
+    for param, start in zip(params, starts, strict=True):
+        param.data.copy_(start)
+        param.grad = start
+    optimizer.step()
+    return [param.detach().clone() for param in params]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Values of three parameters of which each is a window of its own, although they are small."""
+    monkeypatch.setattr(paged, "SMALLEST", 100)
+    monkeypatch.setattr(paged.BackendMemory, "window", 600)
+    return [torch.randn(600) for _ in range(3)]
+
+
+def parameters(values: list[Tensor]) -> list[nn.Parameter]:
+    return [nn.Parameter(value.clone()) for value in values]
+
+
+def test_state_lives_in_the_memory_of_its_backend_and_comes_in_windows(small: list[Tensor]) -> None:
+    backend = Host()
+    memory = backend.memory
+    with use_backend(backend):
+        optimizer = optim.PagedLion8bit(parameters(small), min_8bit_size=0)
+        stepped = step_of(optimizer, small)
+        assert memory.said == ["prefetch 600", *["wait", "prefetch 600", "step"] * 2, "wait", "step"]
+        assert all(map(torch.equal, stepped, step_of(optim.Lion8bit(parameters(small), min_8bit_size=0), small)))
+        assert len(memory.alive) == 3
+        saved = copy.deepcopy(optimizer.state_dict())
+        other = optim.PagedLion8bit(parameters(small), min_8bit_size=0)
+        other.load_state_dict(saved)
+        pickled = pickle.loads(pickle.dumps(optimizer))
+        assert len(memory.alive) == 6  # the pickle's state is not in it before its first step
+        expected = step_of(optimizer, small)
+        assert all(map(torch.equal, expected, step_of(other, small)))
+        assert all(map(torch.equal, expected, step_of(pickled, small)))
+        assert len(memory.alive) == 9
+        optimizer.close()
+        assert len(memory.alive) == 6
+        with pytest.raises(InvalidArgument, match=r"paged state: its memory was closed by close\(\)"):
+            optimizer.step()
+        del optimizer, other, pickled
+    assert len(memory.alive) == 0
+
+
+def test_a_prefetch_that_fails_does_not_stop_a_step_half_way(small: list[Tensor]) -> None:
+    backend = Host()
+    backend.memory.broken = True
+    with use_backend(backend):
+        optimizer = optim.PagedLion8bit(parameters(small), min_8bit_size=0)
+        with pytest.warns(RuntimeWarning, match="could not be brought near, and steps may be slow: the bus") as said:
+            result = step_of(optimizer, small)
+        assert len(said) == 1
+        assert all(map(torch.equal, result, step_of(optim.Lion8bit(parameters(small), min_8bit_size=0), small)))
+
+
+def test_memory_that_is_out_is_an_error_before_the_step(small: list[Tensor]) -> None:
+    with use_backend(Host(room=599)):
+        optimizer = optim.PagedLion8bit(parameters(small), min_8bit_size=0)
+        with pytest.raises(OutOfMemory, match=r"paged state: 600 bytes of counted memory for a torch\.uint8 tensor"):
+            step_of(optimizer, small)
+        assert all(map(torch.equal, optimizer.param_groups[0]["params"], small))
+
+
+def test_state_moves_to_the_memory_of_the_backend_that_is_selected(small: list[Tensor]) -> None:
+    first, second = Host(), Host()
+    optimizer = optim.PagedLion8bit(parameters(small), min_8bit_size=0)
+    for backend in (first, second):
+        with use_backend(backend):
+            step_of(optimizer, small)
+    assert (len(first.memory.alive), len(second.memory.alive)) == (0, 3)
+
+
+def test_a_directory_means_files_whatever_the_backend_has(tmp_path: Path) -> None:
+    with use_backend(Host()):
+        assert isinstance(paged_memory(torch.device("cpu"), tmp_path), FileMemory)
+
+
 def test_a_device_without_a_paged_tier_is_refused() -> None:
-    with pytest.raises(Unsupported, match="paged state on cuda: needs managed or pinned memory"):
+    class Bare(ReferenceBackend):
+        name = "bare"
+
+    with (
+        use_backend(Bare()),
+        pytest.raises(
+            Unsupported, match="paged state on cuda: needs managed or pinned memory from its backend, and 'ba"
+        ),
+    ):
         paged_memory(torch.device("cuda"), None)
+
+
+def test_paged_tensors_of_bitsandbytes_functions(small: list[Tensor]) -> None:
+    backend = Host()
+    with use_backend(backend):
+        tensor = functional.get_paged(20, 30, dtype=torch.uint8, device="cpu")
+        assert tensor.is_paged  # type: ignore[attr-defined]
+        assert tensor.shape == (20, 30)
+        assert not tensor.any()
+        functional.prefetch_tensor(tensor)
+        functional.prefetch_tensor(tensor, to_cpu=True)
+        assert backend.memory.said == ["prefetch 600", "prefetch 600 to the host"]
+        with pytest.raises(InvalidArgument, match="prefetch_tensor: A is not paged"):
+            functional.prefetch_tensor(torch.zeros(3))
+        del tensor
+    assert len(backend.memory.alive) == 0
+
+
+def test_paged_tensors_on_a_plain_cpu_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCORE_PAGED_DIR", str(tmp_path))
+    monkeypatch.setattr(paged, "_shared", {})
+    tensor = functional.get_paged(LARGE, device="cpu")
+    functional.prefetch_tensor(tensor)
+    assert maps_in(tmp_path) == 1
