@@ -352,8 +352,7 @@ class CffiBackend(Backend):
         if not all(functions.values()):
             return super().paged_memory(device)
         if not self._host:
-            if device.index is None:
-                device = torch.device(device.type, torch.cuda.current_device())
+            device = torch.empty(0, device=device).device  # with an index
             for name in ("memory_allocate", "memory_prefetch"):
                 functions[name] = partial(_on_device, functions[name])
         return CffiMemory(self._library, functions, self._check, device)

@@ -29,7 +29,8 @@ class Options(TypedDict, total=False):
     seed : int
         For stochastic rounding: the same seed gives the same run.
     paged_dir : str
-        Where the files of a paged optimizer are; by default ``QCORE_PAGED_DIR``, else the system's temporary directory.
+        Where the files of paged state of CPU tensors are; by default ``QCORE_PAGED_DIR``, else the system's temporary
+        directory. State of a GPU's tensors is in no files.
     exact_bitsandbytes : bool
         Write 8-bit states as bitsandbytes 0.50.2 does, small second moments rounded to 0 included (QC-OPT-023).
     check_finite : bool

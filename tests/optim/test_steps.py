@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,9 +196,9 @@ def test_the_gradient_scaler_skips_a_step_that_overflowed() -> None:
     assert same(net, plain)  # powers of two scale exactly
 
 
-def test_a_compiled_training_step_is_the_eager_one() -> None:
+def test_a_compiled_training_step_is_the_eager_one_and_is_compiled_once() -> None:
     net, eager = model(), model()
-    optimizer, reference = optim.AdamW8bit(net.parameters()), optim.AdamW8bit(eager.parameters())
+    optimizer, reference = optim.PagedAdamW8bit(net.parameters()), optim.AdamW8bit(eager.parameters())
     x, y = torch.randn(32, 64), torch.randn(32, 8)
 
     def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -204,12 +206,26 @@ def test_a_compiled_training_step_is_the_eager_one() -> None:
         nn.functional.mse_loss(net(x), y).backward()
         optimizer.step()
 
-    compiled = torch.compile(lambda: step(net, optimizer), backend="eager")
     torch._dynamo.utils.counters.clear()
-    for _ in range(4):
+    torch._dynamo.reset()
+    made: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        made.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda: step(net, optimizer), backend=compiler)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in (optimizer, reference)]
+    graphs = []
+    for _ in range(6):
         compiled()
         step(eager, reference)
+        for schedule in schedules:
+            schedule.step()
+        graphs.append(len(made))
     assert same(net, eager)
+    assert graphs[0] > 0  # forward pass and loss are a graph
+    assert len(set(graphs[1:])) == 1  # nothing is compiled again: not for a step's number, nor for another rate
     assert torch._dynamo.utils.counters["recompile_limit"] == {}
 
 
