@@ -120,6 +120,7 @@ LEAN_SANITIZERS = (
     "quantize_blockwise",
     "gemm_4bit",
     "gemm_4bit_transposed",
+    "int8_linear_transposed",
     "int8_quantize_rows",
     "int8_scaled_gemm",
     "optimizer_step",

@@ -1,4 +1,4 @@
-"""QC-GEMM4-004: how far a sum may be from the truth, from what the backend declares about its sums."""
+"""QC-GEMM4-004 and QC-INT8-012: how far a sum may be from the truth, from what the backend declares about its sums."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from qcore_conformance.floats import FORMATS, Floats
 from qcore_conformance.oracle import Product
 
 WEIGHT_ROUNDINGS = ("float32", "compute")
+SCALED = "scaled"  # QC-INT8-011 allows it too
 
 
 @dataclass(frozen=True)
 class GemmDeclaration:
-    """What a backend declares of a product: ``d(K) = ceil(K / lanes) + extra`` (QC-GEMM4-002, -009, QC-INT4-004)."""
+    """What a backend declares of a product (QC-GEMM4-002, -009, QC-INT4-004, QC-INT8-012).
+
+    ``d(K) = ceil(K / lanes) + extra``.
+    """
 
     lanes: int
     extra: int
@@ -38,7 +42,8 @@ class GemmDeclaration:
         assert type(lanes) is int and lanes >= 1, f"{op}: declared lanes {lanes!r}, expected an integer >= 1"
         assert type(extra) is int and extra >= 0, f"{op}: declared extra {extra!r}, expected an integer >= 0"
         rounding = said.get("weight_rounding")
-        assert rounding in WEIGHT_ROUNDINGS, f"{op}: weight_rounding {rounding!r}, expected {WEIGHT_ROUNDINGS}"
+        allowed = (*WEIGHT_ROUNDINGS, SCALED) if op == "int8_linear_transposed" else WEIGHT_ROUNDINGS
+        assert rounding in allowed, f"{op}: weight_rounding {rounding!r}, expected one of {allowed}"
         return cls(lanes, extra, rounding, op)
 
     def depth(self, k: int) -> int:
@@ -51,29 +56,33 @@ class GemmDeclaration:
         return depth
 
 
-def gemm_bound(truth: Product, declaration: GemmDeclaration, k: int, dtype: str) -> NDArray[np.float64]:
-    """The largest allowed ``|y - y*|``, elementwise."""
+def gemm_bound(
+    truth: Product, declaration: GemmDeclaration, k: int, dtype: str, roundings: int = 1
+) -> NDArray[np.float64]:
+    """The largest allowed ``|y - y*|``, elementwise; ``roundings`` to float32 besides those of the sum."""
     u = FORMATS["f32"].unit_roundoff
     out = FORMATS[dtype]
     du = declaration.depth(k) * u
-    u_w = out.unit_roundoff if declaration.weight_rounding == "compute" and dtype != "f32" else 0.0
+    rounded = {"float32": (), "compute": ("f16", "bf16"), SCALED: ("bf16",)}[declaration.weight_rounding]
+    u_w = out.unit_roundoff if dtype in rounded else 0.0
     g = du / (1 - du)
-    a = ((1 + g) * (1 + u) * (1 + u_w) - 1) * truth.magnitude
+    a = ((1 + g) * (1 + u) ** roundings * (1 + u_w) - 1) * truth.magnitude
     bound = a + out.unit_roundoff * (np.abs(truth.exact) + a)
     denormal = np.abs(truth.exact) - bound < out.smallest_normal
     return np.asarray(bound + np.where(denormal, out.smallest_denormal / 2, 0.0))
 
 
-def check_gemm(y: Floats, truth: Product, declaration: GemmDeclaration, k: int) -> float:
+def check_gemm(y: Floats, truth: Product, declaration: GemmDeclaration, k: int, roundings: int = 1) -> float:
     """Largest error over bound; ``AssertionError`` where ``not (error <= bound)``, so that NaN fails."""
-    bound = gemm_bound(truth, declaration, k, y.dtype)
+    bound = gemm_bound(truth, declaration, k, y.dtype, roundings)
     with np.errstate(invalid="ignore"):
         error = np.abs(y.f64() - truth.exact)
         bad = ~(error <= bound)
     if bad.any():
         m, n = (int(i) for i in np.argwhere(bad)[0])
+        clause = "QC-GEMM4-004" if roundings == 1 else "QC-INT8-012"
         raise AssertionError(
-            f"{int(bad.sum())} of {bad.size} outputs beyond the bound (QC-GEMM4-004); first at [{m}, {n}]: got "
+            f"{int(bad.sum())} of {bad.size} outputs beyond the bound ({clause}); first at [{m}, {n}]: got "
             f"{y.f64()[m, n]!r}, exact {truth.exact[m, n]!r}, error {error[m, n]:.3g}, bound {bound[m, n]:.3g}"
         )
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -225,6 +225,16 @@ def int8_linear(
     return Linear(r["out"], r.get("outliers", np.zeros(k, dtype=np.uint8)))
 
 
+def int8_linear_transposed(s: Session, y: Floats, b: NDArray[np.int8], col_stats: Floats) -> Floats:
+    def invoke(backend: Any, t: dict[str, Any]) -> None:
+        from qcore.backend import Weight8bit
+
+        backend.int8_linear_transposed(t["A"], Weight8bit(t["codes"], t["scales"]), out=t["out"])
+
+    outputs = {"out": _form((y.shape[0], b.shape[1]), y.dtype)}
+    return s.call("int8_linear_transposed", {"A": y, "codes": b, "scales": col_stats}, outputs, invoke)["out"]
+
+
 def gemm_int4(
     s: Session, x: Floats, weight: Int4Weight, bias: Floats | None = None, *, prepared: bool = False
 ) -> Floats:

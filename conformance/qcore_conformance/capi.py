@@ -386,6 +386,10 @@ def _int8_call(op: str, rng: generators.Rng, dtype: str, m: int, n: int, k: int)
             ptr("bias", "optional"), out, ptr("outliers", "out"), *work,
         )  # fmt: skip
         return CCall(op, inputs, {"out": ((m, n), dtype), "outliers": ((k,), "u8")}, arguments, (m, n, k))
+    if op == "int8_linear_transposed":
+        inputs = {"a": generators.values("normal", rng, m * n, dtype).reshape(m, n), "b": b, "col_stats": cols}
+        arguments = (kind, *sizes, ptr("a"), ptr("b"), ptr("col_stats"), out, *work)
+        return CCall(op, inputs, {"out": ((m, k), dtype)}, arguments, (m, n, k))
     assert op == "int8_dequantize_rows"
     arguments = (kind, sizes[0], sizes[2], ptr("a"), ptr("row_stats"), out)
     return CCall(op, {"a": a, "row_stats": rows}, {"out": ((m, k), dtype)}, arguments)

@@ -248,6 +248,15 @@ def workloads(backend: Backend, device: torch.device, dtype: torch.dtype, size: 
             [y],
             2 * m * n,
         )
+    y, x = normal(rows, size), empty(rows, size)
+    add(
+        "int8_linear_transposed",
+        f"M={rows}",
+        lambda y=y, x=x: b.int8_linear_transposed(y, Weight8bit(w8, ones), out=x),
+        [y, w8],
+        [x],
+        2 * rows * n,
+    )
     c = integers(-(2**20), 2**20, (size, size), i32)
     add(
         "int8_dequantize_gemm",

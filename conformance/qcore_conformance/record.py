@@ -50,7 +50,7 @@ from qcore_conformance.weights import Weight
 MAGIC = b"QCCALLS2"
 LEVELS = ("L1", "L2")
 PRODUCTS = ("gemm_4bit", "gemm_4bit_transposed")
-LEFT_OUT = frozenset({"gemm_int4"})  # the file has no place for its weight and declaration yet
+LEFT_OUT = frozenset({"gemm_int4", "int8_linear_transposed"})  # the file has no place for what they declare yet
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32)
 _FORMATS = {"nf4": 0, "fp4": 1}
 _FLAGS = ("nesterov", "skip_zeros", "stochastic", "bnb_codes", "signed_state")  # by bit, as in qcore_backend.h

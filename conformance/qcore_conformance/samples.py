@@ -168,6 +168,13 @@ def _int8_linear(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Samp
             yield lambda s, a=a, b=b, cols=cols, bias=bias, t=threshold: calls.int8_linear(s, a, b, cols, t, bias)
 
 
+def _int8_linear_transposed(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
+    for m, n, k in sizes.products:
+        y, b = generators.values("normal", rng, m * n, dtype).reshape(m, n), _factors(rng, 0, n, k)[1]
+        _, cols, _ = _scales(rng, m, n, dtype)
+        yield lambda s, y=y, b=b, cols=cols: (calls.int8_linear_transposed(s, y, b, cols),)
+
+
 def _gemm_int4(rng: generators.Rng, dtype: str, sizes: Sizes) -> Iterator[Sample]:
     for i, (m, n, k) in enumerate(sizes.products):
         g = (64, 32, 16, max(k, 1))[i % 4]
@@ -195,5 +202,6 @@ _MAKERS: Mapping[str, Callable[[generators.Rng, str, Sizes], Iterator[Sample]]] 
     "int8_linear": _int8_linear,
     "gemm_int4": _gemm_int4,
     "gemm_4bit_transposed": _gemm_4bit_transposed,
+    "int8_linear_transposed": _int8_linear_transposed,
 }
 OPS = tuple(_MAKERS)

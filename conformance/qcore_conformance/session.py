@@ -132,6 +132,11 @@ class Session:
         """What the backend declares about ``gemm_4bit_transposed``."""
         return GemmDeclaration.parse(self.description.declarations, "gemm_4bit_transposed")
 
+    @property
+    def int8_transposed(self) -> GemmDeclaration:
+        """What the backend declares about ``int8_linear_transposed``."""
+        return GemmDeclaration.parse(self.description.declarations, "int8_linear_transposed")
+
     def record(self, ratio: float) -> None:
         """Note an error over its bound; the largest of a case goes into the report."""
         self.worst = ratio if self.worst is None else max(self.worst, ratio)

@@ -321,6 +321,13 @@ class CffiBackend(Backend):
         linear.weight = W  # type: ignore[attr-defined]
         return linear
 
+    def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
+        device, stream = self._where(A)
+        dtype, sizes = _DTYPES[A.dtype], (out.shape[0], *W.codes.shape)
+        _scratch, *workspace = self._workspace(QC.QC_OP_INT8_LINEAR_TRANSPOSED, device, stream, dtype, *sizes, A)
+        pointers = (_ptr(A), _ptr(W.codes), _ptr(W.scales), _ptr(out))
+        self._call("int8_linear_transposed", device, stream, dtype, *sizes, *pointers, *workspace)
+
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         where = (*self._where(A), _DTYPES[out.dtype])
         self._call("int8_dequantize_rows", *where, *A.shape, _ptr(A), _ptr(row_stats), _ptr(out))

@@ -36,6 +36,7 @@ OPS: Mapping[str, int] = {  # op -> version of its meaning in the spec; a backen
     "int8_linear": 1,
     "gemm_int4": 1,
     "gemm_4bit_transposed": 1,
+    "int8_linear_transposed": 1,
 }
 
 
@@ -143,6 +144,9 @@ class Backend(ABC):
     def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
         """As :meth:`prepare_gemm_4bit`; the result takes ``(A, threshold, bias, out, outliers)``."""
         return lambda A, t, bias, out, found: self.int8_linear(A, W, t, bias, out=out, outliers=found)
+
+    def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
+        raise self._unsupported("int8_linear_transposed")
 
     def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
         raise self._unsupported("gemm_int4")

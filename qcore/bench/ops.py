@@ -16,7 +16,7 @@ from qcore.bench.workload import BLOCKSIZE, BLOCKSIZE_8BIT, DTYPES, Build, Share
 from qcore.functional.codemaps import dynamic_code
 from qcore.ops import int8
 from qcore.ops.fourbit import dequantize_absmax, gemm_4bit_transposed, prepare_gemm_4bit, quantize_absmax
-from qcore.ops.int8_linear import int8_linear
+from qcore.ops.int8_linear import int8_linear, int8_linear_transposed
 from qcore.ops.prepared_int4 import prepare_int4
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -50,6 +50,8 @@ def specs(shape: tuple[int, int], dtypes: Sequence[str], rows: Sequence[int]) ->
             yield Spec("int8_quantize_rows", "threshold 6", dtype, shape, m, _quantize_rows(dtype, m))
         yield Spec("int8_gemm", "", "int8", shape, m, _int8_gemm(m))
         yield Spec("int8_linear", "", dtypes[0], shape, m, _int8_linear(dtypes[0], m))
+        for dtype in dtypes:
+            yield Spec("int8_linear_transposed", "", dtype, shape, m, _int8_linear_transposed(dtype, m))
         yield Spec("int8_scaled_gemm", "", dtypes[0], shape, m, _int8_scaled_gemm(dtypes[0], m))
         yield Spec("int8_dequantize_gemm", "", dtypes[0], shape, m, _dequantize_gemm(dtypes[0], m))
 
@@ -162,9 +164,7 @@ def _gemm_4bit_transposed(dtype: str, m: int) -> Build:
         )
         weight = state.weight(packed)
         calls: dict[str, Call] = {"qcore": lambda: gemm_4bit_transposed(y, weight)}
-        for peer in ("f32", "bf16") if s.torch else ():
-            dense, a = s.weight(peer), y.to(DTYPES[peer])
-            calls[f"torch {peer}"] = lambda dense=dense, a=a: a @ dense  # type: ignore[misc]
+        _with_plain_product(s, calls, y)
         return Workload(calls, nbytes(packed, state.absmax, y), m * k * y.element_size(), 2 * m * n * k, dtype)
 
     return build
@@ -275,6 +275,23 @@ def _int8_linear(dtype: str, m: int) -> Build:
         return Workload(calls, nbytes(x, weight, cols), m * n * x.element_size(), 2 * m * n * k, "int8")
 
     return build
+
+
+def _int8_linear_transposed(dtype: str, m: int) -> Build:
+    def build(s: Shared) -> Workload:
+        (n, k), (weight, rows), y = s.shape, s.codes(), s.normal(m, s.shape[0], dtype)
+        calls: dict[str, Call] = {"qcore": lambda: int8_linear_transposed(y, weight, rows)}
+        _with_plain_product(s, calls, y)
+        return Workload(calls, nbytes(weight, rows, y), m * k * y.element_size(), 2 * m * n * k, dtype)
+
+    return build
+
+
+def _with_plain_product(s: Shared, calls: dict[str, Call], y: torch.Tensor) -> None:
+    """torch's product with the plain weight as it lies, the gradient of ``nn.Linear``."""
+    for peer in ("f32", "bf16") if s.torch else ():
+        dense, a = s.weight(peer), y.to(DTYPES[peer])
+        calls[f"torch {peer}"] = lambda dense=dense, a=a: a @ dense  # type: ignore[misc]
 
 
 def _adamw(bits: int) -> Build:

@@ -66,6 +66,7 @@ typedef int32_t qc_status;
 #define QC_OP_INT8_LINEAR 14
 #define QC_OP_GEMM_INT4 15
 #define QC_OP_GEMM_4BIT_TRANSPOSED 16
+#define QC_OP_INT8_LINEAR_TRANSPOSED 17
 
 /* A 4-bit tensor. With nested_absmax == 0, absmax is float[blocks]; else it is uint8_t[blocks] and the nested
  * fields decode it (QC-NEST-003). The struct lives on the host, is filled once per weight and may be kept. */
@@ -211,6 +212,10 @@ typedef struct qc_api {
     qc_status (*gemm_4bit_transposed)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
                                       uintptr_t a, const qc_weight_4bit *w, uintptr_t out, uintptr_t workspace,
                                       int64_t workspace_bytes);
+    /* QC-INT8-011..015: a[m,n], b int8_t[n,k], col_stats float[n] -> out[m,k] = a w; a and out in dtype. */
+    qc_status (*int8_linear_transposed)(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n,
+                                        int64_t k, uintptr_t a, uintptr_t b, uintptr_t col_stats, uintptr_t out,
+                                        uintptr_t workspace, int64_t workspace_bytes);
 
     /* Memory for paged state: all four or none. The kind that suits a device. */
     qc_status (*memory_kind)(int32_t device, int32_t *kind);

@@ -41,6 +41,10 @@ _RECIPES: Mapping[str, tuple[tuple[str, ...], str]] = {
         ("dequantize_4bit",),
         "dequantize_4bit to the dtype of A, then torch.matmul, whose settings decide how it sums (QC-GEMM4-008)",
     ),
+    "int8_linear_transposed": (
+        ("int8_dequantize_rows",),
+        "int8_dequantize_rows to the dtype of A, then torch.matmul, whose settings decide how it sums (QC-INT8-011)",
+    ),
 }
 
 
@@ -182,4 +186,12 @@ def gemm_4bit_transposed(backend: Backend, A: Tensor, weight: Weight4bit, *, out
     _announce(backend, "gemm_4bit_transposed")
     decoded = torch.empty(weight.shape, dtype=A.dtype, device=A.device)
     dequantize_4bit(backend, weight, out=decoded)
+    torch.matmul(A, decoded, out=out)
+
+
+def int8_linear_transposed(backend: Backend, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
+    """The product over weights decoded to the dtype of ``A``, once a call."""
+    _announce(backend, "int8_linear_transposed")
+    decoded = torch.empty(W.codes.shape, dtype=A.dtype, device=A.device)
+    backend.int8_dequantize_rows(W.codes, W.scales, out=decoded)
     torch.matmul(A, decoded, out=out)

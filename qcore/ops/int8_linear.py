@@ -110,6 +110,72 @@ def _codes(B: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, stats
 
 
+def int8_linear_transposed(A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    """``A @ W`` with an int8 weight (QC-INT8-011 to -015), the gradient of :func:`int8_linear`.
+
+    Differentiable in ``A``.
+
+    Parameters
+    ----------
+    A : Tensor
+        float32, float16 or bfloat16, ``(..., N)``.
+    B : Tensor
+        int8 ``(N, K)``.
+    scales : Tensor
+        float32 ``(N,)``: row statistics of ``B``.
+
+    Returns
+    -------
+    Tensor
+        ``(..., K)`` in the dtype of ``A``.
+
+    Raises
+    ------
+    InvalidArgument, InvalidDtype
+        Before anything is computed.
+    """
+    validate.tensor("int8_linear_transposed", "A", A)
+    if (torch.is_grad_enabled() and A.requires_grad) or traced(A, B, scales):
+        result: Tensor = torch.ops.qcore.int8_linear_transposed(A, B, scales)
+        return result
+    return _transposed(A, B, scales)
+
+
+def _plan_transposed(A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    op = "int8_linear_transposed"
+    validate.floats(op, "A", A)
+    validate.dtype(op, "B", B, torch.int8)
+    validate.dtype(op, "scales", scales, torch.float32)
+    if B.dim() != 2:
+        raise InvalidArgument(f"{op}: B has shape {tuple(B.shape)}, needs (out_features, in_features)")
+    n, k = B.shape
+    if A.dim() == 0 or A.shape[-1] != n:
+        raise InvalidArgument(f"{op}: A has shape {tuple(A.shape)}, weight of shape {(n, k)} needs (..., {n})")
+    validate.length(op, "scales", scales, n, f"weight of shape {(n, k)}")
+    validate.device(op, "A", A.device, [("B", B), ("scales", scales)])
+    return torch.empty((*A.shape[:-1], k), dtype=A.dtype, device=A.device)
+
+
+def _transposed(A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    out = _plan_transposed(A, B, scales)
+    backend, (n, k) = backend_for(A.device), B.shape
+    served = backend.supports("int8_linear_transposed")
+    step = backend.int8_linear_transposed if served else partial(compose.int8_linear_transposed, backend)
+    rows = math.prod(A.shape[:-1])
+    W = Weight8bit(validate.readable(B), validate.readable(scales))
+    step(validate.readable(A).reshape(rows, n), W, out=out.view(rows, k))
+    return out
+
+
+def _setup_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_transposed(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    B, scales = ctx.saved_tensors
+    return gradient @ int8_dequantize_rows(B, scales, gradient.dtype).t(), None, None
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     A, B, scales, bias, _ = inputs
     ctx.save_for_backward(A if ctx.needs_input_grad[1] else None, B, scales)
@@ -121,7 +187,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
     d_A = d_B = d_bias = None
     if ctx.needs_input_grad[0]:
         codes, stats = _codes(B.detach(), scales)
-        d_A = gradient @ int8_dequantize_rows(codes, stats, gradient.dtype)
+        d_A = int8_linear_transposed(gradient, codes, stats)
     rows = gradient.reshape(-1, B.shape[0])
     if ctx.needs_input_grad[1]:
         d_B = (rows.t() @ A.reshape(-1, B.shape[1])).to(B.dtype)
@@ -137,3 +203,5 @@ register(
     _plan,
 )
 register_autograd("int8_linear", _setup, _backward)
+register("int8_linear_transposed", "(Tensor A, Tensor B, Tensor scales) -> Tensor", _transposed, _plan_transposed)
+register_autograd("int8_linear_transposed", _setup_transposed, _backward_transposed)

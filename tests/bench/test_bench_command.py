@@ -50,7 +50,12 @@ def test_every_op_and_layer_is_measured_beside_its_peers(report_path: Path) -> N
     assert {result.variant for result in report.results if result.op == "dequantize_4bit"} == {
         "nf4", "nf4 out=", "fp4", "fp4 out=",
     }  # fmt: skip
-    without_peer = {"int8_quantize_cols", "gemm_4bit_transposed", "gemm_int4"}  # bitsandbytes has no such function
+    without_peer = {
+        "int8_quantize_cols",
+        "gemm_4bit_transposed",
+        "int8_linear_transposed",
+        "gemm_int4",
+    }  # bitsandbytes has no such function
     for result in report.results:
         name = f"{result.op} {result.variant} {result.dtype}"
         assert not result.errors, name

@@ -62,6 +62,7 @@ def arguments(op: str) -> tuple[Any, ...]:
         "int8_dequantize_gemm": (torch.arange(72).int().view(2, 3, 12), random(6), random(12), None, torch.float16),
         "int8_scaled_gemm": (codes(2, 3, 40), codes(12, 40), random(6), random(12), random(12), torch.bfloat16),
         "int8_dequantize_rows": (codes(2, 3, 40), random(6), torch.float32),
+        "int8_linear_transposed": (random(2, 3, 12), codes(12, 40), random(12).abs()),
         "int8_linear": (random(2, 3, 40), codes(12, 40), random(12).abs(), random(12), 1.5),
         "gemm_int4": (random(2, 3, 64), random(12), *int4_weight()),
         "optimizer_step": optimizer_arguments(),

@@ -58,7 +58,8 @@ std::string description() {
            ", \"driver\": \"\", \"runtime\": " + json_string(threading_description()) +
            ", \"torch_device\": \"cpu\", \"declarations\": {\"gemm_4bit\": " + gemm_4bit_declaration() +
            ", \"gemm_int4\": " + gemm_4bit_declaration() +
-           ", \"gemm_4bit_transposed\": " + gemm_4bit_transposed_declaration() + "}}";
+           ", \"gemm_4bit_transposed\": " + gemm_4bit_transposed_declaration() +
+           ", \"int8_linear_transposed\": " + int8_linear_transposed_declaration() + "}}";
 }
 
 qc_status device_count(int32_t *count) {
@@ -95,8 +96,8 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_4BIT_TRANSPOSED) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_GEMM_4BIT_TRANSPOSED, op);
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR_TRANSPOSED) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_LINEAR_TRANSPOSED, op);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
@@ -119,6 +120,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t dtype,
     }
     if (op == QC_OP_GEMM_4BIT_TRANSPOSED) {
         return gemm_4bit_transposed_workspace(stream, dtype, m, n, k, bytes);
+    }
+    if (op == QC_OP_INT8_LINEAR_TRANSPOSED) {
+        return int8_linear_transposed_workspace(stream, dtype, m, n, k, bytes);
     }
     return QC_OK;
 }
@@ -149,6 +153,7 @@ constexpr qc_api kApi = {
     int8_linear,
     gemm_int4,
     gemm_4bit_transposed,
+    int8_linear_transposed,
     nullptr,  // memory_: paged state of the host is qcore's own map of files
     nullptr,
     nullptr,

@@ -11,23 +11,52 @@
 #ifndef QCORE_CPU_GEMM_4BIT_PAIRS_H
 #define QCORE_CPU_GEMM_4BIT_PAIRS_H
 
+#include "gemm_4bit_decode.h"
 #include "gemm_4bit_split.h"
-#include "gemm_4bit_transposed_kernels.h"
-
-#if defined(__AVX512BF16__)
+#include "transposed_weight.h"
 
 namespace qcore::cpu::QC_ISA {
 
-constexpr int64_t kPairColumns = 64;
-constexpr int64_t kPairVectors = kPairColumns / 16;
-constexpr int64_t kScaleColumns = 16;  // panels of kPairColumns whose scales are held at a time
+template <>
+struct TransposedWeight<Gemm4Weight> {
+    static constexpr bool kStreams = false;
+
+    template <class T>
+    static void decode(const Gemm4Weight &w, int64_t row, int64_t n, int64_t count, float *out) {
+        qcore::cpu::QC_ISA::decode<T>(w, row, n, count, out);
+    }
+    template <class T>
+    static float x(const Gemm4Weight &, T element, int64_t) {
+        return to_float(element);
+    }
+    template <class T>
+    static F32 x_lanes(const Gemm4Weight &, const T *from, int64_t) {
+        return load(from);
+    }
+#if defined(__AVX512BF16__)
+    static __m512i x_pairs(const Gemm4Weight &, const Bfloat *from, int64_t, __mmask32 valid) {
+        return _mm512_maskz_loadu_epi16(valid, from);
+    }
+    static bool irregular_row(const Gemm4Weight &, const Bfloat *x, int64_t k) {
+        return qcore::cpu::QC_ISA::irregular_row(x, k);
+    }
+#endif
+};
+
+#if defined(__AVX512BF16__)
 
 // Every panel of 64 columns is whole and lies, in each row, in one block.
 inline bool pairs_in_split_order(const Gemm4Transposed &p) { return p.w.shift >= 6 && p.n % kPairColumns == 0; }
 
 // Decodes rows row0 ... of kPairColumns columns from column n0 on, pair by pair.
-class PairDecoder {
+template <>
+class PairDecoder<Gemm4Weight> {
    public:
+    static constexpr int64_t kScales = kMostPanels;
+
+    // Few enough for two panels in L1 where decoding is the greater part of the work.
+    static int64_t span(int64_t rows) { return rows <= 32 ? 128 : 512; }
+
     explicit PairDecoder(const Gemm4Transposed &p)
         : weight_(p.w),
           rows_(p.k),
@@ -35,6 +64,7 @@ class PairDecoder {
           codes_(_mm512_loadu_ps(p.w.table)),
           split_(pairs_in_split_order(p)) {}
 
+    static int64_t bytes(int64_t columns) { return columns >> 1; }
     bool split() const { return split_; }
 
     // Makes the scales of `rows` rows from `row0` on for the panels of columns n0 ... n1 - 1; a set bit of the result
@@ -52,12 +82,12 @@ class PairDecoder {
         const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
         __mmask16 odd = 0;
         for (int64_t r = 0; r < rows; ++r) {
-            float made[kScaleColumns];
+            float made[kScales];
             const float *run = scale_run(weight_, kScaleUnit, ((row0 + r) * columns_ + n0) >> kScaleUnit, panels, made);
             const __m512i scale = _mm512_castps_si512(_mm512_maskz_loadu_ps(valid, run));
             const __m512i bits = _mm512_sub_epi32(_mm512_and_si512(scale, magnitude), one);  // zero wraps round
             odd |= _mm512_cmplt_epu32_mask(bits, _mm512_sub_epi32(least, one));
-            _mm512_storeu_ps(scales + r * kScaleColumns, _mm512_castsi512_ps(scale));
+            _mm512_storeu_ps(scales + r * kScales, _mm512_castsi512_ps(scale));
         }
         return odd & valid;
     }
@@ -68,7 +98,7 @@ class PairDecoder {
         if (!split_) {
             return decode_any(row, n, v);
         }
-        const float *scale = scales_ + (row - row0_) * kScaleColumns + panel;
+        const float *scale = scales_ + (row - row0_) * kScales + panel;
         const bool both = row + 1 < rows_;
         const uint8_t *first = weight_.packed + ((row * columns_ + n) >> 1);
         const uint8_t *second = both ? first + (columns_ >> 1) : first;
@@ -77,7 +107,7 @@ class PairDecoder {
         const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(load_256(first)), load_256(second), 1);
         const __m512i bytes = _mm512_permutexvar_epi16(interleave_, words);
         const __m512 a = _mm512_mul_ps(codes_, _mm512_set1_ps(scale[0]));
-        const __m512 b = _mm512_mul_ps(codes_, _mm512_set1_ps(both ? scale[kScaleColumns] : 0.0f));
+        const __m512 b = _mm512_mul_ps(codes_, _mm512_set1_ps(both ? scale[kScales] : 0.0f));
         const auto table = (__m512i)_mm512_cvtne2ps_pbh(b, a);
         constexpr int kAndOr = 0xea;  // (a & b) | c
         const __m512i odd = _mm512_ternarylogic_epi32(bytes, low_, upper_, kAndOr);
@@ -129,26 +159,8 @@ class PairDecoder {
     bool split_;
 };
 
-// One row of kPairColumns sums, in the order of PairDecoder, to the result: the first `count` columns from y on.
-inline void finish_pairs(bool split, const float *const *sums, int64_t count, Bfloat *y) {
-    const __m512i column = _mm512_set_epi32(19, 3, 19, 3, 18, 2, 18, 2, 17, 1, 17, 1, 16, 0, 16, 0);
-    for (int j = 0; j < kPairVectors && 16 * j < count; ++j) {
-        __m512 v;
-        if (split) {
-            const __m512i pick = _mm512_add_epi32(column, _mm512_set1_epi32(4 * j));
-            const __m512 ab = _mm512_permutex2var_ps(_mm512_loadu_ps(sums[0]), pick, _mm512_loadu_ps(sums[1]));
-            const __m512 cd = _mm512_permutex2var_ps(_mm512_loadu_ps(sums[2]), pick, _mm512_loadu_ps(sums[3]));
-            v = _mm512_mask_blend_ps(0xcccc, ab, cd);
-        } else {
-            v = _mm512_loadu_ps(sums[j]);
-        }
-        const int64_t left = count - 16 * j;
-        const auto valid = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
-        _mm256_mask_storeu_epi16(y + 16 * j, valid, (__m256i) __builtin_convertvector(bf16_bits((F32)v), U16));
-    }
-}
+#endif
 
 }  // namespace qcore::cpu::QC_ISA
 
-#endif
 #endif  // QCORE_CPU_GEMM_4BIT_PAIRS_H

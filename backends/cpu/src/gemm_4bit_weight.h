@@ -27,6 +27,19 @@ inline Gemm4Weight gemm_4bit_weight(const qc_weight_4bit &w, int64_t k) {
     return weight;
 }
 
+// The checks of `w` as a weight of n rows of k, after those of its sizes.
+inline qc_status check_4bit_weight(const char *op, Arguments &arguments, const qc_weight_4bit *w, int64_t n,
+                                   int64_t k) {
+    if (!arguments.weight("w", w).ok()) {
+        return arguments.status();
+    }
+    if (w->numel != n * k) {
+        return fail(QC_INVALID_ARGUMENT, "%s: w.numel: expected n * k = %lld * %lld, got %lld", op,
+                    static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(w->numel));
+    }
+    return QC_OK;
+}
+
 }  // namespace qcore::cpu
 
 #endif  // QCORE_CPU_GEMM_4BIT_WEIGHT_H

@@ -1,30 +1,18 @@
-// gemm_int4: checks, the order of the columns, and the product, which is cut as gemm_4bit's is.
-#include <initializer_list>
-
-#include "abi.h"
+// gemm_int4: its weight and the order of the columns. product_op.h checks the rest, gemm_int4_kernels.cpp computes.
 #include "chunks.h"
-#include "dispatch.h"
-#include "gemm_4bit_kernels.h"
 #include "int4_checks.h"
 #include "ops.h"
-#include "product.h"
+#include "product_op.h"
 
 namespace qcore::cpu {
 namespace {
 
-constexpr char kOp[] = "gemm_int4";
 const GemmInt4Kernels &kernels() {
-    static const GemmInt4Kernels &selected = select<GemmInt4Kernels>({
-        {Isa::portable, &portable::gemm_int4_kernels},
-#ifdef __x86_64__
-        {Isa::avx2, &avx2::gemm_int4_kernels},
-        {Isa::avx512, &avx512::gemm_int4_kernels},
-        {Isa::avx512_bf16, &avx512_bf16::gemm_int4_kernels},
-        {Isa::amx, &amx::gemm_int4_kernels},
-#endif
-    });
+    static const GemmInt4Kernels &selected = QC_SELECT_PRODUCT(gemm_int4_kernels);
     return selected;
 }
+
+constexpr ProductOp<GemmInt4> kOp("gemm_int4", kernels, nanoseconds_of_4bits);
 
 // Every difference of a code and a zero point: q - z at [16 * z + q].
 const float *grid() {
@@ -66,70 +54,43 @@ void gather(const ProductOf4Bits &p, const int32_t *perm, int64_t threads, Eleme
     });
 }
 
+// The product of X with its columns in the order of the weight, which takes the first part of the workspace.
+qc_status multiply_gathered(GemmInt4 p, uintptr_t perm, uintptr_t stream, uintptr_t workspace,
+                            int64_t workspace_bytes) {
+    const int64_t threads = thread_limit(stream);
+    const int64_t gathered = round_up(p.m * p.k * dtype_size(p.dtype), kScratchAlign);
+    const int64_t needed = kOp.needed(p, threads) + gathered;
+    if (p.k > 0 && (workspace == 0 || workspace_bytes < needed)) {
+        return fail(QC_INVALID_ARGUMENT, "%s: workspace: expected %lld bytes for a weight with perm, got %lld",
+                    kOp.name(), static_cast<long long>(needed),
+                    static_cast<long long>(workspace == 0 ? 0 : workspace_bytes));
+    }
+    if (p.dtype == QC_F32) {
+        gather(p, pointer<const int32_t>(perm), threads, pointer<uint32_t>(workspace));
+    } else {
+        gather(p, pointer<const int32_t>(perm), threads, pointer<uint16_t>(workspace));
+    }
+    p.x = pointer<const void>(workspace);
+    const uintptr_t rest = workspace_bytes > gathered ? workspace + static_cast<uintptr_t>(gathered) : 0;
+    return kOp.multiply(p, stream, rest, workspace_bytes - gathered);
+}
+
 }  // namespace
 
 qc_status gemm_int4_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
-    const Arguments arguments =
-        Arguments(kOp, 0).dtype("dtype", dtype).extent("m, k", m, k).extent("n, k", n, k).extent("m, n", m, n);
-    if (!arguments.ok()) {
-        return arguments.status();
-    }
-    GemmInt4 p = {};
-    p.dtype = dtype;
-    p.m = m;
-    p.n = n;
-    p.k = k;
-    *bytes =
-        m == 0 || n == 0 ? 0 : ProductPlan(p, kernels(), nanoseconds_of_4bits, thread_limit(stream)).workspace_bytes();
-    return QC_OK;
+    return kOp.workspace(stream, dtype, m, n, k, bytes);
 }
 
 qc_status gemm_int4(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
                     const qc_weight_int4 *w, int32_t bias_dtype, uintptr_t bias, uintptr_t out, uintptr_t workspace,
                     int64_t workspace_bytes) {
-    return guarded(kOp, [&] {
-        Arguments arguments(kOp, device);
-        arguments.dtype("dtype", dtype).count("m", m).count("n", n).count("k", k);
-        arguments.extent("m, k", m, k).extent("n, k", n, k).extent("m, n", m, n);
-        if (const qc_status status = check_int4_weight(arguments, w, n, k, true, fail); status != QC_OK) {
-            return status;
-        }
-        arguments.array("a", a, m * k, dtype_size(dtype)).array("out", out, m * n, dtype_size(dtype));
-        arguments.bias(bias_dtype, bias, dtype, n);
-        if (!arguments.ok() || m == 0 || n == 0) {
-            return arguments.status();
-        }
-        GemmInt4 p = {};
-        p.dtype = dtype;
-        p.bias_dtype = bias_dtype;
-        p.m = m;
-        p.n = n;
-        p.k = k;
-        p.x = pointer<const void>(a);
-        p.bias = pointer<const void>(bias);
-        p.out = pointer<void>(out);
-        p.w = weight_of(*w);
-        const int64_t threads = thread_limit(stream);
-        const ProductPlan plan(p, kernels(), nanoseconds_of_4bits, threads);
-        if (w->perm == 0) {
-            return run_product(kOp, p, kernels(), plan, threads, workspace, workspace_bytes);
-        }
-        const int64_t gathered = round_up(m * k * dtype_size(dtype), kScratchAlign);
-        const int64_t needed = plan.workspace_bytes() + gathered;
-        if (k > 0 && (workspace == 0 || workspace_bytes < needed)) {
-            return fail(QC_INVALID_ARGUMENT, "%s: workspace: expected %lld bytes for a weight with perm, got %lld", kOp,
-                        static_cast<long long>(needed), static_cast<long long>(workspace == 0 ? 0 : workspace_bytes));
-        }
-        const auto *perm = pointer<const int32_t>(w->perm);
-        if (dtype == QC_F32) {
-            gather(p, perm, threads, pointer<uint32_t>(workspace));
-        } else {
-            gather(p, perm, threads, pointer<uint16_t>(workspace));
-        }
-        p.x = pointer<const void>(workspace);
-        const uintptr_t rest = workspace_bytes > gathered ? workspace + static_cast<uintptr_t>(gathered) : 0;
-        return run_product(kOp, p, kernels(), plan, threads, rest, workspace_bytes - gathered);
-    });
+    const auto check = [&](Arguments &arguments) { return check_int4_weight(arguments, w, n, k, true, fail); };
+    return kOp.run({device, stream, dtype, m, n, k, a, out, workspace, workspace_bytes, bias_dtype, bias}, check,
+                   [&](GemmInt4 &p) {
+                       p.w = weight_of(*w);
+                       return w->perm == 0 ? kOp.multiply(p, stream, workspace, workspace_bytes)
+                                           : multiply_gathered(p, w->perm, stream, workspace, workspace_bytes);
+                   });
 }
 
 }  // namespace qcore::cpu

@@ -76,6 +76,14 @@ qc_status int8_linear(int32_t device, uintptr_t stream, int32_t dtype, int64_t m
                       uintptr_t b, uintptr_t col_stats, float threshold, int32_t bias_dtype, uintptr_t bias,
                       uintptr_t out, uintptr_t outliers, uintptr_t workspace, int64_t workspace_bytes);
 
+// int8_transposed.cpp
+std::string int8_linear_transposed_declaration();
+qc_status int8_linear_transposed_workspace(uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                           int64_t *bytes);
+qc_status int8_linear_transposed(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                 uintptr_t a, uintptr_t b, uintptr_t col_stats, uintptr_t out, uintptr_t workspace,
+                                 int64_t workspace_bytes);
+
 }  // namespace qcore::cpu
 
 #endif  // QCORE_CPU_OPS_H

@@ -57,7 +57,7 @@ class ReferenceBackend(Backend):
             # The sum is formed in float64, so only the rounding to float32 and that of the bias remain.
             declarations={
                 op: {"depth": {"lanes": 2**62, "extra": 2}, "weight_rounding": "float32"}
-                for op in ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4")
+                for op in ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4", "int8_linear_transposed")
             },
         )
 
@@ -221,6 +221,16 @@ class ReferenceBackend(Backend):
         write(out, from_float32(t, out.dtype))
         if outliers is not None and threshold > 0:
             write(outliers, torch.from_numpy(columns))
+
+    def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
+        op = "int8_linear_transposed"
+        n, k = matrix(op, "codes", W.codes)
+        m = out.numel() // k if k else A.numel() // max(n, 1)
+        y = float_values(op, "A", A, m * n).reshape(m, n)
+        codes = integer_values(op, "codes", W.codes, n * k, torch.int8).reshape(n, k)
+        scales = float_values(op, "scales", W.scales, n, (torch.float32,))
+        check_output(op, "out", out, m * k, A.dtype)
+        write(out, from_float32(int8.linear_transposed(y, codes, scales), out.dtype))
 
     def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
         op, (n, k) = "gemm_int4", weight.shape

@@ -85,3 +85,9 @@ def dequantize_rows(codes: I8, row_stats: F32) -> F32:
     """QC-INT8-008, before the last rounding."""
     with np.errstate(all="ignore"):
         return (codes.astype(np.float32) * row_stats[:, None]) * _ROW_SCALE
+
+
+def linear_transposed(y: F32, b: I8, col_stats: F32) -> F32:
+    """QC-INT8-011 and -012 before the last rounding: the sum in float64, rounded once to float32."""
+    with np.errstate(all="ignore"):
+        return (y.astype(np.float64) @ dequantize_rows(b, col_stats).astype(np.float64)).astype(np.float32)

@@ -105,6 +105,7 @@ qc_api make_table() {
     table.int8_linear = forward<&qc_api::int8_linear>();
     table.gemm_int4 = forward<&qc_api::gemm_int4>();
     table.gemm_4bit_transposed = forward<&qc_api::gemm_4bit_transposed>();
+    table.int8_linear_transposed = forward<&qc_api::int8_linear_transposed>();
     table.memory_kind = forward<&qc_api::memory_kind>();
     table.memory_allocate = forward<&qc_api::memory_allocate>();
     table.memory_free = forward<&qc_api::memory_free>();

@@ -96,6 +96,7 @@ const qc_api kApi = {
     int8_linear,
     gemm_int4,
     gemm_4bit_transposed,
+    nullptr,  // int8_linear_transposed
     memory_kind,
     memory_allocate,
     memory_free,

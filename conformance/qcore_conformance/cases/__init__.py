@@ -31,6 +31,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("optimizer_step",),
     "int8_linear": ("int8_linear",),
     "gemm_int4": ("gemm_int4",),
+    "int8_transposed": ("int8_linear_transposed",),
 }
 # Modules that add cases for ops of any family.
 ACROSS = ("frontend", "rejection", "rounding", "counts", "memory", "stress")

@@ -57,7 +57,7 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
 
     from qcore.backend import Weight4bit, WeightInt4
     from qcore.ops import blockwise, fourbit, int4, int8
-    from qcore.ops.int8_linear import int8_linear
+    from qcore.ops.int8_linear import int8_linear, int8_linear_transposed
 
     def zeros(d: Any, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=d)
@@ -238,6 +238,11 @@ def _frontend_calls() -> Mapping[str, tuple[str, _FrontendCall, bool]]:
         "int8_linear-k-131072": (
             "int8_linear",
             lambda d, out: int8_linear(zeros(d, 1, 131_072), zeros(d, 1, 131_072, dtype=i8), zeros(d, 1)),
+            False,
+        ),
+        "int8_linear_transposed-outer-size": (
+            "int8_linear_transposed",
+            lambda d, out: int8_linear_transposed(zeros(d, 2, 8), zeros(d, 3, 8, dtype=i8), zeros(d, 3)),
             False,
         ),
         "gemm_int4-inner-size": ("gemm_int4", int4_product(15), False),

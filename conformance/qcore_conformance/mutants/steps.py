@@ -54,7 +54,7 @@ class Steps(Backend):
     device_types = frozenset({"cpu"})
     declarations: ClassVar[Mapping[str, Any]] = {
         op: {"depth": {"lanes": 1, "extra": 8}, "weight_rounding": "float32"}
-        for op in ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4")
+        for op in ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4", "int8_linear_transposed")
     }
 
     def __init__(self) -> None:
@@ -200,6 +200,10 @@ class Steps(Backend):
 
     def sum_rows(self, y: F32, w: F32) -> F32:
         """The transposed product (QC-GEMM4-009)."""
+        return (y.astype(np.float64) @ w.astype(np.float64)).astype(np.float32)
+
+    def sum_int8_rows(self, y: F32, w: F32) -> F32:
+        """The transposed product with an int8 weight (QC-INT8-012)."""
         return (y.astype(np.float64) @ w.astype(np.float64)).astype(np.float32)
 
     def add_bias(self, y: F32, bias: F32, dtype: torch.dtype) -> F32:
@@ -414,6 +418,13 @@ class Steps(Backend):
         self.store(self.add_outliers(t, x, w, self.outlier_columns(outlier)), out)
         if outliers is not None and threshold > 0:
             self.store(outlier.any(axis=0).astype(np.uint8), outliers)
+
+    @np.errstate(all="ignore")
+    def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
+        self.reference.int8_linear_transposed(A, W, out=out)
+        w = self.decode_rows(W.codes.numpy(), self.load(W.scales))
+        if out.numel():
+            self.store(self.sum_int8_rows(self.load(A).reshape(A.shape), w), out)
 
     @np.errstate(all="ignore")
     def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:

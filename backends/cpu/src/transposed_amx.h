@@ -1,18 +1,18 @@
-// gemm_4bit_transposed for bfloat16 on AMX tiles. Only kernel files include it.
+// X W for bfloat16 on AMX tiles. Only kernel files include it.
 //
 // A tile of X is sixteen of its rows by 64 bytes, as they lie in memory; a tile of W sixteen pairs of its rows by
-// sixteen columns (gemm_4bit_pairs.h). Regular rows and panels only, as in gemm_4bit_amx.h.
+// sixteen columns (gemm_4bit_pairs.h, int8_pairs.h). Regular rows and panels only, as in gemm_4bit_amx.h.
 //
-// Memory picture: a panel, 64 columns of 512 rows of W, is decoded into 64 KiB of scratch (L2), a pair of its tile
-// columns at a time is held in L1 and meets every tile of X of that span, two tiles of sums in registers (tiles.h).
-// Meanwhile, a few pairs of rows between two tile products, the next panel is decoded into other 64 KiB: the tile unit
-// keeps its pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in scratch
-// between spans (L2), so that X is read once for a slice, and a line of W is used up while it is in L2.
-#ifndef QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
-#define QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
+// Memory picture: a panel, 64 columns of 512 rows of W or fewer, is decoded into 64 KiB of scratch (L2), a pair of its
+// tile columns at a time is held in L1 and meets every tile of X of that span, two tiles of sums in registers
+// (tiles.h). Meanwhile, a few pairs of rows between two tile products, the next panel is decoded into other 64 KiB: the
+// tile unit keeps its pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in
+// scratch between spans (L2), so that X is read once for a slice, and a line of W is used up while it is in L2.
+#ifndef QCORE_CPU_TRANSPOSED_AMX_H
+#define QCORE_CPU_TRANSPOSED_AMX_H
 
-#include "gemm_4bit_pairs.h"
 #include "tiles.h"
+#include "transposed_weight.h"
 
 #if defined(__AMX_BF16__)
 
@@ -23,9 +23,6 @@ constexpr int64_t kMostSpan = 512;  // rows of W at a time, at most
 constexpr int64_t kPairPanelBytes = kMostSpan * kPairColumns * 2;
 constexpr int64_t kPairSumBytes = 512 << 10;  // of a slice, about
 
-// Rows of W at a time: few enough for two panels in L1 where decoding is the greater part of the work.
-inline int64_t transposed_span(int64_t rows) { return rows <= 2 * kTile ? 128 : kMostSpan; }
-
 inline int64_t transposed_groups(int64_t rows) { return (rows + kTile - 1) / kTile; }
 
 // Rows of a tile of X and of sums: sixteen, unless X has fewer.
@@ -33,7 +30,7 @@ inline int64_t transposed_tile_rows(int64_t rows) { return rows < kTile ? rows :
 
 inline int64_t transposed_slice(int64_t rows, int64_t columns) {
     const int64_t most = kPairSumBytes / (transposed_groups(rows) * kTileBytes) * kTile / kPairColumns * kPairColumns;
-    const int64_t limit = most < kScaleColumns * kPairColumns ? most : kScaleColumns * kPairColumns;
+    const int64_t limit = most < kMostPanels * kPairColumns ? most : kMostPanels * kPairColumns;
     const int64_t wanted = (columns + kPairColumns - 1) / kPairColumns * kPairColumns;
     return wanted < limit ? wanted : limit;
 }
@@ -42,8 +39,9 @@ inline int64_t transposed_tile_bytes(int64_t rows, int64_t k) {
     return (k + kPairTile - 1) / kPairTile * transposed_groups(rows) * transposed_tile_rows(rows) * kTileRowBytes;
 }
 
+template <class Weight>
 inline int64_t transposed_scratch_bytes(int64_t rows, int64_t columns) {
-    return 2 * kPairPanelBytes + kMostSpan * kScaleColumns * static_cast<int64_t>(sizeof(float)) +
+    return 2 * kPairPanelBytes + kMostSpan * PairDecoder<Weight>::kScales * static_cast<int64_t>(sizeof(float)) +
            transposed_slice(rows, columns) / kTile * transposed_groups(rows) * kTileBytes;
 }
 
@@ -60,10 +58,12 @@ inline int64_t transposed_span_tiles(int64_t k, int64_t k0, int64_t span) {
 }
 
 // Packs group `group` of the `rows` rows from `x` on, k elements each.
-inline void pack_transposed_x(const Bfloat *x, int64_t rows, int64_t k, int64_t group, uint8_t *tiles) {
+template <class Weight>
+inline void pack_transposed_x(const Weight &w, const Bfloat *x, int64_t rows, int64_t k, int64_t group,
+                              uint8_t *tiles) {
     const int64_t groups = transposed_groups(rows);
     const int64_t height = transposed_tile_rows(rows);
-    const int64_t span = transposed_span(rows);
+    const int64_t span = PairDecoder<Weight>::span(rows);
     for (int64_t k0 = 0; k0 < k; k0 += span) {
         const int64_t count = transposed_span_tiles(k, k0, span);
         uint8_t *out = tiles + transposed_x_tile(k0, groups, height, group, count);
@@ -73,7 +73,7 @@ inline void pack_transposed_x(const Bfloat *x, int64_t rows, int64_t k, int64_t 
                 const int64_t first = k0 + t * kPairTile;
                 const int64_t left = row >= rows ? 0 : k - first;
                 const auto valid = static_cast<__mmask32>(left >= kPairTile ? 0xffffffffu : (1u << left) - 1);
-                const __m512i v = _mm512_maskz_loadu_epi16(valid, x + row * k + first);
+                const __m512i v = TransposedWeight<Weight>::x_pairs(w, x + row * k + first, first, valid);
                 _mm512_storeu_si512(out + (t * height + i) * kTileRowBytes, v);
             }
         }
@@ -108,22 +108,23 @@ inline void multiply_pair_tiles(const uint8_t *x, int64_t x_tile_bytes, const ui
 }
 
 // Columns n0 ... n1 - 1 of `rows` rows; odd_panel(first, end) is called for columns that are not regular.
+template <class Weight>
 class TransposedTiles {
    public:
-    TransposedTiles(const Gemm4Transposed &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, const uint8_t *x,
-                    void *scratch)
+    TransposedTiles(const TransposedProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+                    const uint8_t *x, void *scratch)
         : p_(p),
           row0_(row0),
           rows_(rows),
           n0_(n0),
           n1_(n1),
-          span_(transposed_span(rows)),
+          span_(PairDecoder<Weight>::span(rows)),
           groups_(transposed_groups(rows)),
           height_(transposed_tile_rows(rows)),
           x_(x),
           panels_(static_cast<uint8_t *>(scratch)),
           scales_(reinterpret_cast<float *>(panels_ + 2 * kPairPanelBytes)),
-          sums_(reinterpret_cast<uint8_t *>(scales_ + kMostSpan * kScaleColumns)),
+          sums_(reinterpret_cast<uint8_t *>(scales_ + kMostSpan * PairDecoder<Weight>::kScales)),
           decoder_(p) {}
 
     template <class OddPanel>
@@ -174,15 +175,15 @@ class TransposedTiles {
         if (panel == 0) {
             odd_ |= decoder_.prepare(target_.k0, rows, first_, end_, scales_);
         }
-        // What the panel after the next will read: its lines hold two panels each, the last two of a slice lead to the
-        // first of the next span.
-        const bool wraps = target_.n + 2 * kPairColumns >= end_;
-        target_.ahead = wraps ? (span_ * p_.n + first_ - target_.n) / 2 : kPairColumns;
+        // What the panel after the next will read; the last two of a slice lead to the first of the next span.
+        const int64_t reach = target_.n + 2 * kPairColumns;
+        const int64_t beyond = reach - end_ < end_ - first_ ? reach - end_ : 0;
+        target_.ahead = decoder_.bytes(reach < end_ ? reach - target_.n : span_ * p_.n + first_ + beyond - target_.n);
     }
 
     void decode_pairs(int64_t pairs) {
         // Copies, which the compiler keeps in registers: a store to scratch might change any member.
-        const PairDecoder decoder = decoder_;
+        const PairDecoder<Weight> decoder = decoder_;
         const Target target = target_;
         const int64_t k = p_.k;
         const int64_t panel = (target.n - first_) / kPairColumns;
@@ -249,13 +250,13 @@ class TransposedTiles {
         }
     }
 
-    const Gemm4Transposed &p_;
+    const TransposedProduct<Weight> &p_;
     int64_t row0_, rows_, n0_, n1_, span_, groups_, height_;
     const uint8_t *x_;
     uint8_t *panels_;
     float *scales_;
     uint8_t *sums_;
-    PairDecoder decoder_;
+    PairDecoder<Weight> decoder_;
     Target target_ = {};
     int64_t first_ = 0, end_ = 0;  // columns of the slice
     uint32_t odd_ = 0;             // a bit for each panel of the slice
@@ -264,4 +265,4 @@ class TransposedTiles {
 }  // namespace qcore::cpu::QC_ISA
 
 #endif
-#endif  // QCORE_CPU_GEMM_4BIT_TRANSPOSED_AMX_H
+#endif  // QCORE_CPU_TRANSPOSED_AMX_H

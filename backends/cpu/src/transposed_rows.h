@@ -1,4 +1,4 @@
-// gemm_4bit_transposed as sums of rows of W: any instruction set, any alignment of the rows, any value. Only kernel
+// X W as sums of rows of W: any instruction set, any alignment of the rows, any value. Only kernel
 // files include it.
 //
 // Memory picture: a panel, 64 columns of kRowSpan rows of W, is decoded into scratch (32 KiB, L1), rows of X are
@@ -6,12 +6,10 @@
 // registers: 24 products for 10 loads on AVX-512.
 //
 // Rounding: a product is added to a chain of at most kRowSpan, the chains of spans are then added: at most k in all.
-#ifndef QCORE_CPU_GEMM_4BIT_TRANSPOSED_ROWS_H
-#define QCORE_CPU_GEMM_4BIT_TRANSPOSED_ROWS_H
+#ifndef QCORE_CPU_TRANSPOSED_ROWS_H
+#define QCORE_CPU_TRANSPOSED_ROWS_H
 
-#include "gemm_4bit_decode.h"
-#include "gemm_4bit_pairs.h"
-#include "gemm_4bit_transposed_kernels.h"
+#include "transposed_weight.h"
 
 namespace qcore::cpu::QC_ISA {
 
@@ -26,27 +24,28 @@ constexpr int kRowBlock = 4;
 #endif
 
 // How the elements of a product are held in scratch, a dword each, and multiplied.
-template <class T>
+template <class Weight, class T>
 struct RowsInFloat {
     using X = T;
+    using Of = TransposedWeight<Weight>;
     static constexpr int64_t kRowsOfDword = 1;
 
-    explicit RowsInFloat(const Gemm4Transposed &p) : p_(p) {}
+    explicit RowsInFloat(const TransposedProduct<Weight> &p) : p_(p) {}
 
     bool decode(int64_t k0, int64_t count, int64_t n, int64_t width, float *out) {
         for (int64_t i = 0; i < count; ++i, out += kRowPanel) {
-            qcore::cpu::QC_ISA::decode<T>(p_.w, k0 + i, n, width, out);
+            Of::template decode<T>(p_.w, k0 + i, n, width, out);
             __builtin_memset(out + width, 0, static_cast<size_t>(kRowPanel - width) * sizeof *out);
         }
         return true;
     }
-    static void convert(const T *x, int64_t count, float *out) {
+    void convert(const T *x, int64_t k0, int64_t count, float *out) const {
         int64_t i = 0;
         for (; i + kLanes <= count; i += kLanes) {
-            store(out + i, load(x + i));
+            store(out + i, Of::x_lanes(p_.w, x + i, k0 + i));
         }
         for (; i < count; ++i) {
-            out[i] = to_float(x[i]);
+            out[i] = Of::x(p_.w, x[i], k0 + i);
         }
     }
     static F32 add_product(const float *x, F32 w, F32 sum) { return multiply_add(splat(*x), w, sum); }
@@ -61,20 +60,21 @@ struct RowsInFloat {
     }
 
    private:
-    const Gemm4Transposed &p_;
+    const TransposedProduct<Weight> &p_;
 };
 
 #if defined(__AVX512BF16__)
-// Two products a lane and step. Flushes denormals: the caller sees to it that there are none (regular_block).
+// Two products a lane and step. Flushes denormals: the caller sees to it that there are none.
+template <class Weight>
 struct RowsInBf16 {
     using X = Bfloat;
     static constexpr int64_t kRowsOfDword = 2;
 
-    explicit RowsInBf16(const Gemm4Transposed &p) : decoder_(p) {}
+    explicit RowsInBf16(const TransposedProduct<Weight> &p) : w_(p.w), decoder_(p) {}
 
     bool decode(int64_t k0, int64_t count, int64_t n, int64_t width, float *out) {
         bool regular = true;
-        const int64_t ahead = width / 2;
+        const int64_t ahead = decoder_.bytes(width);
         if (decoder_.split()) {
             regular = decoder_.prepare(k0, count, n, n + width, scales_) == 0;
         }
@@ -87,9 +87,12 @@ struct RowsInBf16 {
         }
         return regular;
     }
-    static void convert(const Bfloat *x, int64_t count, float *out) {
-        out[(count - 1) / 2] = 0.0f;
-        __builtin_memcpy(out, x, static_cast<size_t>(count) * sizeof *x);
+    // A row of scratch has room for whole vectors.
+    void convert(const Bfloat *x, int64_t k0, int64_t count, float *out) const {
+        for (int64_t i = 0; i < count; i += 32) {
+            const auto valid = static_cast<__mmask32>(count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1);
+            _mm512_storeu_si512(out + i / 2, TransposedWeight<Weight>::x_pairs(w_, x + i, k0 + i, valid));
+        }
     }
     static F32 add_product(const float *x, F32 w, F32 sum) {
         int32_t pair;
@@ -102,8 +105,9 @@ struct RowsInBf16 {
     }
 
    private:
-    PairDecoder decoder_;
-    float scales_[2 * kRowSpan * kScaleColumns];
+    const Weight &w_;
+    PairDecoder<Weight> decoder_;
+    float scales_[2 * kRowSpan * PairDecoder<Weight>::kScales + 1];
 };
 #endif
 
@@ -148,8 +152,8 @@ struct RowScratch {
 
 // Columns n0 ... n1 - 1 of the rows row0 ... row0 + rows - 1. How::decode may answer false: then the panel is left out
 // and `odd_panel(first column, end)` is called for it.
-template <class How, class OddPanel>
-inline void multiply_by_rows(const Gemm4Transposed &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+template <class How, class Weight, class OddPanel>
+inline void multiply_by_rows(const TransposedProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
                              void *scratch_bytes, const OddPanel &odd_panel) {
     using X = typename How::X;
     constexpr int64_t kSpanOfW = kRowSpan * How::kRowsOfDword;
@@ -168,7 +172,7 @@ inline void multiply_by_rows(const Gemm4Transposed &p, int64_t row0, int64_t row
             for (int64_t r = 0; r < rows && served; r += kRowBlock) {
                 const int64_t some = r + kRowBlock < rows ? kRowBlock : rows - r;
                 for (int64_t i = 0; i < some; ++i) {
-                    How::convert(x + (r + i) * p.k + k0, span, scratch.x + i * kRowSpan);
+                    how.convert(x + (r + i) * p.k + k0, k0, span, scratch.x + i * kRowSpan);
                 }
                 float *sums = scratch.sums + r * kRowPanel;
                 switch (some) {
@@ -204,4 +208,4 @@ inline void multiply_by_rows(const Gemm4Transposed &p, int64_t row0, int64_t row
 
 }  // namespace qcore::cpu::QC_ISA
 
-#endif  // QCORE_CPU_GEMM_4BIT_TRANSPOSED_ROWS_H
+#endif  // QCORE_CPU_TRANSPOSED_ROWS_H

@@ -1,0 +1,61 @@
+// What the products X W take from a kind of weight. Only kernel files include it.
+//
+// TransposedWeight<Weight> has
+//   kStreams                          whether one row of X has a way of its own: stream_bytes(p), stream<T>(p, ...)
+//   decode<T>(w, row, n, count, out)  elements n ... n + count - 1 of a row as float32, as products in T take them
+//   x(w, element, k)                  element k of a row of X as float32, as they take it; x_lanes(w, from, k): kLanes
+// and, where there is a bfloat16 unit,
+//   x_pairs(w, from, k, valid)        32 elements of X from k on as bfloat16, zeros where `valid` is not set
+//   irregular_row(w, x, k)            whether a row of X may make denormals, which those units flush
+// PairDecoder<Weight> decodes pairs of rows for such a unit:
+//   kScales                    floats a row that prepare() writes
+//   span(rows)                 rows of W at a time, at most 512, for so many rows of X; a multiple of 32
+//   bytes(columns)             that a row has for so many columns
+//   split()                    whether columns come in split order (finish_pairs)
+//   prepare(row0, rows, n0, n1, scales)         before decode() of these; a set bit of the result is an odd panel
+//   decode(row, n, panel, ahead, v)             rows `row` and `row` + 1 of a panel; false: it is odd
+// An odd panel has weights that may make denormals.
+#ifndef QCORE_CPU_TRANSPOSED_WEIGHT_H
+#define QCORE_CPU_TRANSPOSED_WEIGHT_H
+
+#include "lanes.h"
+#include "transposed_kernels.h"
+
+namespace qcore::cpu::QC_ISA {
+
+constexpr int64_t kPairColumns = 64;  // of a panel
+constexpr int64_t kPairVectors = kPairColumns / 16;
+constexpr int64_t kMostPanels = 16;  // prepared at a time
+
+template <class Weight>
+struct TransposedWeight;
+
+template <class Weight>
+class PairDecoder;
+
+#if defined(__AVX512BF16__)
+
+// One row of kPairColumns sums, in the order of PairDecoder, to the result: the first `count` columns from y on.
+inline void finish_pairs(bool split, const float *const *sums, int64_t count, Bfloat *y) {
+    const __m512i column = _mm512_set_epi32(19, 3, 19, 3, 18, 2, 18, 2, 17, 1, 17, 1, 16, 0, 16, 0);
+    for (int j = 0; j < kPairVectors && 16 * j < count; ++j) {
+        __m512 v;
+        if (split) {
+            const __m512i pick = _mm512_add_epi32(column, _mm512_set1_epi32(4 * j));
+            const __m512 ab = _mm512_permutex2var_ps(_mm512_loadu_ps(sums[0]), pick, _mm512_loadu_ps(sums[1]));
+            const __m512 cd = _mm512_permutex2var_ps(_mm512_loadu_ps(sums[2]), pick, _mm512_loadu_ps(sums[3]));
+            v = _mm512_mask_blend_ps(0xcccc, ab, cd);
+        } else {
+            v = _mm512_loadu_ps(sums[j]);
+        }
+        const int64_t left = count - 16 * j;
+        const auto valid = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
+        _mm256_mask_storeu_epi16(y + 16 * j, valid, (__m256i) __builtin_convertvector(bf16_bits((F32)v), U16));
+    }
+}
+
+#endif
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif  // QCORE_CPU_TRANSPOSED_WEIGHT_H
