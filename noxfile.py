@@ -158,7 +158,8 @@ def simt(session: nox.Session) -> None:
     for wave, schedule in ((32, "random:1"), (64, "reversed")):
         _conformance(session, str(folder / f"libqcore_simt{wave}.so"), f"simt{wave}", QCORE_SIMT_SCHEDULE=schedule)
     required = {"QCORE_REQUIRE_NATIVE": "1", "QCORE_REQUIRE_SIMT": "1"}
-    _pytest(session, "simt", "-n", "2", "--dist", "worksteal", "backends/kernels/tests", **required)
+    tests = ("backends/kernels/tests", "tests/backend/test_simt_memory.py")
+    _pytest(session, "simt", "-n", "2", "--dist", "worksteal", *tests, **required)
 
 
 @nox.session

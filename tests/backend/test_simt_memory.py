@@ -21,7 +21,7 @@ from qcore.backend.cffi_backend import CffiBackend
 from qcore.errors import InvalidArgument, OutOfMemory
 from qcore.functional import paged
 
-LIBRARY = Path(__file__).parents[3] / "build" / "simt" / "libqcore_simt32.so"
+LIBRARY = Path(__file__).parents[2] / "build" / "simt" / "libqcore_simt32.so"
 CPU = torch.device("cpu")
 
 
