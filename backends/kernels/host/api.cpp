@@ -48,8 +48,8 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_
     if (!arguments.ok()) {
         return arguments.status();
     }
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_4BIT_TRANSPOSED) {
-        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_GEMM_4BIT_TRANSPOSED, op);
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR_TRANSPOSED) {
+        return fail(QC_INVALID_ARGUMENT, "workspace: op: expected 0 to %d, got %d", QC_OP_INT8_LINEAR_TRANSPOSED, op);
     }
     if (bytes == nullptr) {
         return fail(QC_INVALID_ARGUMENT, "workspace: bytes: expected an address, got 0");
