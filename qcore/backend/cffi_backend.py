@@ -323,7 +323,8 @@ class CffiBackend(Backend):
 
     def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
         device, stream = self._where(A)
-        dtype, sizes = _DTYPES[A.dtype], (out.shape[0], *W.codes.shape)
+        dtype, (n, k) = _DTYPES[A.dtype], W.codes.shape
+        sizes = (out.shape[0], n, k)
         _scratch, *workspace = self._workspace(QC.QC_OP_INT8_LINEAR_TRANSPOSED, device, stream, dtype, *sizes, A)
         pointers = (_ptr(A), _ptr(W.codes), _ptr(W.scales), _ptr(out))
         self._call("int8_linear_transposed", device, stream, dtype, *sizes, *pointers, *workspace)
