@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "architectures.h"
+#include "driver.h"
 #include "host/arguments.h"
 #include "host/capabilities.h"
 #include "host/memory.h"
@@ -31,10 +32,6 @@ struct Device {
     std::string refusal;    // why this build does not run there, or ""
 };
 
-std::string version_text(int version) {
-    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 struct Machine {
     qc_status status = QC_OK;
     std::string refusal;
@@ -56,22 +53,9 @@ Machine look() {
     cudaGetLastError();  // leave no error behind for the caller's own use of the runtime
     cudaDriverGetVersion(&machine.driver);
     cudaRuntimeGetVersion(&machine.runtime);
-    if (error == cudaErrorInsufficientDriver && machine.driver == 0) {
-        machine.status = QC_NO_DEVICE;
-        machine.refusal = "no device: this machine has no NVIDIA driver; install one for CUDA " +
-                          version_text(machine.runtime) + " or newer, or use the cpu backend";
-    } else if (error == cudaErrorInsufficientDriver) {
-        machine.status = QC_NO_DEVICE;
-        machine.refusal = "no device: the NVIDIA driver serves CUDA " + version_text(machine.driver) +
-                          ", this library needs " + version_text(machine.runtime) + "; update the driver";
-    } else if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
-        machine.status = QC_NO_DEVICE;
-        machine.refusal = "no device: the NVIDIA driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES";
-    } else if (error != cudaSuccess) {
-        machine.status = QC_NO_DEVICE;
-        machine.refusal = std::string("no device: the CUDA runtime answers ") + cudaGetErrorName(error) + ": " +
-                          cudaGetErrorString(error);
-    }
+    machine.refusal = machine_refusal({static_cast<int>(error), count, machine.driver, machine.runtime,
+                                       cudaGetErrorName(error), cudaGetErrorString(error)});
+    machine.status = machine.refusal.empty() ? QC_OK : QC_NO_DEVICE;
     if (machine.status != QC_OK) {
         return machine;
     }

@@ -54,6 +54,17 @@ int main() {
 }
 """
 
+DRIVER = """
+#include <cstdio>
+#include <cstdlib>
+#include "driver.h"
+int main(int, char **argv) {
+    const int error = std::atoi(argv[1]), count = std::atoi(argv[2]);
+    const int driver = std::atoi(argv[3]), runtime = std::atoi(argv[4]);
+    std::puts(qcore::gpu::machine_refusal({error, count, driver, runtime, "cudaErrorName", "text"}).c_str());
+}
+"""
+
 
 def _compiler() -> str:
     compiler = shutil.which("c++") or shutil.which("g++")
@@ -102,6 +113,40 @@ def runs_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_build_knows_its_devices(runs_on: Path, built: str, capability: int, runs: bool) -> None:
     said = subprocess.run([runs_on, built, str(capability)], capture_output=True, text=True, check=True).stdout
     assert said == ("yes\n" if runs else "no\n")
+
+
+@pytest.fixture(scope="module")
+def refusal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _compiled(tmp_path_factory.mktemp("driver"), "refusal", DRIVER)
+
+
+_MISSING = "this machine has no NVIDIA driver; install one for CUDA {} or newer ({} or newer), or use the cpu backend"
+_OLD = "the NVIDIA driver is too old: it serves CUDA {}, and this library needs {}; update the driver ({} or newer), "
+_OLD += "or use the cpu backend"
+_HIDDEN = "the NVIDIA driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("error", "count", "driver", "runtime", "expected"),
+    [
+        (0, 1, 13000, 13000, ""),
+        (0, 2, 13000, 13010, ""),  # an older minor version serves
+        (0, 1, 12010, 12080, ""),
+        (0, 1, 13000, 12080, ""),
+        (35, 0, 0, 13000, f"no device: {_MISSING.format('13.0', 580)}"),
+        (35, 0, 12040, 13000, f"no device: {_OLD.format('12.4', '13.0', 580)}"),
+        # The runtime is content, but kernels with more than 4 KB of parameters would not start.
+        (0, 1, 12000, 12080, f"no device: {_OLD.format('12.0', '12.1', 530)}"),
+        (100, 0, 13000, 13000, f"no device: {_HIDDEN}"),
+        (0, 0, 13000, 13000, f"no device: {_HIDDEN}"),
+        (803, 0, 13000, 13000, "no device: the CUDA runtime answers cudaErrorName: text; check that nvidia-smi works"),
+    ],
+)
+def test_what_the_runtime_answers_becomes_one_sentence(
+    refusal: Path, error: int, count: int, driver: int, runtime: int, expected: str
+) -> None:
+    command = [str(word) for word in (refusal, error, count, driver, runtime)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{expected}\n"
 
 
 def test_memory_of_the_host_and_of_other_devices_is_refused(tmp_path: Path) -> None:
