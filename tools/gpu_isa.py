@@ -46,8 +46,9 @@ class Kernel:
         Bytes of a block.
     waves : int
         That one SIMD (AMD) or multiprocessor (NVIDIA) can hold at once, by registers and shared memory.
-    instructions, loads16, stores16, loads, matrix, dots : int
-        In the code: all; loads and stores of global memory of 16 bytes; all loads of it; matrix units; dot products.
+    instructions, loads16, stores16, loads, copies, matrix, dots : int
+        In the code: all; loads and stores of global memory of 16 bytes; all loads of it, and those among them that go
+        to shared memory past the registers; matrix units; dot products.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Kernel:
     loads16: int
     stores16: int
     loads: int
+    copies: int
     matrix: int
     dots: int
 
@@ -149,6 +151,7 @@ def _kernels_of_object(target: str, path: str) -> Iterator[Kernel]:
             sum(re.match(r"\w+_load_(dwordx4|b128)\b", line) is not None for line in loads),
             sum(re.match(r"(global|flat|buffer)_store_(dwordx4|b128)\b", line) is not None for line in lines),
             len(loads),
+            0,
             sum(re.match(r"v_(mfma|wmma)_", line) is not None for line in lines),
             sum(re.match(r"v_dot4", line) is not None for line in lines),
         )
@@ -204,6 +207,7 @@ def nvidia_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
             sum("128" in line.split()[0].split(".") for line in loads),
             sum(re.match(r"STG\S*\.128", line) is not None for line in lines),
             len(loads),
+            sum(line.startswith("LDGSTS") for line in loads),
             sum(re.match(r"(HMMA|IMMA)\b", line) is not None for line in lines),
             sum(re.match(r"(IDP|IDP4A)\b", line) is not None for line in lines),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Target:
         Bytes of shared memory, and the groups that share them.
     reserved_shared : int
         Bytes of a block that the driver keeps for itself; part of what NVIDIA's tools report.
+    without : str
+        What the kernels use elsewhere and this target lacks, and what they do instead.
     """
 
     wave: int
@@ -41,6 +43,8 @@ class Target:
     sharing: int
     matrix: bool = True
     reserved_shared: int = 0
+    copies: bool = False  # from global to shared memory past the registers
+    without: str = ""
 
     def waves(self, registers: int, shared: int, threads: int) -> int:
         """Waves of a group that fit at once, in whole blocks."""
@@ -52,31 +56,50 @@ class Target:
         return blocks * waves_of_block // self.sharing
 
 
-_CDNA = Target(64, 512, 8, 8, 64 << 10, 4)
-_RDNA2 = Target(32, 1024, 16, 16, 128 << 10, 4, matrix=False)
-_RDNA3 = Target(32, 1536, 24, 16, 128 << 10, 4)
+_NO_COPIES = "Tiles pass through registers on their way to shared memory."
+_CDNA = Target(64, 512, 8, 8, 64 << 10, 4, without=_NO_COPIES)
+_CDNA2 = replace(
+    _CDNA,
+    without=f"{_NO_COPIES} The 16-bit units take denormals for zeros: float16 products run on the float32 units.",
+)
+_RDNA2 = Target(
+    *(32, 1024, 16, 16, 128 << 10, 4),
+    matrix=False,
+    without=f"{_NO_COPIES} No matrix units: int8 products are dot products of four, and products of 16 bits run on the "
+    "plain kernels; their matrix kernels are compiled and never launched.",
+)
+_RDNA3 = Target(32, 1536, 24, 16, 128 << 10, 4, without=_NO_COPIES)
 
 
-def _nvidia(threads: int, shared_kib: int, reserved: int) -> Target:
-    return Target(32, 65536 // 32, 8, threads // 32, shared_kib << 10, 1, reserved_shared=reserved)
+def _nvidia(threads: int, shared_kib: int, without: str = "") -> Target:
+    return Target(
+        *(32, 65536 // 32, 8, threads // 32, shared_kib << 10, 1), reserved_shared=1024, copies=True, without=without
+    )
 
 
 TARGETS = {
-    "gfx90a": _CDNA,
+    "gfx90a": _CDNA2,
     "gfx942": _CDNA,
     "gfx1030": _RDNA2,
     "gfx1100": _RDNA3,
     "gfx1201": _RDNA3,
-    "sm_75": _nvidia(1024, 64, 0),
-    "sm_80": _nvidia(2048, 164, 1024),
-    "sm_86": _nvidia(1536, 100, 1024),
-    "sm_89": _nvidia(1536, 100, 1024),
-    "sm_90": _nvidia(2048, 228, 1024),
-    "sm_100": _nvidia(2048, 228, 1024),
-    "sm_120": _nvidia(1536, 100, 1024),
+    "sm_75": replace(
+        _nvidia(1024, 64),
+        reserved_shared=0,
+        copies=False,
+        without=f"No cp.async. {_NO_COPIES} The matrix units take float16 (m16n8k8) and int8 (m8n8k16), not bfloat16: "
+        "its products run on the plain kernels; their matrix kernels are compiled and never launched.",
+    ),
+    "sm_80": _nvidia(2048, 164),
+    "sm_86": _nvidia(1536, 100),
+    "sm_89": _nvidia(1536, 100),
+    "sm_90": _nvidia(2048, 228, "wgmma and TMA are left alone: mma.sync and cp.async serve."),
+    "sm_100": _nvidia(2048, 228, "tcgen05 and TMA are left alone: mma.sync and cp.async serve."),
+    "sm_120": _nvidia(1536, 100),
 }
 
-_PRODUCT = re.compile(r"(matrix|int8|tiled|tiled_transposed)_kernel<")
+_PRODUCT = re.compile(r"(matrix|int8|int8_tiled|tiled|tiled_transposed)_kernel<")
+_TILED = re.compile(r"(int8_tiled|tiled|tiled_transposed)_kernel<")
 # What these read, or write, comes eight elements at a time, and those are 16 bytes and more.
 _READS_WIDE = re.compile(r"(quantize|plain_kernel|rows|column_|dequantize_gemm|step|squares)")
 _WRITES_WIDE = re.compile(r"(dequantize_(4bit|blockwise|rows|gemm)|step)_kernel")
@@ -121,12 +144,14 @@ def _breaches_of(kernel: Kernel) -> Iterable[str]:
 
 def _breaches_of_product(kernel: Kernel, target: Target) -> Iterable[str]:
     aligned = kernel.name.endswith("true>")
-    int8 = kernel.name.startswith("int8_kernel")
+    int8 = kernel.name.startswith("int8_")
     if aligned and kernel.loads16 == 0 and not _never_launched(kernel):
         yield f"no 16-byte load among {kernel.loads}"
     units = kernel.matrix if target.matrix else kernel.dots if int8 else 1
     if units == 0 and not _never_launched(kernel):
         yield "no instruction of the matrix units"
+    if target.copies and aligned and kernel.copies == 0 and _TILED.match(kernel.name):
+        yield "no copy to shared memory past the registers"
 
 
 def _never_launched(kernel: Kernel) -> bool:
@@ -140,9 +165,14 @@ def _never_launched(kernel: Kernel) -> bool:
 _HEAD = (
     "Made by `tools/gpu_isa.py` from the libraries that `nox -s isa` builds; [the figures of every instance]"
     "(gpu-isa.json). Compiled only: none of it is a measurement. Registers are of a thread; waves are how many a "
-    "SIMD (AMD) or a multiprocessor (NVIDIA) can hold at once; loads and stores of 16 bytes and matrix instructions "
-    "(dot products on gfx10) are counted in the code. A range is over the instances of a template."
+    "SIMD (AMD) or a multiprocessor (NVIDIA) can hold at once; loads and stores of 16 bytes, copies to shared memory "
+    "past the registers (of 16 bytes too), and matrix instructions (dot products on gfx10) are counted in the code. "
+    "A range is over the instances of a template."
 )
+
+
+_FIGURES = ("registers", "spilled", "scalars spilled", "shared", "waves", "loads", "copies", "stores", "matrix")
+_COLUMNS = ("kernel", "instances", *_FIGURES)
 
 
 def summary(kernels: Sequence[Kernel]) -> str:
@@ -161,10 +191,10 @@ def summary(kernels: Sequence[Kernel]) -> str:
         lines += [
             f"## {target}",
             "",
-            f"Waves of {wave}, at most {most}.",
+            f"Waves of {wave}, at most {most}. {TARGETS[target].without}".rstrip(),
             "",
-            "| kernel | instances | registers | spilled | scalars spilled | shared | waves | loads | stores | matrix |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| {' | '.join(_COLUMNS)} |",
+            f"|{'---|' * len(_COLUMNS)}",
         ]
         for family in sorted({kernel.name.partition("<")[0] for kernel in mine}):
             several = [kernel for kernel in mine if kernel.name.partition("<")[0] == family]
@@ -175,6 +205,7 @@ def summary(kernels: Sequence[Kernel]) -> str:
                 _range(kernel.shared for kernel in several),
                 _range(kernel.waves for kernel in several),
                 _range(kernel.loads16 for kernel in several),
+                _range(kernel.copies for kernel in several),
                 _range(kernel.stores16 for kernel in several),
                 _range(kernel.matrix + kernel.dots for kernel in several),
             )

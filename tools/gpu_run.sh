@@ -83,11 +83,13 @@ if [[ -z $rehearsal ]]; then
     [[ -n $capability ]] || finish 3 "no GPU: nvidia-smi is missing or lists none; run this on a machine with an NVIDIA GPU and its driver"
 fi
 
+"$python" -c 'import torch, numpy' || finish 2 "$python lacks torch or numpy; name one that has them in PYTHON"
+
 export PYTHONUNBUFFERED=1 PYTHONPATH="$root:$root/backends/cpu_reference:$root/conformance"
 if ! compgen -G ".gpu-wheels/*.whl" >/dev/null; then
     skip wheels "no .gpu-wheels; what is installed has to do"
-elif ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'; then
-    skip wheels "they are for Python 3.12; what is installed has to do"
+elif ! compgen -G ".gpu-wheels/cffi-*-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl" >/dev/null; then
+    skip wheels "they are for another Python (tools/gpu_wheels.sh takes its version); what is installed has to do"
 else
     part wheels 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" .gpu-wheels/*.whl
     PYTHONPATH="$PYTHONPATH:$work/site:$root/.gpu-wheels"

@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# Gathers what tools/gpu_run.sh needs on a GPU machine without a network, for Python 3.12 on x86-64 Linux, in .gpu-wheels/
-# (ignored by git; under 16 MiB): the wheels of the suite's dependencies, and of bitsandbytes its Python files and the one
-# library that belongs to CUDA 13.0. Torch is expected there.
+# Gathers what tools/gpu_run.sh needs on a GPU machine without a network, on x86-64 Linux, in .gpu-wheels/ (ignored by
+# git; under 16 MiB): the wheels of the suite's dependencies, and of bitsandbytes its Python files and the one library
+# that belongs to CUDA 13.0. Torch and NumPy are expected there.
 #
-#   tools/gpu_wheels.sh            downloads what is missing
+#   tools/gpu_wheels.sh [3.12]     downloads what is missing, for that version of Python
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=.gpu-wheels
 python=${PYTHON:-python3}
+version=${1:-3.12}
+if [[ ! $version =~ ^3\.[0-9]+$ ]]; then
+    echo "usage: tools/gpu_wheels.sh [3.12]" >&2
+    exit 2
+fi
 mkdir -p "$target"
 
 platforms=()
@@ -17,7 +22,7 @@ done
 fetch() { # FOLDER REQUIREMENT...
     local folder=$1
     shift
-    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version "$version" \
         --implementation cp "${platforms[@]}" --dest "$folder" "$@"
 }
 
