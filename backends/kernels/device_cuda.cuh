@@ -12,6 +12,7 @@
 #define QC_DEVICE __device__ __forceinline__
 #define QC_CONSTANT static __device__ constexpr
 #define QC_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define QC_KERNEL_RESIDENT(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // Without a copy in local memory: reads by index come from the constant bank.
 #define QC_PARAMETER(Type) const __grid_constant__ Type
 #define QC_SHARED(Type, name)                                               \

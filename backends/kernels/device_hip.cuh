@@ -14,6 +14,7 @@
 #define QC_DEVICE __device__ __forceinline__
 #define QC_CONSTANT static __device__ constexpr
 #define QC_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define QC_KERNEL_RESIDENT(threads, blocks) QC_KERNEL(threads)
 #define QC_PARAMETER(Type) const Type
 #define QC_SHARED(Type, name)                                               \
     static_assert(std::is_trivial<Type>::value && sizeof(Type) <= 48 << 10, \

@@ -121,7 +121,7 @@ struct Output {
     }
 };
 
-template <class Weight, class T, int W, int C, int KW, bool Aligned>
+template <class Weight, class T, int W, int C, bool Aligned>
 QC_KERNEL(kProductWaves *W)
 matrix_kernel(Weight w, Activations<T> x, Output<T> output) {
     struct Shared {
@@ -132,7 +132,7 @@ matrix_kernel(Weight w, Activations<T> x, Output<T> output) {
     w.fill(shared.table);
     block_barrier();
     const PackedRows<T, Weight, Aligned> rows = {w, output.n, x.k, shared.table};
-    multiply<T, W, C, KW, Aligned>(rows, x, output.n, output, shared.sums);
+    multiply<T, W, C, Aligned>(rows, x, output.n, output, shared.sums);
 }
 
 template <class Weight, class T, int W, int Rows, bool Aligned>
@@ -176,7 +176,7 @@ QC_DEVICE int add_lanes(float (&sum)[M]) {
 }
 
 template <class Weight, class T, int W, int M>
-QC_KERNEL(kPlainThreads)
+QC_KERNEL_RESIDENT(kPlainThreads, 4)
 plain_kernel(Weight w, Activations<T> x, Output<T> output, bool words) {
     struct Shared {
         typename Weight::Table table;
@@ -250,22 +250,21 @@ struct FourbitProduct {
     qc_status run_matrix() {
         constexpr int kUnit = MatrixLayout<kWave>::kColumns;
         if (x.m <= kUnit) {
-            return matrix<1, 8>();
+            return matrix<1>();
         }
         if (x.m <= kFewRows) {
-            return matrix<16 / kUnit, 8>();
+            return matrix<16 / kUnit>();
         }
         if (x.m <= 32) {
             return tiled<32>();
         }
         return x.m <= 64 ? tiled<64>() : tiled<128>();
     }
-    template <int C, int KW>
+    template <int C>
     qc_status matrix() {
-        constexpr int kColumns = C * MatrixLayout<kWave>::kColumns, kRows = kProductWaves / KW * kRowsOfTile;
-        const Grid grid = {ceil_div(output.n, kRows), Queue::tile_blocks(ceil_div(x.m, kColumns))};
-        const auto kernel = w_aligned && x.aligned ? matrix_kernel<Weight, T, kWave, C, KW, true>
-                                                   : matrix_kernel<Weight, T, kWave, C, KW, false>;
+        const auto kernel = w_aligned && x.aligned ? matrix_kernel<Weight, T, kWave, C, true>
+                                                   : matrix_kernel<Weight, T, kWave, C, false>;
+        const Grid grid = {ceil_div(output.n, kRowsOfTile)};
         return queue.launch(kernel, grid, kProductWaves * kWave, w, x, output);
     }
     template <int Rows>

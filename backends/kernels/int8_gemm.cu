@@ -1,12 +1,14 @@
 // int8 products (docs/spec/50-int8.md, QC-INT8-005 to QC-INT8-007), plain and with the epilogue fused.
 //
-// product.cuh has the memory picture: B[N,K] is the A operand of the units, one 16-byte load a lane and row. Floor:
-// N * K + M * K bytes read and 2 or 4 bytes an output written while M is small; what the units do a second for large M.
+// Up to 16 rows of A: product.cuh has the memory picture, B[N,K] is the A operand of the units, one 16-byte load a lane
+// and row. More: int8_tiles.cuh has it. Floor: N * K + M * K bytes read and 2 or 4 bytes an output written while M is
+// small; what the units do a second for large M.
 // The fused form saves 8 bytes an output against the two ops one after the other: the sums never leave the chip.
 #include "host/arguments.h"
 #include "host/ops.h"
 #include "host/queue.h"
 #include "int8_parts.h"
+#include "int8_tiles.cuh"
 #include "product.cuh"
 #include "scale.cuh"
 
@@ -73,14 +75,14 @@ struct ScaledWithOutliers {
     }
 };
 
-template <class Finish, int W, int C, int KW, bool Aligned>
+template <class Finish, int W, int C, bool Aligned>
 QC_KERNEL(kProductWaves *W)
 int8_kernel(Int8Rows<Aligned> rows, Activations<int8_t> a, Finish finish) {
     struct Shared {
         ProductSums<int8_t, W, C> sums;
     };
     QC_SHARED(Shared, shared);
-    multiply<int8_t, W, C, KW, Aligned>(rows, a, rows.n, finish, shared.sums);
+    multiply<int8_t, W, C, Aligned>(rows, a, rows.n, finish, shared.sums);
 }
 
 // B[N,K], and whether it is aligned as Activations are.
@@ -90,30 +92,40 @@ struct Factor {
     bool aligned;
 };
 
-template <bool Aligned, int C, int KW, class Finish>
-qc_status launch(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
-    constexpr int kColumns = C * MatrixLayout<kWave>::kColumns, kRows = kProductWaves / KW * kRowsOfTile;
-    const Grid grid = {ceil_div(b.n, kRows), Queue::tile_blocks(ceil_div(a.m, kColumns))};
+template <bool Aligned, int C, class Finish>
+qc_status launch_rows(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
+    const Grid grid = {ceil_div(b.n, kRowsOfTile)};
     const Int8Rows<Aligned> rows = {b.b, b.n, b.k};
-    return queue.launch(int8_kernel<Finish, kWave, C, KW, Aligned>, grid, kProductWaves * kWave, rows, a, finish);
+    return queue.launch(int8_kernel<Finish, kWave, C, Aligned>, grid, kProductWaves * kWave, rows, a, finish);
 }
 
-template <bool Aligned, class Finish>
-qc_status run_rows(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
-    constexpr int kUnit = MatrixLayout<kWave>::kColumns;
-    constexpr int kMost = Aligned ? 64 : 32;  // to gather 16 bytes one by one takes registers too
-    if (a.m <= kUnit) {
-        return launch<Aligned, 1, 8>(queue, b, a, finish);
-    }
-    if (a.m <= 16) {
-        return launch<Aligned, 16 / kUnit, 8>(queue, b, a, finish);
-    }
-    return launch<Aligned, kMost / kUnit, 2>(queue, b, a, finish);
+template <bool Aligned, int Rows, class Finish>
+qc_status launch_int8_tiles(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish,
+                            int splits, int32_t *partial) {
+    const auto kernel = int8_tiled_kernel<Finish, kWave, Rows, Aligned>;
+    return launch_tiles<Rows>(queue, kernel, finish, a.m, b.n, splits, partial, b.b, a, b.n);
 }
 
+// `partial`: int8_partial_bytes() of scratch.
 template <class Finish>
-qc_status run(Queue &queue, const Factor &b, const Activations<int8_t> &a, const Finish &finish) {
-    return a.aligned && b.aligned ? run_rows<true>(queue, b, a, finish) : run_rows<false>(queue, b, a, finish);
+qc_status run(Queue &queue, int32_t device, const Factor &b, const Activations<int8_t> &a, const Finish &finish,
+              int32_t *partial) {
+    constexpr int kUnit = MatrixLayout<kWave>::kColumns;
+    const bool aligned = a.aligned && b.aligned;
+    if (a.m <= kUnit) {
+        return aligned ? launch_rows<true, 1>(queue, b, a, finish) : launch_rows<false, 1>(queue, b, a, finish);
+    }
+    if (a.m <= kFewInt8Rows) {
+        constexpr int kFragments = kFewInt8Rows / kUnit;
+        return aligned ? launch_rows<true, kFragments>(queue, b, a, finish)
+                       : launch_rows<false, kFragments>(queue, b, a, finish);
+    }
+    const int splits = int8_splits(device, a.m, b.n, b.k);
+    if (!aligned) {
+        return launch_int8_tiles<false, 64>(queue, b, a, finish, splits, partial);
+    }
+    return a.m <= 64 ? launch_int8_tiles<true, 64>(queue, b, a, finish, splits, partial)
+                     : launch_int8_tiles<true, 128>(queue, b, a, finish, splits, partial);
 }
 
 Arguments check_sizes(const char *op, int32_t device, int64_t m, int64_t n, int64_t k) {
@@ -139,22 +151,35 @@ Scaled<T> scaled_of(uintptr_t out, int64_t n, const float *row_stats, uintptr_t 
 
 }  // namespace
 
-qc_status linear_product(Queue &queue, const LinearProduct &p) {
+int64_t linear_product_bytes(int32_t device, int64_t m, int64_t n, int64_t k) {
+    return int8_partial_bytes(device, m, n, k);
+}
+
+qc_status linear_product(Queue &queue, int32_t device, const LinearProduct &p) {
     const Factor b = factor_of(p.b, p.n, p.k);
     const Activations<int8_t> a = activations_of(reinterpret_cast<uintptr_t>(p.codes), p.m, p.k);
     return with_dtype(p.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         const Scaled<T> scaled = scaled_of<T>(p.out, p.n, p.row_stats, p.col_stats, p.bias_dtype, p.bias);
         if (p.list == nullptr) {
-            return run(queue, b, a, scaled);
+            return run(queue, device, b, a, scaled, p.partial);
         }
         const OutlierTerms<T> terms = {p.list, pointer<const T>(p.a), b.b, p.weights, p.expanded, p.k};
-        return run(queue, b, a, ScaledWithOutliers<T>{scaled, terms});
+        return run(queue, device, b, a, ScaledWithOutliers<T>{scaled, terms}, p.partial);
     });
 }
 
+qc_status int8_gemm_workspace(int32_t device, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
+    Arguments arguments("workspace", device, Arguments::Starts::nothing);
+    arguments.extent("m, n", m, n);
+    if (arguments.ok()) {
+        *bytes = m == 0 || n == 0 ? 0 : int8_partial_bytes(device, m, n, k);
+    }
+    return arguments.status();
+}
+
 qc_status int8_gemm(int32_t device, uintptr_t stream, int64_t m, int64_t n, int64_t k, uintptr_t a, uintptr_t b,
-                    uintptr_t out, uintptr_t, int64_t) {
+                    uintptr_t out, uintptr_t workspace, int64_t workspace_bytes) {
     constexpr char kOp[] = "int8_gemm";
     return guarded(kOp, [&] {
         Arguments arguments = check_sizes(kOp, device, m, n, k);
@@ -164,14 +189,18 @@ qc_status int8_gemm(int32_t device, uintptr_t stream, int64_t m, int64_t n, int6
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }
+        if (!arguments.workspace(workspace, workspace_bytes, int8_partial_bytes(device, m, n, k)).ok()) {
+            return arguments.status();
+        }
         Queue queue(kOp, device, stream);
-        return run(queue, factor_of(b, n, k), activations_of(a, m, k), Sums{pointer<int32_t>(out), n});
+        return run(queue, device, factor_of(b, n, k), activations_of(a, m, k), Sums{pointer<int32_t>(out), n},
+                   pointer<int32_t>(workspace));
     });
 }
 
 qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
                            uintptr_t a, uintptr_t b, uintptr_t row_stats, uintptr_t col_stats, int32_t bias_dtype,
-                           uintptr_t bias, uintptr_t out, uintptr_t, int64_t) {
+                           uintptr_t bias, uintptr_t out, uintptr_t workspace, int64_t workspace_bytes) {
     constexpr char kOp[] = "int8_scaled_gemm";
     return guarded(kOp, [&] {
         Arguments arguments = check_sizes(kOp, device, m, n, k);
@@ -181,11 +210,15 @@ qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int6
         if (!arguments.ok() || m == 0 || n == 0) {
             return arguments.status();
         }
+        if (!arguments.workspace(workspace, workspace_bytes, int8_partial_bytes(device, m, n, k)).ok()) {
+            return arguments.status();
+        }
         Queue queue(kOp, device, stream);
         return with_dtype(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            return run(queue, factor_of(b, n, k), activations_of(a, m, k),
-                       scaled_of<T>(out, n, pointer<const float>(row_stats), col_stats, bias_dtype, bias));
+            return run(queue, device, factor_of(b, n, k), activations_of(a, m, k),
+                       scaled_of<T>(out, n, pointer<const float>(row_stats), col_stats, bias_dtype, bias),
+                       pointer<int32_t>(workspace));
         });
     });
 }

@@ -36,13 +36,14 @@ expand_kernel(const OutlierColumns *list, const int8_t *b, const float *col_stat
 
 // Where the parts of the scratch begin, in bytes.
 struct Layout {
-    int64_t row_stats, list, weights, bytes;
+    int64_t row_stats, list, weights, partial, bytes;
 
-    Layout(int64_t m, int64_t n, int64_t k)
+    Layout(int32_t device, int64_t m, int64_t n, int64_t k)
         : row_stats(up(m * k)),
           list(up(row_stats + m * static_cast<int64_t>(sizeof(float)))),
           weights(up(list + OutlierColumns::bytes(k))),
-          bytes(weights + (expands(m) ? kMostExpanded * n * static_cast<int64_t>(sizeof(float)) : 0)) {}
+          partial(up(weights + (expands(m) ? kMostExpanded * n * static_cast<int64_t>(sizeof(float)) : 0))),
+          bytes(partial + linear_product_bytes(device, m, n, k)) {}
 
     static bool expands(int64_t m) { return m > kFewRows; }
     static int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -55,14 +56,16 @@ Arguments check_sizes(int32_t device, Arguments::Starts starts, int32_t dtype, i
     return arguments;
 }
 
-int64_t workspace_bytes_of(int64_t m, int64_t n, int64_t k) { return m == 0 ? 0 : Layout(m, n, k).bytes; }
+int64_t workspace_bytes_of(int32_t device, int64_t m, int64_t n, int64_t k) {
+    return m == 0 ? 0 : Layout(device, m, n, k).bytes;
+}
 
 }  // namespace
 
 qc_status int8_linear_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
     const Arguments arguments = check_sizes(device, Arguments::Starts::nothing, dtype, m, n, k);
     if (arguments.ok()) {
-        *bytes = workspace_bytes_of(m, n, k);
+        *bytes = workspace_bytes_of(device, m, n, k);
     }
     return arguments.status();
 }
@@ -82,11 +85,11 @@ qc_status int8_linear(int32_t device, uintptr_t stream, int32_t dtype, int64_t m
         if (!arguments.ok()) {
             return arguments.status();
         }
-        const int64_t needed = workspace_bytes_of(m, n, k);
+        const int64_t needed = workspace_bytes_of(device, m, n, k);
         if (!arguments.workspace(workspace, workspace_bytes, needed).ok()) {
             return arguments.status();
         }
-        const Layout layout(m, n, k);
+        const Layout layout(device, m, n, k);
         auto *codes = pointer<int8_t>(workspace);
         auto *row_stats = pointer<float>(workspace + static_cast<uintptr_t>(layout.row_stats));
         auto *list =
@@ -106,8 +109,10 @@ qc_status int8_linear(int32_t device, uintptr_t stream, int32_t dtype, int64_t m
         if (status != QC_OK) {
             return status;
         }
-        return linear_product(queue, {dtype, m, n, k, codes, row_stats, a, b, col_stats, bias_dtype, bias, out, list,
-                                      weights, expands ? kMostExpanded : 0});
+        auto *partial = pointer<int32_t>(workspace + static_cast<uintptr_t>(layout.partial));
+        return linear_product(queue, device,
+                              {dtype, m, n, k, codes, row_stats, a, b, col_stats, bias_dtype, bias, out, list, weights,
+                               expands ? kMostExpanded : 0, partial});
     });
 }
 

@@ -30,7 +30,7 @@ struct OutlierTerms {
 qc_status quantize_rows(Queue &queue, int32_t dtype, uintptr_t a, int64_t m, int64_t k, float threshold, int8_t *out,
                         float *row_stats, uint8_t *outlier_cols, OutlierColumns *list);
 
-// int8_gemm.cu. `codes` and `row_stats` are those of A.
+// int8_gemm.cu. `codes` and `row_stats` are those of A; `partial`: linear_product_bytes() of scratch.
 struct LinearProduct {
     int32_t dtype;
     int64_t m, n, k;
@@ -42,8 +42,10 @@ struct LinearProduct {
     const OutlierColumns *list;
     const float *weights;
     int32_t expanded;
+    int32_t *partial;
 };
-qc_status linear_product(Queue &queue, const LinearProduct &p);
+int64_t linear_product_bytes(int32_t device, int64_t m, int64_t n, int64_t k);
+qc_status linear_product(Queue &queue, int32_t device, const LinearProduct &p);
 
 }  // namespace qcore::gpu
 

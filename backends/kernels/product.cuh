@@ -1,17 +1,15 @@
 // Y[M,N] = X[M,K] W[N,K]^T on matrix units: the part that is the same whether W holds 4-bit codes or int8.
 //
-// Memory picture. W is the A operand: 16 of its rows a wave, from memory by 16-byte loads, once for up to 64 rows of X.
-// The four lanes of a row (two with WMMA) each take a stretch of their own, next to the others', so that a wave reads
-// 64 (32) neighbouring bytes of each row and all of them end in registers (matrix.cuh says why a permuted depth is
-// allowed). X is the B operand and small: its 16-byte loads come from L1 and L2. Nothing passes through shared memory
-// but the sums at the end. Up to 8 rows of X cost what one costs.
+// Memory picture. W is the A operand: 16 of its rows a block, from memory by 16-byte loads, once for up to 16 rows of
+// X. The four lanes of a row (two with WMMA) each take a stretch of their own, next to the others', so that a wave
+// reads 64 (32) neighbouring bytes of each row and all of them end in registers (matrix.cuh says why a permuted depth
+// is allowed). X is the B operand and small: its 16-byte loads come from L1 and L2. Nothing passes through shared
+// memory but the sums at the end. Up to 8 rows of X cost what one costs; for more than 16 there are tiles (tile.cuh).
 //
-// A block has eight waves. With few rows of X they share out the depth of the same 16 rows of W (KW of them), so that
-// enough loads are in flight when N is small; with many, they take different rows of W and share X in L1. Sums of the
-// waves are added in a fixed order: the result does not depend on timing (QC-NUM-007).
+// The eight waves of a block share out the depth of its rows, so that enough loads are in flight when N is small. Their
+// sums are added in a fixed order: the result does not depend on timing (QC-NUM-007).
 //
-// Floor: the bytes of W at read bandwidth while 2 M N K / bytes of W stays below what the units do a byte; above M of
-// about 64, W is read again for each 64 rows of X, from L2.
+// Floor: the bytes of W at read bandwidth.
 #ifndef QCORE_KERNELS_PRODUCT_CUH
 #define QCORE_KERNELS_PRODUCT_CUH
 
@@ -69,76 +67,69 @@ struct ProductSums {
 };
 
 // Every thread of a block of kProductWaves waves comes here. `weights` knows a row's stretches of `Weights::kStretch`
-// elements (load) and their slices (slice); `finish(m, n, sum)` writes one element. C fragments of columns; KW waves
-// share out the depth. The next stretch is on its way while one is multiplied.
-template <class T, int W, int C, int KW, bool Aligned, class Weights, class Finish>
+// elements (load) and their slices (slice); `finish(m, n, sum)` writes one element. C fragments of columns are all the
+// rows of X. The next stretch is on its way while one is multiplied.
+template <class T, int W, int C, bool Aligned, class Weights, class Finish>
 QC_DEVICE void multiply(const Weights &weights, const Activations<T> &x, int64_t n, const Finish &finish,
                         ProductSums<T, W, C> &sums) {
     using Unit = MatrixUnit<T, W>;
     using Sum = typename SumOf<T>::type;
-    constexpr int kColumns = Unit::kColumns * C, kRowWaves = kProductWaves / KW;
+    constexpr int kColumns = Unit::kColumns * C;
     constexpr int kPiece = 16 / static_cast<int>(sizeof(T));  // elements of one load of X: two slices
     constexpr int kPieces = Weights::kStretch / kPiece;
+    constexpr int64_t kStep = int64_t{Unit::kGroups} * Weights::kStretch;  // of a wave
     const int lane = thread_index() % W, wave = thread_index() / W;
-    const int64_t block_row = block_index_x() * kRowWaves * kRowsOfTile;
-    const int64_t row = block_row + wave / KW * kRowsOfTile;
-    for (int64_t first = block_index_y() * kColumns; first < x.m; first += block_count_y() * kColumns) {
-        Sum c[C][Unit::kSums] = {};
-        const int64_t step = int64_t{Unit::kGroups} * Weights::kStretch;
-        int64_t at = wave % KW * step + Unit::group(lane) * Weights::kStretch;
-        typename Weights::Stretch next[Unit::kRowsPerLane];
+    const int64_t row = block_index_x() * kRowsOfTile;
+    Sum c[C][Unit::kSums] = {};
+    int64_t at = wave * kStep + Unit::group(lane) * Weights::kStretch;
+    typename Weights::Stretch next[Unit::kRowsPerLane];
+#pragma unroll
+    for (int r = 0; r < Unit::kRowsPerLane; ++r) {
+        next[r] = weights.load(row + Unit::row(lane, r), at);
+    }
+#pragma unroll 1
+    for (int64_t base = wave * kStep; base < x.k; base += kProductWaves * kStep, at += kProductWaves * kStep) {
+        typename Weights::Stretch stretch[Unit::kRowsPerLane];
 #pragma unroll
         for (int r = 0; r < Unit::kRowsPerLane; ++r) {
-            next[r] = weights.load(row + Unit::row(lane, r), at);
+            stretch[r] = next[r];
+            next[r] = weights.load(row + Unit::row(lane, r), at + kProductWaves * kStep);
         }
-#pragma unroll 1
-        for (int64_t base = wave % KW * step; base < x.k; base += KW * step, at += KW * step) {
-            typename Weights::Stretch stretch[Unit::kRowsPerLane];
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+            Slice a[2][Unit::kRowsPerLane];
 #pragma unroll
             for (int r = 0; r < Unit::kRowsPerLane; ++r) {
-                stretch[r] = next[r];
-                next[r] = weights.load(row + Unit::row(lane, r), at + KW * step);
+                a[0][r] = weights.slice(stretch[r], 2 * piece);
+                a[1][r] = weights.slice(stretch[r], 2 * piece + 1);
             }
 #pragma unroll
-            for (int piece = 0; piece < kPieces; ++piece) {
-                Slice a[2][Unit::kRowsPerLane];
-#pragma unroll
-                for (int r = 0; r < Unit::kRowsPerLane; ++r) {
-                    a[0][r] = weights.slice(stretch[r], 2 * piece);
-                    a[1][r] = weights.slice(stretch[r], 2 * piece + 1);
-                }
-#pragma unroll
-                for (int i = 0; i < C; ++i) {
-                    const int64_t column = first + i * Unit::kColumns + Unit::column(lane);
-                    const Vector16 b = x.template load<Aligned>(column, at + piece * kPiece);
-                    const Slice slices[2] = {{b.x, b.y}, {b.z, b.w}};
-                    multiply_add_pair<Unit>(c[i], a, slices);
-                }
+            for (int i = 0; i < C; ++i) {
+                const int64_t column = i * Unit::kColumns + Unit::column(lane);
+                const Vector16 b = x.template load<Aligned>(column, at + piece * kPiece);
+                const Slice slices[2] = {{b.x, b.y}, {b.z, b.w}};
+                multiply_add_pair<Unit>(c[i], a, slices);
             }
         }
+    }
 #pragma unroll
-        for (int i = 0; i < C; ++i) {
+    for (int i = 0; i < C; ++i) {
 #pragma unroll
-            for (int j = 0; j < Unit::kSums; ++j) {
-                sums.value[wave][i * Unit::kColumns + Unit::c_column(lane, j)][Unit::c_row(lane, j)] = c[i][j];
-            }
+        for (int j = 0; j < Unit::kSums; ++j) {
+            sums.value[wave][i * Unit::kColumns + Unit::c_column(lane, j)][Unit::c_row(lane, j)] = c[i][j];
         }
-        block_barrier();
-        constexpr int kRows = kRowWaves * kRowsOfTile;
-        for (int i = thread_index(); i < kRows * kColumns; i += kProductWaves * W) {
-            const int local = i % kRows, column = i / kRows;
-            const int64_t out_row = block_row + local, out_column = first + column;
-            if (out_row < n && out_column < x.m) {
-                const int leader = local / kRowsOfTile * KW;
-                Sum sum = sums.value[leader][column][local % kRowsOfTile];
+    }
+    block_barrier();
+    for (int i = thread_index(); i < kRowsOfTile * kColumns; i += kProductWaves * W) {
+        const int local = i % kRowsOfTile, column = i / kRowsOfTile;
+        if (row + local < n && column < x.m) {
+            Sum sum = sums.value[0][column][local];
 #pragma unroll
-                for (int other = 1; other < KW; ++other) {
-                    sum += sums.value[leader + other][column][local % kRowsOfTile];
-                }
-                finish(out_column, out_row, sum);
+            for (int other = 1; other < kProductWaves; ++other) {
+                sum += sums.value[other][column][local];
             }
+            finish(column, row + local, sum);
         }
-        block_barrier();
     }
 }
 

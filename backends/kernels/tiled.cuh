@@ -7,32 +7,17 @@
 // products of 16 x 8 x 16 with 128 rows. With few tiles the depth is shared out too (split-K), the partial sums going
 // through scratch in float32 and being added in their order: the result does not depend on timing (QC-NUM-007).
 //
-// A row of a tile is four pieces of 16 bytes, and piece p stands at p ^ (row / 2 % 4): then the reads of a wave, by 8
-// rows or by 16, take each bank once.
-//
 // Floor: N * K / 2 bytes of codes a pass over Rows of X, at read bandwidth, while 4 * Rows operations a byte are below
 // what the units do; the units' rate beyond.
 #ifndef QCORE_KERNELS_TILED_CUH
 #define QCORE_KERNELS_TILED_CUH
 
 #include "host/queue.h"
-#include "product.cuh"
+#include "tile.cuh"
 
 namespace qcore::gpu {
 
-inline constexpr int kTileRows = 128;  // of W
-inline constexpr int kTileDepth = 32;  // elements
-inline constexpr int kTilePieces = 4;  // of 16 bytes: eight elements
-inline constexpr int kTiledWaves = 8;
-inline constexpr int kColumnsOfWave = 32;  // rows of X that a wave takes
-
-template <int Rows>
-struct TilePieces {
-    Vector16 piece[Rows][kTilePieces];
-    QC_DEVICE static int place(int row, int p) { return p ^ (row >> 1 & 3); }
-    QC_DEVICE Vector16 &at(int row, int p) { return piece[row][place(row, p)]; }
-    QC_DEVICE const Vector16 &at(int row, int p) const { return piece[row][place(row, p)]; }
-};
+inline constexpr int kTileDepth = 32;  // elements of 16 bits
 
 // As many as fit beside the decoded tiles.
 constexpr int tile_stages(int rows) { return rows == 128 ? 3 : rows == 64 ? 5 : 7; }
@@ -53,13 +38,8 @@ template <class T, int W, int Rows, bool Aligned, class Weights, class Finish>
 QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, int64_t first_row, int64_t n,
                              int64_t first_column, int64_t first, int64_t end, const Finish &finish,
                              TileShared<Rows> &shared) {
-    using Unit = MatrixUnit<T, W>;
     constexpr int kThreads = kTiledWaves * W, kStages = TileShared<Rows>::kStages;
-    constexpr int kWavesAcross = Rows / kColumnsOfWave;  // waves that share rows of W
-    constexpr int kRowsOfWave = kTileRows * kWavesAcross / kTiledWaves, kA = kRowsOfWave / kRowsOfTile;
-    constexpr int kB = kColumnsOfWave / Unit::kColumns;
-    const int thread = thread_index(), lane = thread % W, wave = thread / W;
-    const int wave_row = wave / kWavesAcross * kRowsOfWave, wave_column = wave % kWavesAcross * kColumnsOfWave;
+    const int thread = thread_index();
     const int64_t tiles = (end - first) / kTileDepth;
 
     const auto fetch = [&](int64_t tile) {
@@ -83,7 +63,7 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
         close_copies();
     };
 
-    typename SumOf<T>::type c[kA][kB][Unit::kSums] = {};
+    WaveOfTile<T, W, Rows> sums(thread);
 #pragma unroll
     for (int tile = 0; tile < kStages - 1; ++tile) {
         fetch(tile);
@@ -104,63 +84,26 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
         if (tile + 1 < tiles) {
             decode(tile + 1);
         }
-#pragma unroll
-        for (int part = 0; part < kTilePieces / Unit::kGroups; ++part) {
-            const int p = part * Unit::kGroups + Unit::group(lane);
-            Slice b[kB][2];
-#pragma unroll
-            for (int j = 0; j < kB; ++j) {
-                const Vector16 v = shared.x[stage].at(wave_column + j * Unit::kColumns + Unit::column(lane), p);
-                b[j][0] = {v.x, v.y};
-                b[j][1] = {v.z, v.w};
-            }
-#pragma unroll
-            for (int i = 0; i < kA; ++i) {
-                Slice a[2][Unit::kRowsPerLane];
-#pragma unroll
-                for (int r = 0; r < Unit::kRowsPerLane; ++r) {
-                    const Vector16 v = shared.weights[half].at(wave_row + i * kRowsOfTile + Unit::row(lane, r), p);
-                    a[0][r] = {v.x, v.y};
-                    a[1][r] = {v.z, v.w};
-                }
-#pragma unroll
-                for (int j = 0; j < kB; ++j) {
-                    multiply_add_pair<Unit>(c[i][j], a, b[j]);
-                }
-            }
-        }
+        sums.multiply(shared.weights[half], shared.x[stage]);
     }
     wait_for_copies<0>();
-#pragma unroll
-    for (int i = 0; i < kA; ++i) {
-#pragma unroll
-        for (int j = 0; j < kB; ++j) {
-#pragma unroll
-            for (int s = 0; s < Unit::kSums; ++s) {
-                const int64_t row = first_row + wave_row + i * kRowsOfTile + Unit::c_row(lane, s);
-                const int64_t column = first_column + wave_column + j * Unit::kColumns + Unit::c_column(lane, s);
-                if (row < n && column < x.m) {
-                    finish(column, row, c[i][j][s]);
-                }
-            }
-        }
-    }
+    sums.finish(first_row, n, first_column, x.m, finish);
     block_barrier();  // all are through with the last tile
 }
 
 // Where a sum goes: to the output, or as one of the parts of a sum to `partial`, [part][m][n].
-template <class Out>
+template <class Out, class Sum = float>
 struct TileOutput {
     Out out;
-    float *partial;
+    Sum *partial;
     int64_t m;
 };
 
-template <class Out>
+template <class Out, class Sum = float>
 struct TileFinish {
-    const TileOutput<Out> &output;
+    const TileOutput<Out, Sum> &output;
     int64_t part, n;
-    QC_DEVICE void operator()(int64_t m_index, int64_t n_index, float sum) const {
+    QC_DEVICE void operator()(int64_t m_index, int64_t n_index, Sum sum) const {
         if (output.partial != nullptr) {
             output.partial[(part * output.m + m_index) * n + n_index] = sum;
         } else {
@@ -185,12 +128,12 @@ QC_DEVICE void multiply_tiles(const Weights &weights, const Activations<T> &x, i
 inline constexpr int kAddThreads = 256;
 
 // Adds the parts in their order.
-template <class Out>
+template <class Out, class Sum>
 QC_KERNEL(kAddThreads)
-add_parts_kernel(Out out, const float *partial, int64_t m, int64_t n, int splits) {
+add_parts_kernel(Out out, const Sum *partial, int64_t m, int64_t n, int splits) {
     const int64_t size = m * n, stride = block_count_x() * kAddThreads;
     for (int64_t i = block_index_x() * kAddThreads + thread_index(); i < size; i += stride) {
-        float sum = partial[i];
+        Sum sum = partial[i];
         for (int part = 1; part < splits; ++part) {
             sum += partial[part * size + i];
         }
@@ -198,29 +141,32 @@ add_parts_kernel(Out out, const float *partial, int64_t m, int64_t n, int splits
     }
 }
 
-template <class Out>
-qc_status add_parts(Queue &queue, const Out &out, int64_t m, int64_t n, int splits, const float *partial) {
-    return queue.launch(add_parts_kernel<Out>, {queue.resident_blocks(m * n, kAddThreads)}, kAddThreads, out, partial,
-                        m, n, splits);
+template <class Out, class Sum>
+qc_status add_parts(Queue &queue, const Out &out, int64_t m, int64_t n, int splits, const Sum *partial) {
+    return queue.launch(add_parts_kernel<Out, Sum>, {queue.resident_blocks(m * n, kAddThreads)}, kAddThreads, out,
+                        partial, m, n, splits);
 }
 
-// Parts of the depth, so that about as many blocks run as the device holds, each with a pipeline's worth of tiles.
-inline int tile_splits(int32_t device, int64_t m, int64_t n, int64_t k) {
+// Parts of a depth of `tiles`, so that about as many blocks run as the device holds, each with a pipeline's worth.
+inline int splits_of_blocks(int32_t device, int64_t blocks, int64_t tiles) {
     constexpr int64_t kFewestTiles = 2, kMostSplits = 16;
-    const int64_t rows = m <= 32 ? 32 : m <= 64 ? 64 : 128;
-    const int64_t blocks = ceil_div(n, kTileRows) * ceil_div(m, rows);
     const int64_t wanted = std::max<int64_t>(blocks_at_once(device) / 4, 4) / std::max<int64_t>(blocks, 1);
-    const int64_t most = std::min(kMostSplits, k / kTileDepth / kFewestTiles);
+    const int64_t most = std::min(kMostSplits, tiles / kFewestTiles);
     return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
+}
+
+inline int tile_splits(int32_t device, int64_t m, int64_t n, int64_t k) {
+    const int64_t rows = m <= 32 ? 32 : m <= 64 ? 64 : 128;
+    return splits_of_blocks(device, ceil_div(n, kTileRows) * ceil_div(m, rows), k / kTileDepth);
 }
 
 // Starts a kernel of tiles for an output of `m` by `n`, and adds the parts if there are several. `arguments`: the
 // kernel's parameters before the output.
-template <int Rows, class Kernel, class Out, class... Arguments>
-qc_status launch_tiles(Queue &queue, Kernel kernel, const Out &out, int64_t m, int64_t n, int splits, float *partial,
+template <int Rows, class Kernel, class Out, class Sum, class... Arguments>
+qc_status launch_tiles(Queue &queue, Kernel kernel, const Out &out, int64_t m, int64_t n, int splits, Sum *partial,
                        const Arguments &...arguments) {
     const Grid grid = {ceil_div(n, kTileRows), Queue::tile_blocks(ceil_div(m, Rows) * splits)};
-    const TileOutput<Out> to = {out, splits > 1 ? partial : nullptr, m};
+    const TileOutput<Out, Sum> to = {out, splits > 1 ? partial : nullptr, m};
     const qc_status status = queue.launch(kernel, grid, kTiledWaves * kWave, arguments..., to, splits);
     return status != QC_OK || splits == 1 ? status : add_parts(queue, out, m, n, splits, partial);
 }

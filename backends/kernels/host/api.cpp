@@ -63,6 +63,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_
     if (op == QC_OP_GEMM_4BIT_TRANSPOSED) {
         return gemm_4bit_transposed_workspace(device, dtype, m, n, k, bytes);
     }
+    if (op == QC_OP_INT8_GEMM || op == QC_OP_INT8_SCALED_GEMM) {
+        return int8_gemm_workspace(device, m, n, k, bytes);
+    }
     if (op == QC_OP_INT8_LINEAR) {
         return int8_linear_workspace(device, dtype, m, n, k, bytes);
     }

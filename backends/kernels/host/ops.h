@@ -65,6 +65,7 @@ qc_status int8_scaled_gemm(int32_t device, uintptr_t stream, int32_t dtype, int6
                            uintptr_t bias, uintptr_t out, uintptr_t workspace, int64_t workspace_bytes);
 
 // int8_linear.cu
+qc_status int8_gemm_workspace(int32_t device, int64_t m, int64_t n, int64_t k, int64_t *bytes);
 qc_status int8_linear_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes);
 qc_status int8_linear(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
                       uintptr_t b, uintptr_t col_stats, float threshold, int32_t bias_dtype, uintptr_t bias,

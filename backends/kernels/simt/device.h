@@ -14,6 +14,7 @@
 #define QC_DEVICE inline
 #define QC_CONSTANT static constexpr
 #define QC_KERNEL(threads) void
+#define QC_KERNEL_RESIDENT(threads, blocks) void
 #define QC_PARAMETER(Type) const Type
 #define QC_SHARED(Type, name)                                                                  \
     static_assert(std::is_trivial<Type>::value && sizeof(Type) <= ::qcore::simt::kSharedBytes, \

@@ -22,6 +22,7 @@ _STEPS = ("optimizer_step/L1/adam-8-lengths", "optimizer_step/L1/momentum-8-leng
 _NORMS = ("optimizer_step/L1/adam-max-unorm", "optimizer_step/L1/momentum-max-unorm")
 _THRESHOLDS = ("optimizer_step/L1/momentum-8-thresholds", "optimizer_step/L1/adagrad-8-thresholds")
 _TILES = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m320-k320-bs4096")
+_INT8_TILES = ("int8_gemm/L1/sizes",)
 _PRODUCTS = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m1-k131-bs64")
 
 MUTANTS = (
@@ -92,32 +93,48 @@ MUTANTS = (
     KernelMutant(
         "sums-read-before-they-are-written",
         "product.cuh",
-        "        block_barrier();\n        constexpr int kRows",
-        "        constexpr int kRows",
+        "    block_barrier();\n    for (int i = thread_index(); i < kRowsOfTile",
+        "    for (int i = thread_index(); i < kRowsOfTile",
         "gemm_4bit.cu",
         _PRODUCTS,
     ),
     KernelMutant(
-        "sums-overwritten-before-they-are-read",
-        "product.cuh",
-        "            }\n        }\n        block_barrier();\n    }\n}",
-        "            }\n        }\n    }\n}",
+        "int8-tile-read-before-it-is-there-for-all",
+        "int8_tiles.cuh",
+        "        block_barrier();  // this int8 tile",
+        "        // this int8 tile",
         "int8_gemm.cu",
-        ("int8_gemm/L1/sizes",),
+        _INT8_TILES,
+    ),
+    KernelMutant(
+        "int8-tile-read-before-it-has-landed",
+        "int8_tiles.cuh",
+        "wait_for_copies<kStages - 2>();",
+        "wait_for_copies<kStages - 1>();",
+        "int8_gemm.cu",
+        _INT8_TILES,
+    ),
+    KernelMutant(
+        "int8-depth-past-a-part-counts-twice",
+        "int8_tiles.cuh",
+        "last < a.k ? last : a.k",
+        "a.k",
+        "int8_gemm.cu",
+        _INT8_TILES,
     ),
     KernelMutant(
         "one-wave-left-out-of-the-sum",
         "product.cuh",
-        "for (int other = 1; other < KW; ++other) {",
-        "for (int other = 1; other + 1 < KW; ++other) {",
+        "for (int other = 1; other < kProductWaves; ++other) {",
+        "for (int other = 1; other + 1 < kProductWaves; ++other) {",
         "gemm_4bit.cu",
         ("gemm_4bit/L1/nf4-f16-integers-bias-none",),
     ),
     KernelMutant(
         "depth-cut-to-whole-steps",
         "product.cuh",
-        "base < x.k; base += KW * step",
-        "base + step <= x.k; base += KW * step",
+        "base < x.k; base += kProductWaves * kStep",
+        "base + kStep <= x.k; base += kProductWaves * kStep",
         "gemm_4bit.cu",
         _PRODUCTS,
     ),

@@ -40,7 +40,7 @@ _ROUND_INT8 = 14  # statistic, then product, rounding and limits
 _FROM_INT32 = 8
 
 BLOCK_4BIT, BLOCK_8BIT, GROUP_INT4 = 64, 256, 128
-ROWS_OF_PASS, ROWS_OF_TILE = 64, 128  # of X for one reading of W: product.cuh; tiled.cuh, for more than 16 rows
+ROWS_OF_TILE = 128  # of X for one reading of W: tiled.cuh and int8_tiles.cuh, for more than 16 rows
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))
 ROWS = (1, 8, 16, 64, 512, 2048)
 
@@ -181,7 +181,7 @@ def int8_scaled_gemm(m: int, n: int, k: int) -> Work:
         "int8",
         _FROM_INT32 * m * n,
         n * k,
-        math.ceil(m / ROWS_OF_PASS),
+        math.ceil(m / ROWS_OF_TILE),
     )
 
 
