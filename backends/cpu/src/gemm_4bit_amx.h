@@ -12,7 +12,7 @@
 #ifndef QCORE_CPU_GEMM_4BIT_AMX_H
 #define QCORE_CPU_GEMM_4BIT_AMX_H
 
-#include "gemm_4bit_gemv.h"
+#include "gemm_4bit_short.h"
 #include "tiles.h"
 
 #if defined(__AMX_BF16__)
@@ -67,11 +67,9 @@ inline void finish_tile(const ProductOf4Bits &p, int64_t row0, int64_t rows, int
     }
 }
 
-// What multiply_few_rows needs to itself: two steps of decoded W, the scales of sixteen rows, a tile of sums.
-template <class Weight>
+// What multiply_few_rows needs to itself: two steps of decoded W, a tile of sums.
 struct FewRowsScratch {
     alignas(64) uint8_t step[2][kStepBytes];
-    alignas(64) typename Split<Weight>::Room room[kTile];
     alignas(64) float sums[kTile * kTile];
 };
 
@@ -106,7 +104,7 @@ inline void decode_four_rows(const Split<Weight> &decoder, const RowOfWeight<Wei
 template <class Weight, class OddPanel>
 inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
                               const uint8_t *x, void *scratch_bytes, const OddPanel &odd_panel) {
-    auto &scratch = *static_cast<FewRowsScratch<Weight> *>(scratch_bytes);
+    auto &scratch = *static_cast<FewRowsScratch *>(scratch_bytes);
     const int64_t columns = 4 * rows;  // bytes of a row of the tiles of X and of sums
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
@@ -114,6 +112,7 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
         config.row_bytes[tile] = static_cast<uint16_t>(of_w ? kTileRowBytes : columns);
     }
     const Split<Weight> decoder(p.w);
+    RowScales<Weight, kTile> scales(p.w);
     const int64_t ahead = kTile * p.k / 2;
     load_tile_config(config);
     for (int64_t n = n0; n < n1; n += kTile) {
@@ -125,11 +124,10 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
             const int64_t groups = split_length(length) / kGroup;
             const int64_t whole = length / kGroup;
             RowOfWeight<Weight> w_rows[kTile];
+            regular &= scales.load(n, count, k0, length);
             for (int64_t i = 0; i < kTile; ++i) {  // beyond the last column, that one again
-                const int64_t row = n + (i < count ? i : count - 1);
-                w_rows[i].bytes = p.w.packed + ((row * p.k + k0) >> 1);
-                w_rows[i].scales = Split<Weight>::scales(p.w, row, k0, length, scratch.room[i]);
-                regular &= Split<Weight>::regular(w_rows[i].scales, length);
+                const int64_t row = i < count ? i : count - 1;
+                w_rows[i] = {p.w.packed + (((n + row) * p.k + k0) >> 1), scales.at(row)};
             }
             const uint8_t *x_step = x + k0 / 32 * kTileRowBytes * rows;
             for (int64_t g = 0; g <= groups; ++g) {
@@ -174,9 +172,8 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
     _tile_release();
 }
 
-template <class Weight>
 inline int64_t bf16_tile_scratch_bytes(int64_t rows, int64_t columns) {
-    const auto few = static_cast<int64_t>(sizeof(FewRowsScratch<Weight>));
+    const auto few = static_cast<int64_t>(sizeof(FewRowsScratch));
     const int64_t many = tile_scratch_bytes(rows, columns);
     return rows <= kFewTileRows && few > many ? few : many;
 }

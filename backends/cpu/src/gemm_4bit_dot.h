@@ -16,9 +16,13 @@
 namespace qcore::cpu::QC_ISA {
 
 constexpr int64_t kSpan = 1024;
-// Of rows in scratch: an odd number of cache lines spreads rows that are read side by side over the sets of L1.
+// Of rows of k elements in scratch: an odd number of cache lines spreads rows that are read side by side over the sets
+// of L1. Short rows get short ones, so that a small product needs no more than a stack has.
 template <class Element>
-constexpr int64_t kRowStride = kSpan + 64 / static_cast<int64_t>(sizeof(Element));
+inline int64_t row_stride(int64_t k) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Element));
+    return (((k < kSpan ? k : kSpan) + kLine - 1) / kLine | 1) * kLine;
+}
 constexpr int64_t kStrip = 4;  // columns of Y, rows of W
 // Rows of X at a time, and up to which a panel is one strip. Six by four sums, four vectors of W and one of X fill the
 // registers of AVX-512; each vector of W that comes from L2 then meets six rows.
@@ -164,16 +168,16 @@ struct DotScratch {
     typename How::Element *w, *x;
     float *sums;
 
-    static int64_t bytes(int64_t rows) {
+    static int64_t bytes(int64_t rows, int64_t k) {
         const int64_t columns = panel_columns(rows);
-        return (columns + kFewRows) * kRowStride<typename How::Element> *
+        return (columns + kFewRows) * row_stride<typename How::Element>(k) *
                    static_cast<int64_t>(sizeof(typename How::Element)) +
                round_up(rows * columns * 4, 64);
     }
-    DotScratch(void *scratch, int64_t rows) {
+    DotScratch(void *scratch, int64_t rows, int64_t k) {
         w = static_cast<typename How::Element *>(scratch);
-        x = w + panel_columns(rows) * kRowStride<typename How::Element>;
-        sums = reinterpret_cast<float *>(x + kFewRows * kRowStride<typename How::Element>);
+        x = w + panel_columns(rows) * row_stride<typename How::Element>(k);
+        sums = reinterpret_cast<float *>(x + kFewRows * row_stride<typename How::Element>(k));
     }
 };
 
@@ -183,8 +187,8 @@ template <class How, class Problem, class OddPanel>
 inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch_bytes,
                              const OddPanel &odd_panel) {
     using X = typename How::X;
-    constexpr int64_t kStride = kRowStride<typename How::Element>;
-    const DotScratch<How> scratch(scratch_bytes, rows);
+    const int64_t stride = row_stride<typename How::Element>(p.k);
+    const DotScratch<How> scratch(scratch_bytes, rows, p.k);
     const int64_t columns = panel_columns(rows);
     const X *x = static_cast<const X *>(p.x) + row0 * p.k;
     X *y = static_cast<X *>(p.out) + row0 * p.n;
@@ -197,7 +201,7 @@ inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64
             const int64_t padded = round_up(span, How::kStep);
             const auto tail = static_cast<size_t>(padded - span) * sizeof(typename How::Element);
             for (int64_t c = 0; c < round_up(width, kStrip); ++c) {
-                typename How::Element *row = scratch.w + c * kStride;
+                typename How::Element *row = scratch.w + c * stride;
                 if (c >= width) {
                     __builtin_memset(row, 0, static_cast<size_t>(padded) * sizeof *row);
                     continue;
@@ -208,30 +212,30 @@ inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64
             for (int64_t r = 0; r < rows && served; r += kFewRows) {
                 const int64_t some = r + kFewRows < rows ? kFewRows : rows - r;
                 for (int64_t i = 0; i < some; ++i) {
-                    How::convert(x + (r + i) * p.k + k0, span, scratch.x + i * kStride);
-                    __builtin_memset(scratch.x + i * kStride + span, 0, tail);
+                    How::convert(x + (r + i) * p.k + k0, span, scratch.x + i * stride);
+                    __builtin_memset(scratch.x + i * stride + span, 0, tail);
                 }
                 for (int64_t c = 0; c < width; c += kStrip) {
                     float *sums = scratch.sums + r * columns + c;
-                    const typename How::Element *w = scratch.w + c * kStride;
+                    const typename How::Element *w = scratch.w + c * stride;
                     switch (some) {
                         case 1:
-                            dot<How, 1>(scratch.x, w, kStride, padded, sums, columns);
+                            dot<How, 1>(scratch.x, w, stride, padded, sums, columns);
                             break;
                         case 2:
-                            dot<How, 2>(scratch.x, w, kStride, padded, sums, columns);
+                            dot<How, 2>(scratch.x, w, stride, padded, sums, columns);
                             break;
                         case 3:
-                            dot<How, 3>(scratch.x, w, kStride, padded, sums, columns);
+                            dot<How, 3>(scratch.x, w, stride, padded, sums, columns);
                             break;
                         case 4:
-                            dot<How, 4>(scratch.x, w, kStride, padded, sums, columns);
+                            dot<How, 4>(scratch.x, w, stride, padded, sums, columns);
                             break;
                         case 5:
-                            dot<How, 5>(scratch.x, w, kStride, padded, sums, columns);
+                            dot<How, 5>(scratch.x, w, stride, padded, sums, columns);
                             break;
                         default:
-                            dot<How, kFewRows>(scratch.x, w, kStride, padded, sums, columns);
+                            dot<How, kFewRows>(scratch.x, w, stride, padded, sums, columns);
                     }
                 }
             }

@@ -1,13 +1,14 @@
 // gemm_4bit and gemm_int4: which of the ways to compute a product this instruction set takes for a shape. Only the
 // kernel files of both include it.
 //  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
-//  - the same with bfloat16 products, gemm_4bit_amx.h (tiles) or gemm_4bit_gemv.h (one row, where there are no tiles):
-//    bfloat16 only, and only where no denormal can arise, since those instructions flush them. Rows and columns where
-//    one can are computed again in float32.
+//  - the same with bfloat16 products, gemm_4bit_short.h (a few rows of X, short ones of W), gemm_4bit_amx.h (tiles) or
+//    gemm_4bit_gemv.h (one row, where there are no tiles): bfloat16 only, and only where no denormal can arise, since
+//    those instructions flush them. Rows and columns where one can are computed again in float32.
 #ifndef QCORE_CPU_GEMM_4BIT_PRODUCT_H
 #define QCORE_CPU_GEMM_4BIT_PRODUCT_H
 
 #include "gemm_4bit_amx.h"
+#include "gemm_4bit_short.h"
 #include "qcore_backend.h"
 
 namespace qcore::cpu::QC_ISA {
@@ -18,7 +19,7 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // goes for by_tiles() in scratch_bytes() and packed_bytes().
 inline int64_t float_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
     const int64_t row = p.m == 1 ? p.k * static_cast<int64_t>(sizeof(float)) : 0;
-    return max64(DotScratch<InFloat<float>>::bytes(rows), row);
+    return max64(DotScratch<InFloat<float>>::bytes(rows, p.k), row);
 }
 
 // In float32, from values of T: right for every value.
@@ -67,7 +68,7 @@ void pack(const Problem &p, int64_t row0, int64_t rows, int64_t group, void *pac
         flags[r] = irregular_row(x + r * p.k, p.k);
     }
 #if defined(__AMX_BF16__)
-    if (by_tiles(p)) {
+    if (by_tiles(p) && !short_rows_serve(p, rows)) {
         pack_bf16_x_tiles(p, x, rows, group, flags + kFlagBytes);
     }
 #endif
@@ -79,28 +80,26 @@ int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t colu
     if (p.dtype != QC_BF16) {
         return bytes;
     }
+    bytes = max64(bytes, short_scratch_bytes(p, rows));
 #if defined(__AMX_BF16__)
     if (p.m > 1) {
-        return max64(bytes, bf16_tile_scratch_bytes<Weight>(rows, columns));
+        return max64(bytes, bf16_tile_scratch_bytes(rows, columns));
     }
-    bytes = max64(bytes, static_cast<int64_t>(sizeof(FewRowsScratch<Weight>)));
+    bytes = max64(bytes, static_cast<int64_t>(sizeof(FewRowsScratch)));
 #endif
     (void)columns;
-    return max64(bytes, DotScratch<InBf16>::bytes(rows));
+    return max64(bytes, DotScratch<InBf16>::bytes(rows, p.k));
 }
 
-template <class Weight>
-void multiply_bf16(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
-                   const void *packed, void *scratch) {
-    const auto *flags = static_cast<const uint8_t *>(packed);
-    const auto again = [&](int64_t first_row, int64_t some_rows, int64_t first, int64_t end) {
-        multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, first, end, scratch);
-    };
-    const auto odd_panel = [&](int64_t first, int64_t end) { again(0, rows, first, end); };
+// What short rows do not serve; OddPanel as in multiply_by_dots.
+template <class Weight, class OddPanel>
+void multiply_long_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+                        const uint8_t *flags, void *scratch, const OddPanel &odd_panel) {
 #if defined(__AMX_BF16__)
     if (by_tiles(p)) {
         multiply_bf16_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
-    } else
+        return;
+    }
 #else
     if (p.m == 1 && split_serves(p) && flags[0] == 0) {
         auto *x = static_cast<Bfloat *>(scratch);
@@ -113,13 +112,30 @@ void multiply_bf16(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, i
                 load_bias(p, n, 1, &bias);
                 finish_row(p, &sum, &bias, 1, static_cast<Bfloat *>(p.out) + n);
             } else {
-                again(0, 1, n, n + 1);
+                odd_panel(n, n + 1);
                 split_row(p, x);
             }
         }
-    } else
+        return;
+    }
 #endif
-        multiply_by_dots<InBf16>(p, row0, rows, n0, n1, scratch, odd_panel);
+    (void)flags;
+    multiply_by_dots<InBf16>(p, row0, rows, n0, n1, scratch, odd_panel);
+}
+
+template <class Weight>
+void multiply_bf16(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+                   const void *packed, void *scratch) {
+    const auto *flags = static_cast<const uint8_t *>(packed);
+    const auto again = [&](int64_t first_row, int64_t some_rows, int64_t first, int64_t end) {
+        multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, first, end, scratch);
+    };
+    const auto odd_panel = [&](int64_t first, int64_t end) { again(0, rows, first, end); };
+    if (short_rows_serve(p, rows)) {
+        multiply_short_rows(p, row0, rows, n0, n1, scratch, odd_panel);
+    } else {
+        multiply_long_rows(p, row0, rows, n0, n1, flags, scratch, odd_panel);
+    }
     for (int64_t r = 0; r < rows;) {
         int64_t end = r;
         while (end < rows && flags[end] != 0) {

@@ -135,21 +135,22 @@ struct Split<Int4Weight> : SplitIndices {
     }
 
     static Scales scales(const Int4Weight &w, int64_t n, int64_t k0, int64_t count, Room &room) {
-        const int64_t unit = is_fine(w) ? 32 : 64;
+        const int unit_shift = is_fine(w) ? 5 : 6;
+        const int64_t unit = int64_t{1} << unit_shift;
         const int64_t first = k0 / w.group_size;
         const int64_t own = (k0 + count - 1) / w.group_size - first + 1;
         const int64_t at = n * w.groups + first;
         const uint8_t *zero = w.zeros != nullptr ? w.zeros + at : kEights;
-        const int64_t units = w.group_size / unit;
+        const int64_t units = w.group_size >> unit_shift;
         if (own == 1 || (units & (units - 1)) == 0) {
             convert_scales(w, at, own, room.scale);
             const int32_t shift = own == 1 ? 62 : __builtin_ctzll(static_cast<unsigned long long>(units));
-            return {room.scale, zero, own == 1 ? 0 : (k0 - first * w.group_size) / unit, shift, own};
+            return {room.scale, zero, own == 1 ? 0 : (k0 - first * w.group_size) >> unit_shift, shift, own};
         }
         float scale[kMostScales];
         convert_scales(w, at, own, scale);
         int64_t left = (first + 1) * w.group_size - k0;
-        for (int64_t i = 0, group = 0; i < count / unit; ++i, left -= unit) {
+        for (int64_t i = 0, group = 0; i < count >> unit_shift; ++i, left -= unit) {
             if (left <= 0) {
                 ++group;
                 left += w.group_size;
@@ -157,7 +158,7 @@ struct Split<Int4Weight> : SplitIndices {
             room.scale[i] = scale[group];
             room.zero[i] = zero[group];
         }
-        return {room.scale, room.zero, 0, 0, count / unit};
+        return {room.scale, room.zero, 0, 0, count >> unit_shift};
     }
 
     struct Rows {

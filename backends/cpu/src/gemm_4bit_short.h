@@ -1,0 +1,156 @@
+// A few rows of X in bfloat16 and short rows of W: the sums of four rows of W at a time.
+//
+// gemm_4bit_gemv.h takes one row of W after the other, and spends on each row, whatever its length, some eighty cycles
+// beside its products: to look for its scales, to add sixteen lanes of four chains, to round and store one value. Tiles
+// (gemm_4bit_amx.h) spend five hundred on sixteen rows, waiting for what was just stored. Here four rows are added up
+// together, and sixteen share the look at their scales and the way out. A row has one chain of sums; four rows keep the
+// units as busy as four chains of one.
+#ifndef QCORE_CPU_GEMM_4BIT_SHORT_H
+#define QCORE_CPU_GEMM_4BIT_SHORT_H
+
+#include "gemm_4bit_gemv.h"
+#include "gemm_4bit_scales.h"
+
+#if defined(__AVX512BF16__)
+
+namespace qcore::cpu::QC_ISA {
+
+constexpr int64_t kShortRows = 16;    // of W, whose results are finished together
+constexpr int64_t kShortRowsOfX = 4;  // at most
+
+// Elements of a row of W up to which this serves so many rows of X. Measured on one thread of a Xeon with AMX at 2 GHz,
+// in microseconds, the way that served before / this one, NF4 and then integers in groups of 64:
+//     N x K       M = 1                  2                       3                       4
+//     64x64       2.5/1.3   4.2/1.6      2.5/1.7   2.9/2.1       2.5/2.1   2.9/2.5       2.6/2.5   2.9/3.1
+//     128x256     5.9/4.1   9.5/5.3      6.2/4.8   10.3/6.5      6.1/6.1   10.1/7.7      6.5/8.1   8.2/9.5
+//     256x512     18/13     26/17        19/16     30/22         19/21     30/26         19/28     30/34
+//     1536x576    122/91    170/123      125/115   196/150       128/149   192/190       126/203   200/244
+//     576x1536    82/78     114/104      104/100   157/127       105/123   159/157       111/172   153/203
+// (M = 1: the rows of gemm_4bit_gemv.h, level with this at K = 2048; more: the tiles of gemm_4bit_amx.h). Without tiles
+// the other way is gemm_4bit_dot.h, which takes 1.3 to 2.5 times as long with 2 to 4 rows at every K up to 1536.
+inline int64_t short_row(int64_t rows) {
+#if defined(__AMX_BF16__)
+    constexpr int64_t kShortRow[kShortRowsOfX] = {1536, 1536, 256, 0};
+#else
+    constexpr int64_t kShortRow[kShortRowsOfX] = {1536, 4096, 4096, 4096};
+#endif
+    return rows <= kShortRowsOfX ? kShortRow[rows - 1] : 0;
+}
+
+template <class Problem>
+inline bool short_rows_serve(const Problem &p, int64_t rows) {
+    return p.k <= short_row(rows) && split_serves(p);
+}
+
+// Asked for before the weight is known.
+inline int64_t short_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
+    return p.k <= short_row(rows) ? rows * split_length(p.k) * static_cast<int64_t>(sizeof(Bfloat)) : 0;
+}
+
+// sums[r][0 ... 3]: of the rows n + first ... + 3 of W with each row of X, `x` in split order.
+template <int kRows, class Weight>
+inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &decoder,
+                          const RowScales<Weight, kShortRows> &row_scales, int64_t n, int64_t first, int64_t count,
+                          const Bfloat *x, float *sums) {
+    F32 sum[kRows][kStrip] = {};
+    const uint8_t *bytes[kStrip];
+    typename Split<Weight>::Scales scales[kStrip];
+    for (int i = 0; i < kStrip; ++i) {  // beyond the last row, that one again
+        const int64_t row = first + i < count ? first + i : count - 1;
+        bytes[i] = p.w.packed + (((n + row) * p.k) >> 1);
+        scales[i] = row_scales.at(row);
+    }
+    const int64_t stride = split_length(p.k);
+    const int64_t ahead = kShortRows * p.k / 2;
+    const auto add_products = [&](int64_t g, int i, const __m512i *plane) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                sum[r][i] = InBf16::add_product(x + r * stride + g * kGroup + 32 * j, plane[j], sum[r][i]);
+            }
+        }
+    };
+    const int64_t whole = p.k / kGroup;
+    for (int64_t g = 0; g < whole; ++g) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kStrip; ++i) {
+            __m512i plane[4];
+            _mm_prefetch(bytes[i] + 64 * g + ahead, _MM_HINT_T0);
+            decoder.decode(bytes[i] + 64 * g, scales[i], g, plane);
+            add_products(g, i, plane);
+        }
+    }
+    if (p.k % kGroup != 0) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kStrip; ++i) {
+            __m512i plane[4];
+            decoder.decode_half(bytes[i] + 64 * whole, scales[i], whole, plane);
+            add_products(whole, i, plane);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+        sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3], sums + r * kShortRows);
+    }
+}
+
+template <int kRows, class Weight, class OddRows>
+inline void multiply_short_rows_by(const WeightProduct<Weight> &p, int64_t row0, int64_t n0, int64_t n1, Bfloat *x,
+                                   const OddRows &odd_rows) {
+    const Split<Weight> decoder(p.w);
+    RowScales<Weight, kShortRows> scales(p.w);
+    const auto split_x = [&] {
+        for (int64_t r = 0; r < kRows; ++r) {
+            const Bfloat *row = static_cast<const Bfloat *>(p.x) + (row0 + r) * p.k;
+            Bfloat *out = x + r * split_length(p.k);
+            for (int64_t i = 0; i < p.k; i += kGroup) {
+                __m512i plane[4];
+                split_planes(row + i, p.k - i, plane);
+                for (int j = 0; j < 4; ++j) {
+                    _mm512_storeu_si512(out + i + 32 * j, plane[j]);
+                }
+            }
+        }
+    };
+    split_x();
+    for (int64_t n = n0; n < n1; n += kShortRows) {
+        const int64_t count = n1 - n < kShortRows ? n1 - n : kShortRows;
+        if (!scales.load(n, count, 0, p.k)) {
+            odd_rows(n, n + count);
+            split_x();
+            continue;
+        }
+        float sums[kRows][kShortRows], bias[kShortRows];
+        for (int64_t i = 0; i < count; i += kStrip) {
+            sum_four_rows<kRows>(p, decoder, scales, n, i, count, x, sums[0] + i);
+        }
+        load_bias(p, n, count, bias);
+        for (int64_t r = 0; r < kRows; ++r) {
+            finish_row(p, sums[r], bias, count, static_cast<Bfloat *>(p.out) + (row0 + r) * p.n + n);
+        }
+    }
+}
+
+// Columns n0 ... n1 - 1 of the rows row0 ... row0 + rows - 1, with short_scratch_bytes of scratch. odd_rows(first, end)
+// is called for rows of W that are not regular; it may use the scratch.
+template <class Weight, class OddRows>
+inline void multiply_short_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
+                                void *scratch, const OddRows &odd_rows) {
+    auto *x = static_cast<Bfloat *>(scratch);
+    switch (rows) {
+        case 1:
+            return multiply_short_rows_by<1>(p, row0, n0, n1, x, odd_rows);
+        case 2:
+            return multiply_short_rows_by<2>(p, row0, n0, n1, x, odd_rows);
+        case 3:
+            return multiply_short_rows_by<3>(p, row0, n0, n1, x, odd_rows);
+        default:
+            return multiply_short_rows_by<kShortRowsOfX>(p, row0, n0, n1, x, odd_rows);
+    }
+}
+
+}  // namespace qcore::cpu::QC_ISA
+
+#endif
+#endif  // QCORE_CPU_GEMM_4BIT_SHORT_H
