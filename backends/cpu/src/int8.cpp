@@ -129,7 +129,9 @@ qc_status int8_quantize_cols(int32_t device, uintptr_t stream, int32_t dtype, ui
         const int64_t threads = thread_limit(stream);
         const int64_t unit = ceil_div(ceil_div(k, threads), 64) * 64;
         parallel_ranges(k, k < 64 * threads ? 64 : unit, work, threads, [&](int64_t first, int64_t end) {
-            kernels().columns(dtype, pointer<const void>(a), m, k, threshold, first, end, pointer<int8_t>(out),
+            // Each starts with another row, or all would meet in each new huge page of a fresh output (parallel.h).
+            const int64_t start = first / unit * (m / ceil_div(k, unit));
+            kernels().columns(dtype, pointer<const void>(a), m, k, threshold, first, end, start, pointer<int8_t>(out),
                               pointer<float>(col_stats));
         });
         return QC_OK;

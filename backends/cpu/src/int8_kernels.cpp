@@ -1,21 +1,14 @@
 // int8 quantization by rows and columns, and back. A row is read once for its statistics and, still in L1, once for its
-// codes: 2 to 4 bytes read and one written an element. Columns are taken in strips that fit L1; the matrix is read
-// twice.
+// codes: 2 to 4 bytes read and one written an element. int8_columns.h has the columns.
 #include "int8_kernels.h"
 
+#include "int8_columns.h"
 #include "int8_scale.h"
 
 namespace qcore::cpu::QC_ISA {
 namespace {
 
 constexpr int64_t kChunk = 256;  // elements after which a row is looked through for outliers
-// Statistics and scales of a strip stay in L1; a row of it is long enough to be fetched ahead by the processor itself.
-constexpr int64_t kStripColumns = 2048;
-constexpr float kRound = 0x1.8p23f;  // adding and taking it away rounds to an integer, ties to even, up to 2^22
-
-I32 magnitude_bits(F32 x) { return (I32)x & 0x7fffffff; }
-F32 magnitude(F32 x) { return (F32)magnitude_bits(x); }
-float magnitude(float x) { return __builtin_fabsf(x); }
 
 bool any(I32 mask) {
 #if defined(__AVX512F__)
@@ -37,11 +30,6 @@ float highest(F32 x) {
         most = x[i] > most ? x[i] : most;
     }
     return most;
-}
-
-// QC-INT8-001: what a statistic leaves out. NaN fails every comparison.
-bool inside(float x, float threshold) {
-    return threshold > 0.0f ? magnitude(x) < threshold : magnitude(x) <= __builtin_inff();
 }
 
 // Sets the bytes of the columns first ... end - 1 in which `x` is an outlier; other rows may be setting theirs.
@@ -128,35 +116,6 @@ float row_stat_of(const T *x, int64_t k, float threshold, uint8_t *outlier_cols)
     return vector > rest ? vector : rest;
 }
 
-// QC-INT8-003 for an element times its scale.
-I8 code_of(F32 q) {
-    q = q == q ? q : F32{};
-    q = q > 127.0f ? splat(127.0f) : q;
-    q = q < -127.0f ? splat(-127.0f) : q;
-    return __builtin_convertvector(__builtin_convertvector(q + kRound - kRound, I32), I8);
-}
-
-int8_t code_of(float q) {
-    q = q == q ? q : 0.0f;
-    q = q > 127.0f ? 127.0f : q;
-    q = q < -127.0f ? -127.0f : q;
-    return static_cast<int8_t>(q + kRound - kRound);
-}
-
-#if defined(__AVX512BW__)
-// 64 codes of values whose magnitude is below 127.5 or that the caller replaces (outliers become -128 or 127): no
-// clamp.
-void store_codes(__m512 a, __m512 b, __m512 c, __m512 d, int8_t *out) {
-    const auto rounded = [](__m512 q) {
-        return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(q, q, _CMP_ORD_Q), q);  // NaN becomes 0
-    };
-    const __m512i words = _mm512_packs_epi32(rounded(a), rounded(b));
-    const __m512i bytes = _mm512_packs_epi16(words, _mm512_packs_epi32(rounded(c), rounded(d)));
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, bytes));
-}
-#endif
-
 template <class T>
 void row_codes_of(const T *x, int64_t k, float stat, int8_t *out) {
     const float scale = stat == 0.0f ? 0.0f : 127.0f / stat;  // x is then 0, NaN or in an outlier column: code 0
@@ -175,67 +134,6 @@ void row_codes_of(const T *x, int64_t k, float stat, int8_t *out) {
     }
     for (; i < k; ++i) {
         out[i] = code_of(to_float(x[i]) * scale);
-    }
-}
-
-template <class T>
-void columns_of(const T *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1, int8_t *out,
-                float *col_stats) {
-    const float limit = threshold > 0.0f ? threshold : 0.0f;
-    for (int64_t strip = k0; strip < k1; strip += kStripColumns) {
-        const int64_t width = strip + kStripColumns < k1 ? kStripColumns : k1 - strip;
-        float *stats = col_stats + strip;
-        __builtin_memset(stats, 0, static_cast<size_t>(width) * sizeof *stats);
-        for (int64_t r = 0; r < m; ++r) {
-            const T *x = a + r * k + strip;
-            int64_t i = 0;
-            for (; i + kLanes <= width; i += kLanes) {
-                F32 v = magnitude(load(x + i));
-                if (limit > 0.0f) {
-                    v = (F32)((I32)v & (v < limit));
-                }
-                const F32 most = load(stats + i);
-                store(stats + i, v > most ? v : most);
-            }
-            for (; i < width; ++i) {
-                const float v = magnitude(to_float(x[i]));
-                if (inside(v, threshold) && v > stats[i]) {
-                    stats[i] = v;
-                }
-            }
-        }
-        float scale[kStripColumns];
-        bool finite = true;
-        for (int64_t i = 0; i < width; ++i) {
-            scale[i] = stats[i] == 0.0f ? 0.0f : 127.0f / stats[i];
-            finite &= scale[i] <= 0x1.fffffep+127f;
-        }
-        (void)finite;
-        const auto scaled = [&](const T *x, int64_t i) {
-            F32 v = load(x + i);
-            if (limit > 0.0f) {
-                v = (F32)((I32)v & (magnitude(v) < limit));
-            }
-            return v * load(scale + i);
-        };
-        for (int64_t r = 0; r < m; ++r) {
-            const T *x = a + r * k + strip;
-            int8_t *codes = out + r * k + strip;
-            int64_t i = 0;
-#if defined(__AVX512BW__)
-            for (; finite && i + 64 <= width; i += 64) {
-                store_codes((__m512)scaled(x, i), (__m512)scaled(x, i + 16), (__m512)scaled(x, i + 32),
-                            (__m512)scaled(x, i + 48), codes + i);
-            }
-#endif
-            for (; i + kLanes <= width; i += kLanes) {
-                store_vector(codes + i, code_of(scaled(x, i)));
-            }
-            for (; i < width; ++i) {
-                const float v = to_float(x[i]);
-                codes[i] = inside(v, threshold) ? code_of(v * scale[i]) : int8_t{0};
-            }
-        }
     }
 }
 
@@ -302,15 +200,21 @@ void clear_outliers(const uint8_t *outlier_cols, int64_t k, int8_t *out) {
     }
 }
 
-void columns(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1, int8_t *out,
-             float *col_stats) {
+template <class T>
+void columns_of(const void *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1, int64_t start,
+                int8_t *out, float *col_stats) {
+    columns_of(ColumnsProblem<T>{static_cast<const T *>(a), m, k, threshold, start, out, col_stats}, k0, k1);
+}
+
+void columns(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1, int64_t start,
+             int8_t *out, float *col_stats) {
     switch (dtype) {
         case QC_F32:
-            return columns_of(static_cast<const float *>(a), m, k, threshold, k0, k1, out, col_stats);
+            return columns_of<float>(a, m, k, threshold, k0, k1, start, out, col_stats);
         case QC_F16:
-            return columns_of(static_cast<const Half *>(a), m, k, threshold, k0, k1, out, col_stats);
+            return columns_of<Half>(a, m, k, threshold, k0, k1, start, out, col_stats);
         default:
-            return columns_of(static_cast<const Bfloat *>(a), m, k, threshold, k0, k1, out, col_stats);
+            return columns_of<Bfloat>(a, m, k, threshold, k0, k1, start, out, col_stats);
     }
 }
 

@@ -40,9 +40,9 @@ struct Int8Kernels {
     void (*row_codes)(int32_t dtype, const void *x, int64_t k, float stat, int8_t *out);
     // out[i] = 0 where outlier_cols[i] is set.
     void (*clear_outliers)(const uint8_t *outlier_cols, int64_t k, int8_t *out);
-    // Statistics and codes of the columns k0 ... k1 - 1 (QC-INT8-004).
+    // Statistics and codes of the columns k0 ... k1 - 1 (QC-INT8-004), the rows from number `start` on and then round.
     void (*columns)(int32_t dtype, const void *a, int64_t m, int64_t k, float threshold, int64_t k0, int64_t k1,
-                    int8_t *out, float *col_stats);
+                    int64_t start, int8_t *out, float *col_stats);
     // Row m of the output from the sums of its columns n0 ... n0 + count - 1.
     void (*scale_row)(const Int8Scaling &s, const int32_t *sums, int64_t m, int64_t n, int64_t n0, int64_t count);
     // m rows (QC-INT8-008).
