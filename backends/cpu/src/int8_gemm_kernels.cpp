@@ -17,6 +17,20 @@ constexpr int64_t kStrip = 4;    // columns of C, rows of B
 constexpr int64_t kFewRows = 4;  // rows of A at a time
 constexpr int64_t kPanelBytes = 256 << 10;
 
+#if defined(__AVX2__)
+// The sum of all lanes, which may wrap; _mm512_reduce_add_epi32 adds int, whose overflow is undefined.
+int32_t total_of(__m256i sum) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+}
+#endif
+#if defined(__AVX512BW__)
+int32_t total_of(__m512i sum) {
+    return total_of(_mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1)));
+}
+#endif
+
 // How kBytes elements of A and of B are multiplied into sums of Sum. `kOffset` says that B counts from -128.
 struct Step {
 #if defined(__AVX512VNNI__)
@@ -28,7 +42,7 @@ struct Step {
     static Sum load_b(const int8_t *b) { return _mm512_xor_si512(_mm512_loadu_si512(b), _mm512_set1_epi8(-128)); }
     static Sum add(Sum sum, Sum a, Sum b) { return _mm512_dpbusd_epi32(sum, b, a); }
     static Sum ones() { return _mm512_set1_epi8(1); }
-    static int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
+    static int32_t total(Sum sum) { return total_of(sum); }
 #elif defined(__AVXVNNI__)
     using Sum = __m256i;
     static constexpr int kBytes = 32;
@@ -38,11 +52,7 @@ struct Step {
     static Sum load_b(const int8_t *b) { return _mm256_xor_si256(load_a(b), _mm256_set1_epi8(-128)); }
     static Sum add(Sum sum, Sum a, Sum b) { return _mm256_dpbusd_avx_epi32(sum, b, a); }
     static Sum ones() { return _mm256_set1_epi8(1); }
-    static int32_t total(Sum sum) {
-        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
-    }
+    static int32_t total(Sum sum) { return total_of(sum); }
 #elif defined(__AVX512BW__)
     using Sum = __m512i;
     static constexpr int kBytes = 32;
@@ -53,7 +63,7 @@ struct Step {
         return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(b)));
     }
     static Sum add(Sum sum, Sum a, Sum b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
-    static int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
+    static int32_t total(Sum sum) { return total_of(sum); }
 #elif defined(__AVX2__)
     using Sum = __m256i;
     static constexpr int kBytes = 16;
@@ -64,11 +74,7 @@ struct Step {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(b)));
     }
     static Sum add(Sum sum, Sum a, Sum b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-    static int32_t total(Sum sum) {
-        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
-    }
+    static int32_t total(Sum sum) { return total_of(sum); }
 #else
     using Sum = I32;
     static constexpr int kBytes = kLanes;
