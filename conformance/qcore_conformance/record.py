@@ -2,7 +2,8 @@
 
 The cases run on ``cpu_reference``, and every call that they make of the backend is written down once. What a replay
 compares with is decided here: bits where the spec is exact, for the 4-bit products an interval an element, from the
-oracle and from what the tested library declares (QC-GEMM4-004). ``backends/cpu/tests/replay.cpp`` reads it.
+oracle and from what the tested library declares (QC-GEMM4-004, QC-INT4-005). ``backends/cpu/tests/replay.cpp`` reads
+it.
 
 File, little-endian: ``QCCALLS2``, a count (u32) of products and of each its op, declared lanes, extra (i64) and weight
 rounding, then calls up to the end. A string is its length (u32) and its bytes. A call is its case, its op, and four
@@ -36,6 +37,7 @@ from qcore.backend import (
     OptimizerTensors,
     Weight4bit,
     Weight8bit,
+    WeightInt4,
     get_backend,
 )
 from qcore.errors import BackendError
@@ -45,12 +47,12 @@ from qcore_conformance.floats import Floats
 from qcore_conformance.guards import GUARDS
 from qcore_conformance.model import Case, Outcome
 from qcore_conformance.session import Session, default_device, from_torch
-from qcore_conformance.weights import Weight
+from qcore_conformance.weights import Int4Weight, Weight
 
 MAGIC = b"QCCALLS2"
 LEVELS = ("L1", "L2")
-PRODUCTS = ("gemm_4bit", "gemm_4bit_transposed")
-LEFT_OUT = frozenset({"gemm_int4", "int8_linear_transposed"})  # the file has no place for what they declare yet
+PRODUCTS = ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4")
+LEFT_OUT = frozenset({"int8_linear_transposed"})  # the file has no place for what it declares yet
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32)
 _FORMATS = {"nf4": 0, "fp4": 1}
 _FLAGS = ("nesterov", "skip_zeros", "stochastic", "bnb_codes", "signed_state")  # by bit, as in qcore_backend.h
@@ -118,7 +120,7 @@ class Recorder(Backend):
         reals: dict[str, float] = {}
         inputs: dict[str, torch.Tensor] = {}
         for name, value in named.items():
-            if isinstance(value, Weight4bit | Weight8bit):
+            if isinstance(value, Weight4bit | Weight8bit | WeightInt4):
                 for part in fields(value):
                     _sort(part.name, getattr(value, part.name), integers, reals, inputs)
             elif name not in written:
@@ -179,7 +181,12 @@ def _exact_sums(x: Floats, weights: Floats, bias: Floats | None, truth: oracle.P
     return np.asarray((64 * truth.magnitude < 2.0**24) & integral)
 
 
-def _weight(w: Weight4bit) -> Weight:
+def _weight(w: Weight4bit | WeightInt4) -> Weight | Int4Weight:
+    if isinstance(w, WeightInt4):
+        codes, scales, zeros, perm = (
+            None if part is None else from_torch(part) for part in (w.packed, w.scales, w.zeros, w.perm)
+        )
+        return Int4Weight(codes, scales, zeros, w.group_size, w.shape, perm)
     nested: dict[str, Any] = {}
     if w.nested_absmax is not None:
         assert w.nested_code is not None

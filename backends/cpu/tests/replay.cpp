@@ -117,12 +117,13 @@ class Replay {
     }
     int bias_dtype() const { return call_.inputs.count("bias") ? dtype("bias") : out_dtype(); }
 
-    Buffer workspace(int32_t op, int32_t dtype, int64_t m, int64_t n, int64_t k) {
+    // `more` bytes than the library asks for.
+    Buffer workspace(int32_t op, int32_t dtype, int64_t m, int64_t n, int64_t k, size_t more = 0) {
         int64_t bytes = 0;
         if (api_->workspace(op, 0, threads_, dtype, m, n, k, &bytes) != QC_OK) {
             throw std::runtime_error(std::string("workspace: ") + api_->last_error());
         }
-        return Buffer(static_cast<size_t>(bytes));
+        return Buffer(static_cast<size_t>(bytes) + more);
     }
 
     qc_weight_4bit weight() const {
@@ -222,6 +223,25 @@ class Replay {
 
     float threshold() const { return static_cast<float>(call_.reals.at("threshold")); }
 
+    qc_status gemm_int4(int64_t m, int64_t k) {
+        qc_weight_int4 w = {};
+        w.packed = in("packed");
+        w.scales = in("scales");
+        w.zeros = in("zeros");
+        w.perm = in("perm");
+        w.n = integer("shape0");
+        w.k = integer("shape1");
+        w.group_size = integer("group_size");
+        w.scale_dtype = dtype("scales");
+        const size_t x_bytes = call_.inputs.at("A").bytes.size();
+        const size_t gathered = w.perm != 0 ? (x_bytes + 63) / 64 * 64 : 0;  // QC-INT4-003
+        Buffer scratch = workspace(QC_OP_GEMM_INT4, out_dtype(), m, w.n, k, gathered);
+        return in_scratch(scratch, [&](uintptr_t at, int64_t bytes) {
+            return api_->gemm_int4(0, threads_, out_dtype(), m, w.n, k, in("A"), &w, bias_dtype(), in("bias"),
+                                   out("out"), at, bytes);
+        });
+    }
+
     qc_status product() {
         const std::string &op = call_.op;
         const int64_t m = size("A", 0), k = size("A", 1);
@@ -232,6 +252,9 @@ class Replay {
                 return api_->gemm_4bit(0, threads_, out_dtype(), m, n, k, in("A"), &w, bias_dtype(), in("bias"),
                                        out("out"), at, bytes);
             });
+        }
+        if (op == "gemm_int4") {
+            return gemm_int4(m, k);
         }
         if (op == "gemm_4bit_transposed") {
             const qc_weight_4bit w = weight();

@@ -20,7 +20,7 @@ def test_codes_are_those_of_the_reference(odd: str, threshold: float, dtype: tor
     m, k = 7, 200
     a = torch.randn((m, k), generator=torch.Generator().manual_seed(0)).clamp(-5, 5)
     for i, value in enumerate(ODD[odd]):
-        a[i + 2, i :: 41] = value
+        a[i + 2, i::41] = value
     results = []
     for backend in (qcore_cpu_reference.load(), qcore_cpu.load()):
         out, stats = torch.empty((m, k), dtype=torch.int8), torch.empty(k)

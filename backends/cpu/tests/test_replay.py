@@ -16,11 +16,11 @@ from qcore.backend import abi
 from qcore.backend.cffi_backend import CffiBackend
 from qcore_conformance.cases import OPS, select
 from qcore_conformance.cli import main
-from qcore_conformance.record import LEFT_OUT, LEVELS, record_cases
+from qcore_conformance.record import LEFT_OUT, LEVELS, PRODUCTS, record_cases
 
 HERE = Path(__file__).parent
-# A call with bits, one with intervals, one that changes its tensors.
-KINDS = ("quantize_absmax", "gemm_4bit", "optimizer_step")
+# A call with bits, two with intervals, one that changes its tensors.
+KINDS = ("quantize_absmax", "gemm_4bit", "gemm_int4", "optimizer_step")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -71,7 +71,7 @@ def test_one_other_expectation_fails(replay: Path, op: str, tmp_path: Path) -> N
     """The file ends with what the last call has to give."""
     calls = record(tmp_path / f"{op}.bin", op, every=100)
     data = bytearray(calls.read_bytes())
-    if calls.stem == "gemm_4bit":
+    if op in PRODUCTS:
         data[-8:] = struct.pack("<d", -math.inf)  # the largest that the last element may be
     else:
         data[-1] ^= 1
