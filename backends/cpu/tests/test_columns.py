@@ -1,4 +1,4 @@
-"""int8_quantize_cols on matrices as wide as its vectors, where not every element is finite, gives the reference's bits."""
+"""int8_quantize_cols gives the bits of the reference on matrices as wide as its vectors, finite or not."""
 
 from __future__ import annotations
 
