@@ -19,20 +19,25 @@ constexpr int64_t kShortRows = 16;    // of W, whose results are finished togeth
 constexpr int64_t kShortRowsOfX = 4;  // at most
 
 // Elements of a row of W up to which this serves so many rows of X. Measured on one thread of a Xeon with AMX at 2 GHz,
-// in microseconds, the way that served before / this one, NF4 and then integers in groups of 64:
-//     N x K       M = 1                  2                       3                       4
-//     64x64       2.5/1.3   4.2/1.6      2.5/1.7   2.9/2.1       2.5/2.1   2.9/2.5       2.6/2.5   2.9/3.1
-//     128x256     5.9/4.1   9.5/5.3      6.2/4.8   10.3/6.5      6.1/6.1   10.1/7.7      6.5/8.1   8.2/9.5
-//     256x512     18/13     26/17        19/16     30/22         19/21     30/26         19/28     30/34
-//     1536x576    122/91    170/123      125/115   196/150       128/149   192/190       126/203   200/244
-//     576x1536    82/78     114/104      104/100   157/127       105/123   159/157       111/172   153/203
-// (M = 1: the rows of gemm_4bit_gemv.h, level with this at K = 2048; more: the tiles of gemm_4bit_amx.h). Without tiles
-// the other way is gemm_4bit_dot.h, which takes 1.3 to 2.5 times as long with 2 to 4 rows at every K up to 1536.
+// in microseconds, the least of forty turns, tiles (gemm_4bit_amx.h) / this way, NF4 and then integers in groups of 64:
+//     N x K      M = 1                 2                     3
+//     64x64      2.3/1.4  2.8/1.7      2.3/1.7  2.9/2.0      2.2/2.0  2.7/2.3
+//     64x128     2.2/1.5  3.0/1.9      2.3/1.8  2.9/2.3      2.4/2.1  3.1/2.6
+//     128x128    3.3/2.5  4.1/3.3      3.3/2.9  4.7/4.1      3.0/3.4  4.4/4.3
+//     128x256    4.6/4.0  7.0/5.1      4.4/4.5  5.8/5.9      4.6/5.7  6.5/7.5
+//     256x384    9.8/10   14/13        10/12    15/17
+//     256x512    12/13    19/17        12/16    19/21
+//     1536x576   68/88    119/116      74/111   110/145
+// and with four rows of X tiles win at K = 64 (2.5/2.5, 2.6/3.1). Without tiles, rows one by one (gemm_4bit_gemv.h) or
+// panels (gemm_4bit_dot.h) / this way:
+//     64x64      2.5/1.3  4.2/1.6      3.4/1.7  3.5/2.1      4.2/2.1  4.1/2.5
+//     256x512    18/13    26/17        30/16    44/21        36/21    52/26
+//     576x1536   82/78    114/104      180/100  270/131      224/129  323/165
 inline int64_t short_row(int64_t rows) {
 #if defined(__AMX_BF16__)
-    constexpr int64_t kShortRow[kShortRowsOfX] = {1536, 1536, 256, 0};
+    constexpr int64_t kShortRow[kShortRowsOfX] = {384, 128, 64, 0};
 #else
-    constexpr int64_t kShortRow[kShortRowsOfX] = {1536, 4096, 4096, 4096};
+    constexpr int64_t kShortRow[kShortRowsOfX] = {1536, 1536, 1536, 1536};
 #endif
     return rows <= kShortRowsOfX ? kShortRow[rows - 1] : 0;
 }
