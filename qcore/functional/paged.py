@@ -265,6 +265,13 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
     """Begin to bring a tensor of :func:`get_paged` to its device, or back to the host; bitsandbytes' function.
 
+    Parameters
+    ----------
+    A : Tensor
+        Any shape and dtype.
+    to_cpu : bool
+        To the host.
+
     Raises
     ------
     InvalidArgument

@@ -26,7 +26,7 @@ def test_every_quantization_function_is_there() -> None:
     wanted = "quantize_blockwise dequantize_blockwise quantize_4bit quantize_nf4 quantize_fp4 dequantize_4bit "
     wanted += "dequantize_nf4 dequantize_fp4 create_dynamic_map create_linear_map create_fp8_map create_normal_map "
     wanted += "get_4bit_type gemv_4bit int8_vectorwise_quant int8_double_quant int8_linear_matmul int8_mm_dequant "
-    wanted += "int8_vectorwise_dequant pack_dict_to_tensor unpack_tensor_to_dict"
+    wanted += "int8_vectorwise_dequant pack_dict_to_tensor unpack_tensor_to_dict get_paged prefetch_tensor"
     assert set(wanted.split()) == set(SHARED)
 
 

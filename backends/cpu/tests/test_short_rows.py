@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qcore_cpu
-from qcore import functional as F
+from qcore import codebooks
 from qcore.backend.weights import Weight4bit, WeightInt4
 
 N = 37  # two groups of sixteen rows and a strip that is not full
@@ -20,11 +20,14 @@ Make = Callable[[torch.Tensor, int], tuple[Weight4bit | WeightInt4, torch.Tensor
 
 
 def nf4(scale: torch.Tensor, k: int, blocksize: int = 64) -> tuple[Weight4bit, torch.Tensor]:
-    """A weight whose rows are scaled, and its values in float64."""
-    w = torch.randn((N, k), generator=torch.Generator().manual_seed(0)) * scale[:, None]
-    packed, state = F.quantize_4bit(w, quant_type="nf4", blocksize=blocksize)
-    values = F.dequantize_4bit(packed, state).bfloat16().double()
-    return state.weight(packed), values
+    """A weight whose blocks have the scale of the row that they begin in, and its values in float64."""
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (N * k,), generator=rng, dtype=torch.uint8)
+    first = torch.arange(0, N * k, blocksize)
+    absmax = (0.5 + torch.rand(len(first), generator=rng)) * scale[first // k]
+    values = torch.tensor(codebooks.NF4)[codes.long()] * absmax.repeat_interleave(blocksize)[: N * k]
+    weight = Weight4bit(codes[::2] << 4 | codes[1::2], absmax, "nf4", blocksize, (N, k))
+    return weight, values.bfloat16().double().view(N, k)
 
 
 def nf4_in_longer_blocks(scale: torch.Tensor, k: int) -> tuple[Weight4bit, torch.Tensor]:

@@ -279,7 +279,7 @@ static qc_status workspace(int32_t op, int32_t device, uintptr_t stream, int32_t
     (void)stream;
     CHECK(check_device("workspace", device));
     CHECK(check_dtype("workspace", "dtype", dtype));
-    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_GEMM_4BIT_TRANSPOSED)
+    if (op < QC_OP_QUANTIZE_BLOCKWISE || op > QC_OP_INT8_LINEAR_TRANSPOSED)
         return fail(QC_INVALID_ARGUMENT, "workspace: op is %d; expected one of QC_OP_*", op);
     CHECK(check_count("workspace", "m", m));
     CHECK(check_count("workspace", "n", n));
