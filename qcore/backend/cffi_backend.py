@@ -18,6 +18,7 @@ from qcore.backend.abi import ffi
 from qcore.backend.cffi_memory import FUNCTIONS as MEMORY
 from qcore.backend.cffi_memory import CffiMemory
 from qcore.backend.cffi_optimizer import PackedTensors, pack_rule
+from qcore.backend.cffi_weights import DTYPES, FORMATS, address, pack_4bit, pack_int4
 from qcore.backend.interface import OPS, Backend, Description, PreparedGemm, PreparedInt8, PreparedTransposed
 from qcore.backend.library import open_library
 from qcore.backend.optimizer import OptimizerRule, OptimizerTensors, PreparedStep
@@ -33,8 +34,6 @@ from qcore.errors import (
     Unsupported,
 )
 
-_DTYPES = {torch.float32: QC.QC_F32, torch.float16: QC.QC_F16, torch.bfloat16: QC.QC_BF16}
-_FORMATS = {"nf4": QC.QC_NF4, "fp4": QC.QC_FP4}
 _ERRORS: dict[int, type[Exception]] = {
     QC.QC_INVALID_ARGUMENT: InvalidArgument,
     QC.QC_UNSUPPORTED: Unsupported,
@@ -155,48 +154,50 @@ class CffiBackend(Backend):
         return scratch, scratch.data_ptr(), size
 
     def quantize_blockwise(self, A: Tensor, code: Tensor, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
-        where = (*self._where(A), _DTYPES[A.dtype])
+        where = (*self._where(A), DTYPES[A.dtype])
         n = A.numel()
-        self._call("quantize_blockwise", *where, _ptr(A), _ptr(code), n, blocksize, _ptr(absmax), _ptr(out))
+        self._call("quantize_blockwise", *where, address(A), address(code), n, blocksize, address(absmax), address(out))
 
     def dequantize_blockwise(self, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor) -> None:
-        where = (*self._where(A), _DTYPES[out.dtype])
+        where = (*self._where(A), DTYPES[out.dtype])
         n = A.numel()
-        self._call("dequantize_blockwise", *where, _ptr(A), _ptr(absmax), _ptr(code), n, blocksize, _ptr(out))
+        self._call(
+            "dequantize_blockwise", *where, address(A), address(absmax), address(code), n, blocksize, address(out)
+        )
 
     def quantize_4bit(self, A: Tensor, quant_type: str, blocksize: int, *, absmax: Tensor, out: Tensor) -> None:
-        where = (*self._where(A), _DTYPES[A.dtype], _FORMATS[quant_type])
-        self._call("quantize_4bit", *where, _ptr(A), A.numel(), blocksize, _ptr(absmax), _ptr(out))
+        where = (*self._where(A), DTYPES[A.dtype], FORMATS[quant_type])
+        self._call("quantize_4bit", *where, address(A), A.numel(), blocksize, address(absmax), address(out))
 
     def dequantize_4bit(self, weight: Weight4bit, *, out: Tensor) -> None:
-        where = (*self._where(out), _DTYPES[out.dtype])
-        self._call("dequantize_4bit", *where, _pack(weight), _ptr(out))
+        where = (*self._where(out), DTYPES[out.dtype])
+        self._call("dequantize_4bit", *where, pack_4bit(weight), address(out))
 
     def quantize_absmax(
         self, absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor, nested_absmax: Tensor, offset: Tensor
     ) -> None:
-        pointers = (_ptr(out), _ptr(nested_absmax), _ptr(offset))
+        pointers = (address(out), address(nested_absmax), address(offset))
         n = absmax.numel()
-        self._call("quantize_absmax", *self._where(absmax), _ptr(absmax), _ptr(code), n, blocksize, *pointers)
+        self._call("quantize_absmax", *self._where(absmax), address(absmax), address(code), n, blocksize, *pointers)
 
     def dequantize_absmax(
         self, A: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, blocksize: int, *, out: Tensor
     ) -> None:
-        pointers = (_ptr(A), _ptr(nested_absmax), _ptr(code), _ptr(offset))
-        self._call("dequantize_absmax", *self._where(A), *pointers, A.numel(), blocksize, _ptr(out))
+        pointers = (address(A), address(nested_absmax), address(code), address(offset))
+        self._call("dequantize_absmax", *self._where(A), *pointers, A.numel(), blocksize, address(out))
 
     def gemm_4bit(self, A: Tensor, weight: Weight4bit, bias: Tensor | None, *, out: Tensor) -> None:
         self.prepare_gemm_4bit(weight)(A, bias, out)
 
     def prepare_gemm_4bit(self, weight: Weight4bit) -> PreparedGemm:
-        return self._prepare_gemm("gemm_4bit", QC.QC_OP_GEMM_4BIT, weight, _pack(weight), False)
+        return self._prepare_gemm("gemm_4bit", QC.QC_OP_GEMM_4BIT, weight, pack_4bit(weight), False)
 
     def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
         self.prepare_gemm_int4(weight)(A, bias, out)
 
     def prepare_gemm_int4(self, weight: WeightInt4) -> PreparedGemm:
         gathers = weight.perm is not None
-        return self._prepare_gemm("gemm_int4", QC.QC_OP_GEMM_INT4, weight, _pack_int4(weight), gathers)
+        return self._prepare_gemm("gemm_int4", QC.QC_OP_GEMM_INT4, weight, pack_int4(weight), gathers)
 
     def _prepare_gemm(
         self, name: str, op: int, weight: Weight4bit | WeightInt4, packed: Any, gathers: bool
@@ -220,12 +221,12 @@ class CffiBackend(Backend):
             scratch, address, size = None, 0, 0
             known, dtype, m = last
             if key != known:
-                dtype, m = _DTYPES[A.dtype], out.numel() // n if n else 0
+                dtype, m = DTYPES[A.dtype], out.numel() // n if n else 0
                 gathered = -(-m * k * A.element_size() // 64) * 64 if gathers else 0  # QC-INT4-003
                 scratch, address, size = workspace_of(op, device, stream, dtype, m, n, k, A, gathered)
                 if host and scratch is None:
                     last = (key, dtype, m)
-            bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
+            bias_dtype, bias_ptr = (dtype, 0) if bias is None else (DTYPES[bias.dtype], bias.data_ptr())
             x, y = A.data_ptr(), out.data_ptr()
             run = function if host or device == torch._C._cuda_getDevice() else on_device
             status = run(device, stream, dtype, m, n, k, x, packed, bias_dtype, bias_ptr, y, address, size)
@@ -242,15 +243,15 @@ class CffiBackend(Backend):
     def prepare_gemm_4bit_transposed(self, weight: Weight4bit) -> PreparedTransposed:
         if self._functions["gemm_4bit_transposed"] is None:
             raise self._unsupported("gemm_4bit_transposed")
-        packed = _pack(weight)
+        packed = pack_4bit(weight)
         n, k = weight.shape
 
         def gemm(A: Tensor, out: Tensor) -> None:
             device, stream = self._where(A)
-            dtype, m = _DTYPES[A.dtype], out.numel() // k if k else 0
+            dtype, m = DTYPES[A.dtype], out.numel() // k if k else 0
             sizes = (m, n, k)
             _scratch, *workspace = self._workspace(QC.QC_OP_GEMM_4BIT_TRANSPOSED, device, stream, dtype, *sizes, A)
-            pointers = (_ptr(A), packed, _ptr(out))
+            pointers = (address(A), packed, address(out))
             self._call("gemm_4bit_transposed", device, stream, dtype, *sizes, *pointers, *workspace)
 
         # As in prepare_gemm_4bit: only addresses are held.
@@ -260,39 +261,39 @@ class CffiBackend(Backend):
     def int8_quantize_rows(
         self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None
     ) -> None:
-        where = (*self._where(A), _DTYPES[A.dtype])
+        where = (*self._where(A), DTYPES[A.dtype])
         m, k = A.shape
-        pointers = (_ptr(out), _ptr(row_stats), _ptr(outlier_cols))
-        self._call("int8_quantize_rows", *where, _ptr(A), m, k, threshold, *pointers)
+        pointers = (address(out), address(row_stats), address(outlier_cols))
+        self._call("int8_quantize_rows", *where, address(A), m, k, threshold, *pointers)
 
     def int8_quantize_cols(self, A: Tensor, threshold: float, *, out: Tensor, col_stats: Tensor) -> None:
-        where = (*self._where(A), _DTYPES[A.dtype])
+        where = (*self._where(A), DTYPES[A.dtype])
         m, k = A.shape
-        self._call("int8_quantize_cols", *where, _ptr(A), m, k, threshold, _ptr(out), _ptr(col_stats))
+        self._call("int8_quantize_cols", *where, address(A), m, k, threshold, address(out), address(col_stats))
 
     def int8_gemm(self, A: Tensor, B: Tensor, *, out: Tensor) -> None:
         device, stream = self._where(A)
         sizes = (A.shape[0], B.shape[0], A.shape[1])
         _scratch, *workspace = self._workspace(QC.QC_OP_INT8_GEMM, device, stream, QC.QC_F32, *sizes, A)
-        self._call("int8_gemm", device, stream, *sizes, _ptr(A), _ptr(B), _ptr(out), *workspace)
+        self._call("int8_gemm", device, stream, *sizes, address(A), address(B), address(out), *workspace)
 
     def int8_dequantize_gemm(
         self, C: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
     ) -> None:
-        where = (*self._where(C), _DTYPES[out.dtype])
-        pointers = (_ptr(C), _ptr(row_stats), _ptr(col_stats))
-        self._call("int8_dequantize_gemm", *where, *C.shape, *pointers, *_bias(bias, out), _ptr(out))
+        where = (*self._where(C), DTYPES[out.dtype])
+        pointers = (address(C), address(row_stats), address(col_stats))
+        self._call("int8_dequantize_gemm", *where, *C.shape, *pointers, *_bias(bias, out), address(out))
 
     def int8_scaled_gemm(
         self, A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, *, out: Tensor
     ) -> None:
         device, stream = self._where(A)
-        dtype = _DTYPES[out.dtype]
+        dtype = DTYPES[out.dtype]
         sizes = (A.shape[0], B.shape[0], A.shape[1])
         _scratch, *workspace = self._workspace(QC.QC_OP_INT8_SCALED_GEMM, device, stream, dtype, *sizes, A)
-        pointers = (_ptr(A), _ptr(B), _ptr(row_stats), _ptr(col_stats))
+        pointers = (address(A), address(B), address(row_stats), address(col_stats))
         self._call(
-            "int8_scaled_gemm", device, stream, dtype, *sizes, *pointers, *_bias(bias, out), _ptr(out), *workspace
+            "int8_scaled_gemm", device, stream, dtype, *sizes, *pointers, *_bias(bias, out), address(out), *workspace
         )
 
     def int8_linear(
@@ -310,9 +311,9 @@ class CffiBackend(Backend):
 
         def linear(A: Tensor, threshold: float, bias: Tensor | None, out: Tensor, outliers: Tensor | None) -> None:
             device, stream = where(A)
-            dtype, m = _DTYPES[A.dtype], A.numel() // k if k else out.numel() // max(n, 1)
+            dtype, m = DTYPES[A.dtype], A.numel() // k if k else out.numel() // max(n, 1)
             _scratch, *workspace = workspace_of(QC.QC_OP_INT8_LINEAR, device, stream, dtype, m, n, k, A)
-            bias_dtype, bias_ptr = (dtype, 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
+            bias_dtype, bias_ptr = (dtype, 0) if bias is None else (DTYPES[bias.dtype], bias.data_ptr())
             x, y, found = A.data_ptr(), out.data_ptr(), 0 if outliers is None else outliers.data_ptr()
             inputs = (m, n, k, x, codes, scales, threshold, bias_dtype, bias_ptr)
             check(function(device, stream, dtype, *inputs, y, found, *workspace))
@@ -323,15 +324,15 @@ class CffiBackend(Backend):
 
     def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
         device, stream = self._where(A)
-        dtype, (n, k) = _DTYPES[A.dtype], W.codes.shape
+        dtype, (n, k) = DTYPES[A.dtype], W.codes.shape
         sizes = (out.shape[0], n, k)
         _scratch, *workspace = self._workspace(QC.QC_OP_INT8_LINEAR_TRANSPOSED, device, stream, dtype, *sizes, A)
-        pointers = (_ptr(A), _ptr(W.codes), _ptr(W.scales), _ptr(out))
+        pointers = (address(A), address(W.codes), address(W.scales), address(out))
         self._call("int8_linear_transposed", device, stream, dtype, *sizes, *pointers, *workspace)
 
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
-        where = (*self._where(A), _DTYPES[out.dtype])
-        self._call("int8_dequantize_rows", *where, *A.shape, _ptr(A), _ptr(row_stats), _ptr(out))
+        where = (*self._where(A), DTYPES[out.dtype])
+        self._call("int8_dequantize_rows", *where, *A.shape, address(A), address(row_stats), address(out))
 
     def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
         self.prepare_optimizer_step(tensors)(rule, tensors.grads, tensors.grad_scales)
@@ -344,7 +345,7 @@ class CffiBackend(Backend):
                 return
             device, stream = self._where(t.params[0])
             packed.bring(grads, grad_scales)
-            dtypes = (_DTYPES[packed.param_dtype], _DTYPES[grads[0].dtype])
+            dtypes = (DTYPES[packed.param_dtype], DTYPES[grads[0].dtype])
             _scratch, address, size = None, 0, 0
             if rule.max_unorm:
                 sizes = (packed.blocks, packed.count, 0)
@@ -372,49 +373,6 @@ def _on_device(function: Callable[..., int], device: int, *arguments: Any) -> in
         return function(device, *arguments)
 
 
-def _ptr(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _bias(bias: Tensor | None, out: Tensor) -> tuple[int, int]:
     """(bias_dtype, bias) of the ABI; the dtype of an absent bias is never read but has to be a known one."""
-    return (_DTYPES[out.dtype], 0) if bias is None else (_DTYPES[bias.dtype], bias.data_ptr())
-
-
-def _pack(weight: Weight4bit) -> Any:
-    numel = 1
-    for size in weight.shape:
-        numel *= size
-    return ffi.new(
-        "qc_weight_4bit *",
-        {
-            "packed": _ptr(weight.packed),
-            "absmax": _ptr(weight.absmax),
-            "nested_absmax": _ptr(weight.nested_absmax),
-            "nested_code": _ptr(weight.nested_code),
-            "nested_offset": _ptr(weight.nested_offset),
-            "numel": numel,
-            "blocksize": weight.blocksize,
-            "nested_blocksize": weight.nested_blocksize,
-            "format": _FORMATS[weight.quant_type],
-            "layout": 0,
-        },
-    )
-
-
-def _pack_int4(weight: WeightInt4) -> Any:
-    n, k = weight.shape
-    return ffi.new(
-        "qc_weight_int4 *",
-        {
-            "packed": _ptr(weight.packed),
-            "scales": _ptr(weight.scales),
-            "zeros": _ptr(weight.zeros),
-            "perm": _ptr(weight.perm),
-            "n": n,
-            "k": k,
-            "group_size": weight.group_size,
-            "scale_dtype": _DTYPES[weight.scales.dtype],
-            "layout": 0,
-        },
-    )
+    return (DTYPES[out.dtype], 0) if bias is None else (DTYPES[bias.dtype], bias.data_ptr())

@@ -13,17 +13,18 @@ from click.testing import CliRunner
 from qcore.backend import OPS, get_backend
 from qcore_conformance import perf
 from qcore_conformance.cli import main
+from qcore_conformance.perf_workloads import workloads
 
 CPU = torch.device("cpu")
 
 
 def test_there_is_a_workload_for_every_op() -> None:
-    works = perf.workloads(get_backend("cpu_reference"), CPU, torch.float32, 64, 4)
+    works = workloads(get_backend("cpu_reference"), CPU, torch.float32, 64, 4)
     assert {work.op for work in works} == set(OPS)
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    works = {(w.op, w.label): w for w in perf.workloads(get_backend("cpu_reference"), CPU, torch.bfloat16, 128, 4)}
+    works = {(w.op, w.label): w for w in workloads(get_backend("cpu_reference"), CPU, torch.bfloat16, 128, 4)}
     n = 128 * 128
     quantize = works["quantize_4bit", "nf4"]
     assert (quantize.bytes_read, quantize.bytes_written) == (2 * n, n // 2 + 4 * n // 64)
@@ -33,7 +34,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 
 def test_every_workload_can_be_called() -> None:
-    for work in perf.workloads(get_backend("cpu_reference"), CPU, torch.float16, 64, 4):
+    for work in workloads(get_backend("cpu_reference"), CPU, torch.float16, 64, 4):
         work.call()
 
 
