@@ -26,6 +26,8 @@ fetch() { # FOLDER REQUIREMENT...
         --implementation cp "${platforms[@]}" --dest "$folder" "$@"
 }
 
+# Wheels that belong to another version would keep pip from installing all that is there.
+find "$target" -maxdepth 1 -name '*-cp3*-cp3*.whl' ! -name "*-cp${version//./}-*" -delete
 fetch "$target" cffi pycparser click rich markdown-it-py mdurl pygments jinja2 markupsafe pytest pluggy iniconfig packaging
 
 if [[ ! -d $target/bitsandbytes ]]; then

@@ -9,8 +9,8 @@
  *  - Arrays are contiguous, row-major. Counts are int64_t and not negative. Inputs and outputs do not overlap.
  *  - Arguments are checked first: on any status but QC_OK nothing has been written (asynchronous faults excepted).
  *  - It never synchronises, allocates device memory (but for the memory_ functions), or changes the current device. It
- *    is re-entrant, can be captured in a CUDA or HIP graph, and no exception leaves it. Scratch comes from the caller,
- * at an address that is a multiple of 64; workspace() says how much.
+ *    is re-entrant, can be captured in a CUDA or HIP graph (but for memory_prefetch), and no exception leaves it.
+ *    Scratch comes from the caller, at an address that is a multiple of 64; workspace() says how much.
  *  - `device` is the index of the device, 0 on a host; the caller of an op makes it current first, where the runtime
  *    has a current device. `stream` is the CUDA or HIP stream; on a host it is the largest number of threads that the
  *    call may use, 0 for the library's own choice.

@@ -133,11 +133,11 @@ inline void multiply_row(const Problem &p, int64_t n0, int64_t n1, void *scratch
 
 #if defined(__AVX512BF16__)
 
-// X in split order (gemm_4bit_split.h), split_length(p.k) values.
-inline void split_row(const ProductOf4Bits &p, Bfloat *out) {
-    for (int64_t i = 0; i < p.k; i += kGroup) {
+// k values of a row of X in split order (gemm_4bit_split.h), split_length(k) values.
+inline void split_row(const Bfloat *x, int64_t k, Bfloat *out) {
+    for (int64_t i = 0; i < k; i += kGroup) {
         __m512i plane[4];
-        split_planes(static_cast<const Bfloat *>(p.x) + i, p.k - i, plane);
+        split_planes(x + i, k - i, plane);
         for (int j = 0; j < 4; ++j) {
             _mm512_storeu_si512(out + i + 32 * j, plane[j]);
         }

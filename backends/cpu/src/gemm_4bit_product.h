@@ -9,6 +9,7 @@
 
 #include "gemm_4bit_amx.h"
 #include "gemm_4bit_short.h"
+#include "irregular_rows.h"
 #include "qcore_backend.h"
 
 namespace qcore::cpu::QC_ISA {
@@ -36,8 +37,6 @@ void multiply_in_float(const Problem &p, int64_t row0, int64_t rows, int64_t n0,
 
 #if defined(__AVX512BF16__)
 
-constexpr int64_t kFlagBytes = kProductRows;  // the packed X starts with a byte for each row: is it irregular?
-
 #if defined(__AMX_BF16__)
 // One row only where it costs no more than decoding.
 template <class Weight>
@@ -63,10 +62,7 @@ template <class Problem>
 void pack(const Problem &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
     const Bfloat *x = static_cast<const Bfloat *>(p.x) + row0 * p.k;
     auto *flags = static_cast<uint8_t *>(packed);
-    const int64_t end = (group + 1) * kPackedRows < rows ? (group + 1) * kPackedRows : rows;
-    for (int64_t r = group * kPackedRows; r < end; ++r) {
-        flags[r] = irregular_row(x + r * p.k, p.k);
-    }
+    flag_rows(x, rows, p.k, group, flags, [&](const Bfloat *row) { return irregular_row(row, p.k); });
 #if defined(__AMX_BF16__)
     if (by_tiles(p) && !short_rows_serve(p, rows)) {
         pack_bf16_x_tiles(p, x, rows, group, flags + kFlagBytes);
@@ -105,7 +101,7 @@ void multiply_long_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t ro
         auto *x = static_cast<Bfloat *>(scratch);
         const Split<Weight> decoder(p.w);
         typename Split<Weight>::Rows w_rows(p.w, n1);
-        split_row(p, x);
+        split_row(static_cast<const Bfloat *>(p.x), p.k, x);
         for (int64_t n = n0; n < n1; ++n) {
             float sum, bias;
             if (gemv_row(p, n, decoder, x, w_rows, &sum)) {
@@ -113,7 +109,7 @@ void multiply_long_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t ro
                 finish_row(p, &sum, &bias, 1, static_cast<Bfloat *>(p.out) + n);
             } else {
                 odd_panel(n, n + 1);
-                split_row(p, x);
+                split_row(static_cast<const Bfloat *>(p.x), p.k, x);
             }
         }
         return;
@@ -136,16 +132,7 @@ void multiply_bf16(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, i
     } else {
         multiply_long_rows(p, row0, rows, n0, n1, flags, scratch, odd_panel);
     }
-    for (int64_t r = 0; r < rows;) {
-        int64_t end = r;
-        while (end < rows && flags[end] != 0) {
-            ++end;
-        }
-        if (end > r) {
-            again(r, end - r, n0, n1);
-        }
-        r = end + 1;
-    }
+    for_irregular_rows(flags, rows, [&](int64_t first_row, int64_t some_rows) { again(first_row, some_rows, n0, n1); });
 }
 
 #else

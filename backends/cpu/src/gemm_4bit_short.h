@@ -33,23 +33,23 @@ constexpr int64_t kShortRowsOfX = 4;  // at most
 //     64x64      2.5/1.3  4.2/1.6      3.4/1.7  3.5/2.1      4.2/2.1  4.1/2.5
 //     256x512    18/13    26/17        30/16    44/21        36/21    52/26
 //     576x1536   82/78    114/104      180/100  270/131      224/129  323/165
-inline int64_t short_row(int64_t rows) {
+inline bool short_row(int64_t k, int64_t rows) {
 #if defined(__AMX_BF16__)
     constexpr int64_t kShortRow[kShortRowsOfX] = {384, 128, 64, 0};
 #else
     constexpr int64_t kShortRow[kShortRowsOfX] = {1536, 1536, 1536, 1536};
 #endif
-    return rows <= kShortRowsOfX ? kShortRow[rows - 1] : 0;
+    return rows <= kShortRowsOfX && k > 0 && k <= kShortRow[rows - 1];
 }
 
 template <class Problem>
 inline bool short_rows_serve(const Problem &p, int64_t rows) {
-    return p.k <= short_row(rows) && split_serves(p);
+    return short_row(p.k, rows) && split_serves(p);
 }
 
 // Asked for before the weight is known.
 inline int64_t short_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
-    return p.k <= short_row(rows) ? rows * split_length(p.k) * static_cast<int64_t>(sizeof(Bfloat)) : 0;
+    return short_row(p.k, rows) ? rows * split_length(p.k) * static_cast<int64_t>(sizeof(Bfloat)) : 0;
 }
 
 // sums[r][0 ... 3]: of the rows n + first ... + 3 of W with each row of X, `x` in split order.
@@ -107,15 +107,7 @@ inline void multiply_short_rows_by(const WeightProduct<Weight> &p, int64_t row0,
     RowScales<Weight, kShortRows> scales(p.w);
     const auto split_x = [&] {
         for (int64_t r = 0; r < kRows; ++r) {
-            const Bfloat *row = static_cast<const Bfloat *>(p.x) + (row0 + r) * p.k;
-            Bfloat *out = x + r * split_length(p.k);
-            for (int64_t i = 0; i < p.k; i += kGroup) {
-                __m512i plane[4];
-                split_planes(row + i, p.k - i, plane);
-                for (int j = 0; j < 4; ++j) {
-                    _mm512_storeu_si512(out + i + 32 * j, plane[j]);
-                }
-            }
+            split_row(static_cast<const Bfloat *>(p.x) + (row0 + r) * p.k, p.k, x + r * split_length(p.k));
         }
     };
     split_x();

@@ -7,7 +7,7 @@
 // for strips of 128 bfloat16 columns, 6.7 for 512, 4.6 for 2048; the same order in float32 and, less so, with 512
 // rows). The second read runs backwards instead: what the first has read last is still in the caches.
 //
-// Magnitudes are compared by their bits, as integers, 16 of them for the 16-bit types.
+// Magnitudes are compared by their bits, as integers as wide as they are.
 #ifndef QCORE_CPU_INT8_COLUMNS_H
 #define QCORE_CPU_INT8_COLUMNS_H
 
@@ -166,15 +166,13 @@ inline void columns_of(const ColumnsProblem<T> &p, int64_t k0, int64_t k1) {
     for (int64_t strip = k0; strip < k1; strip += kStripColumns) {
         const int64_t width = strip + kStripColumns < k1 ? kStripColumns : k1 - strip;
         float *stats = p.col_stats + strip;
-        const bool clean = column_stats(p, strip, width, stats);
+        [[maybe_unused]] const bool clean = column_stats(p, strip, width, stats);
         float scale[kStripColumns];
-        bool finite = true;
+        [[maybe_unused]] bool finite = true;
         for (int64_t i = 0; i < width; ++i) {
             scale[i] = stats[i] == 0.0f ? 0.0f : 127.0f / stats[i];
             finite &= scale[i] <= 0x1.fffffep+127f;
         }
-        (void)clean;
-        (void)finite;
         for (int64_t r = p.m - 1; r >= 0; --r) {
             const T *x = p.row(r, strip);
             int8_t *codes = p.codes(r, strip);

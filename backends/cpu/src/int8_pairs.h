@@ -10,8 +10,6 @@
 #ifndef QCORE_CPU_INT8_PAIRS_H
 #define QCORE_CPU_INT8_PAIRS_H
 
-#include <type_traits>
-
 #include "int8_kernels.h"
 #include "int8_stream.h"
 #include "transposed_weight.h"

@@ -8,6 +8,7 @@
 #ifndef QCORE_CPU_TRANSPOSED_PRODUCT_H
 #define QCORE_CPU_TRANSPOSED_PRODUCT_H
 
+#include "irregular_rows.h"
 #include "qcore_backend.h"
 #include "transposed_amx.h"
 #include "transposed_rows.h"
@@ -43,8 +44,6 @@ int64_t float_scratch_bytes(const TransposedProduct<Weight> &p, int64_t rows) {
 
 #if defined(__AVX512BF16__)
 
-constexpr int64_t kFlagBytes = kProductRows;  // the packed X starts with a byte for each row: is it irregular?
-
 template <class Weight>
 int64_t packed_bytes(const TransposedProduct<Weight> &p, int64_t rows) {
     if (p.dtype != QC_BF16 || streams(p)) {
@@ -62,10 +61,8 @@ template <class Weight>
 void pack(const TransposedProduct<Weight> &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
     const Bfloat *x = static_cast<const Bfloat *>(p.x) + row0 * p.k;
     auto *flags = static_cast<uint8_t *>(packed);
-    const int64_t end = (group + 1) * kPackedRows < rows ? (group + 1) * kPackedRows : rows;
-    for (int64_t r = group * kPackedRows; r < end; ++r) {
-        flags[r] = TransposedWeight<Weight>::irregular_row(p.w, x + r * p.k, p.k);
-    }
+    flag_rows(x, rows, p.k, group, flags,
+              [&](const Bfloat *row) { return TransposedWeight<Weight>::irregular_row(p.w, row, p.k); });
 #if defined(__AMX_BF16__)
     pack_transposed_x(p.w, x, rows, p.k, group, flags + kFlagBytes);
 #endif
@@ -101,16 +98,9 @@ void multiply_bf16(const TransposedProduct<Weight> &p, int64_t row0, int64_t row
     } else
 #endif
         multiply_by_rows<RowsInBf16<Weight>>(p, row0, rows, n0, n1, scratch, odd_panel);
-    for (int64_t r = 0; r < rows;) {
-        int64_t end = r;
-        while (end < rows && flags[end] != 0) {
-            ++end;
-        }
-        if (end > r) {
-            multiply_in_float<Bfloat>(p, row0 + r, end - r, n0, n1, scratch);
-        }
-        r = end + 1;
-    }
+    for_irregular_rows(flags, rows, [&](int64_t first_row, int64_t some_rows) {
+        multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, n0, n1, scratch);
+    });
 }
 
 #else

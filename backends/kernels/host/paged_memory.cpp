@@ -17,6 +17,12 @@ qc_status check_kind(const char *op, int32_t kind) {
                       op, kind);
 }
 
+// Of memory_allocate and memory_prefetch, on the current device.
+qc_status check_piece(const char *op, int32_t device, int32_t kind, int64_t bytes) {
+    const qc_status status = Arguments(op, device).count("bytes", bytes).status();
+    return status == QC_OK ? check_kind(op, kind) : status;
+}
+
 }  // namespace
 
 qc_status memory_kind(int32_t device, int32_t *kind) {
@@ -37,10 +43,7 @@ qc_status memory_kind(int32_t device, int32_t *kind) {
 qc_status memory_allocate(int32_t device, int32_t kind, int64_t bytes, uintptr_t *address) {
     constexpr char kOp[] = "memory_allocate";
     return guarded(kOp, [&] {
-        qc_status status = Arguments(kOp, device).count("bytes", bytes).status();
-        if (status == QC_OK) {
-            status = check_kind(kOp, kind);
-        }
+        const qc_status status = check_piece(kOp, device, kind, bytes);
         if (status != QC_OK) {
             return status;
         }
@@ -75,10 +78,7 @@ qc_status memory_prefetch(int32_t device, uintptr_t stream, int32_t kind, uintpt
                           int32_t to_host) {
     constexpr char kOp[] = "memory_prefetch";
     return guarded(kOp, [&] {
-        qc_status status = Arguments(kOp, device).count("bytes", bytes).status();
-        if (status == QC_OK) {
-            status = check_kind(kOp, kind);
-        }
+        const qc_status status = check_piece(kOp, device, kind, bytes);
         if (status != QC_OK) {
             return status;
         }

@@ -58,7 +58,7 @@ inline qc_status allocate_memory(const char *op, int32_t kind, size_t bytes, uin
     return QC_OK;
 }
 
-// Both runtimes wait for all work of the device before they take memory back.
+// Both runtimes are documented to wait for the work that is queued before they take memory back.
 inline qc_status free_memory(const char *op, int32_t kind, uintptr_t address) {
     const OutsideCapture outside;
     void *const memory = reinterpret_cast<void *>(address);

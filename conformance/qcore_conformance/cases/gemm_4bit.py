@@ -182,10 +182,11 @@ def _empty(s: Session) -> None:
             y = calls.gemm_4bit(s, x, weight, bias if n == 5 else None)
             assert y.shape == (m, n)
         weight = random_weight(s.rng, "nf4", 64, (5, 0))
-        x = rounded(np.zeros((3, 0)), dtype)
-        expect_floats("Y (K=0)", calls.gemm_4bit(s, x, weight), rounded(np.zeros((3, 5)), dtype))
-        want = Floats(np.tile(bias.bits, (3, 1)), dtype)
-        expect_floats("Y (K=0, bias)", calls.gemm_4bit(s, x, weight, bias), want)
+        for m in generators.ROW_COUNTS:
+            x = rounded(np.zeros((m, 0)), dtype)
+            expect_floats(f"Y (M={m}, K=0)", calls.gemm_4bit(s, x, weight), rounded(np.zeros((m, 5)), dtype))
+            want = Floats(np.tile(bias.bits, (m, 1)), dtype)
+            expect_floats(f"Y (M={m}, K=0, bias)", calls.gemm_4bit(s, x, weight, bias), want)
 
 
 def _ceiling(s: Session) -> None:

@@ -137,8 +137,10 @@ def _empty(s: Session) -> None:
             weight = random_weight(s.rng, "nf4", 64, (n, k))
             y = generators.values("normal", s.rng, m * n, dtype).reshape(m, n)
             assert calls.gemm_4bit_transposed(s, y, weight).shape == (m, k)
-        x = calls.gemm_4bit_transposed(s, rounded(np.zeros((3, 0)), dtype), random_weight(s.rng, "nf4", 64, (0, 5)))
-        expect_floats("X (N=0)", x, rounded(np.zeros((3, 5)), dtype))
+        weight = random_weight(s.rng, "nf4", 64, (0, 5))
+        for m in generators.ROW_COUNTS:
+            x = calls.gemm_4bit_transposed(s, rounded(np.zeros((m, 0)), dtype), weight)
+            expect_floats(f"X (M={m}, N=0)", x, rounded(np.zeros((m, 5)), dtype))
 
 
 def _declared(s: Session) -> None:

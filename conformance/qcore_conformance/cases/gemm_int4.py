@@ -176,10 +176,11 @@ def _empty(s: Session) -> None:
             assert calls.gemm_int4(s, x, weight, bias if n == 5 else None).shape == (m, n)
         for ordered in (False, True):
             weight = random_int4(s.rng, 64, (5, 0), ordered=ordered)
-            x = rounded(np.zeros((3, 0)), dtype)
-            expect_floats("Y (K=0)", calls.gemm_int4(s, x, weight), rounded(np.zeros((3, 5)), dtype))
-            want = Floats(np.tile(bias.bits, (3, 1)), dtype)
-            expect_floats("Y (K=0, bias)", calls.gemm_int4(s, x, weight, bias), want)
+            for m in generators.ROW_COUNTS:
+                x = rounded(np.zeros((m, 0)), dtype)
+                expect_floats(f"Y (M={m}, K=0)", calls.gemm_int4(s, x, weight), rounded(np.zeros((m, 5)), dtype))
+                want = Floats(np.tile(bias.bits, (m, 1)), dtype)
+                expect_floats(f"Y (M={m}, K=0, bias)", calls.gemm_int4(s, x, weight, bias), want)
 
 
 def _ceiling(s: Session) -> None:

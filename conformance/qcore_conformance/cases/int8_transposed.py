@@ -133,7 +133,7 @@ def _empty(s: Session) -> None:
         for m, n, k in ((0, 64, 5), (3, 64, 0), (0, 0, 0), (0, 0, 5)):
             y = generators.values("normal", s.rng, m * n, dtype).reshape(m, n)
             assert calls.int8_linear_transposed(s, y, *_weight(s, n, k)).shape == (m, k)
-        for m in (1, 3):
+        for m in generators.ROW_COUNTS:
             x = calls.int8_linear_transposed(s, rounded(np.zeros((m, 0)), dtype), *_weight(s, 0, 5))
             expect_floats(f"X (M={m}, N=0)", x, rounded(np.zeros((m, 5)), dtype))
 
