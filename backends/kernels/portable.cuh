@@ -4,8 +4,8 @@
 //   QC_CONSTANT T table[]         a constant array that kernels may index
 //   QC_KERNEL(threads) k()        a kernel, run by blocks of at most `threads` threads
 //   QC_KERNEL_RESIDENT(threads, blocks) k()
-//                                 the same, of which a multiprocessor of NVIDIA's has to hold `blocks`: the compiler may
-//                                 use all registers that so many leave, instead of spilling for more of them
+//                                 the same, of which a multiprocessor of NVIDIA's has to hold `blocks`: the compiler
+//                                 may use all registers that so many leave, instead of spilling for more of them
 //   QC_SHARED(Struct, name)       the block's shared memory: one plain struct a kernel, at most 48 KiB
 //   thread_index()                of the block; waves are `W` neighbours (32 or 64)
 //   block_index_x(), block_count_x(), ..._y()

@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from qcore.errors import InvalidDtype
+
 _CPU, _CUDA, _ROCM = 1, 2, 10  # DLDeviceType
-_UINT, _FLOAT, _BFLOAT = 1, 2, 4  # DLDataTypeCode
-_DTYPES = {torch.uint8: _UINT, torch.float32: _FLOAT, torch.float16: _FLOAT, torch.bfloat16: _BFLOAT}
+_INT, _UINT, _FLOAT, _BFLOAT = 0, 1, 2, 4  # DLDataTypeCode
+_DTYPES = {
+    torch.uint8: _UINT,
+    **dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64), _INT),
+    **dict.fromkeys((torch.float16, torch.float32, torch.float64), _FLOAT),
+    torch.bfloat16: _BFLOAT,
+}
 _NAME = b"dltensor"
 
 
@@ -77,7 +84,7 @@ def tensor_at(
         Of the first element, on ``device``.
     shape : tuple of int
     dtype : torch.dtype
-        uint8, float32, float16 or bfloat16.
+        uint8, a signed integer, float16, float32, float64 or bfloat16.
     device : torch.device
         Of type cpu or cuda (ROCm builds' too), with an index.
     release : callable
@@ -87,7 +94,31 @@ def tensor_at(
     Returns
     -------
     Tensor
+
+    Raises
+    ------
+    InvalidDtype
+        Another dtype.
     """
+    place = None
+    try:
+        managed, sizes = _describe(address, shape, dtype, device)
+        place = ctypes.addressof(managed)
+        _lent[place] = (managed, sizes, release)
+        tensor: Tensor = from_dlpack(_new_capsule(place, _NAME, None))
+    except BaseException:
+        if place is None or _lent.pop(place, None) is not None:  # torch has not called the deleter
+            release()
+        raise
+    return tensor
+
+
+def _describe(
+    address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[_DLManagedTensor, Any]:
+    """The struct and the sizes that it points to."""
+    if dtype not in _DTYPES:
+        raise InvalidDtype(f"paged memory: dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     kind = _CPU if device.type == "cpu" else _ROCM if torch.version.hip else _CUDA
     sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
     managed = _DLManagedTensor(
@@ -98,12 +129,4 @@ def tensor_at(
         None,
         _deleter,
     )  # fmt: skip
-    place = ctypes.addressof(managed)
-    _lent[place] = (managed, sizes, release)
-    try:
-        tensor: Tensor = from_dlpack(_new_capsule(place, _NAME, None))
-    except BaseException:
-        if _lent.pop(place, None) is not None:  # torch has not called the deleter
-            release()
-        raise
-    return tensor
+    return managed, sizes

@@ -119,7 +119,9 @@ def load_quantized(
     if section is None or method not in formats:
         raise InvalidArgument(f"{who}: {name} is no checkpoint in the format {' or '.join(formats)}")
     config.quantization_config = section
-    config.transformers_weights = _weight_file(name, who, basename, section, hub)
+    file = _weight_file(name, who, basename, section, hub)
+    if file is not None:
+        config.transformers_weights = file
     # Passed along, so that qcore loads it where the library that wrote it is installed too.
     model = _load(name, {**kwargs, **hub, "config": config, "quantization_config": QcoreConfig(method)})
     model.config.transformers_weights = None  # what it is saved as has the usual name
@@ -146,6 +148,7 @@ def hub_arguments(who: str, name: str | Path, given: dict[str, Any]) -> dict[str
 
 def _weight_file(name: str, who: str, basename: str | None, section: dict[str, Any], hub: dict[str, Any]) -> str | None:
     """The file that the weights are in; None for the usual names, which Transformers finds."""
+    hub = {key: value for key, value in hub.items() if key != "force_download"}  # once is enough: when it is loaded
     guesses = [section.get("model_file_base_name"), "model"]
     if section["quant_method"] == "gptq":  # AutoGPTQ's own name
         guesses.append(f"gptq_model-{section.get('bits')}bit-{section.get('group_size')}g")

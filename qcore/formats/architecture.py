@@ -83,7 +83,7 @@ def checkpoint_names(model: Any, names: Iterable[str], where: str) -> dict[str, 
         Two of them are the same one.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
     known = model.state_dict(keep_vars=True)
     mapping = get_model_conversion_mapping(model)
@@ -92,7 +92,7 @@ def checkpoint_names(model: Any, names: Iterable[str], where: str) -> dict[str, 
     found: dict[str, str] = {}
     taken: dict[str, str] = {}
     pieces: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names, key=dot_natural_key):  # some renamings count
         new, converter = name, None
         if name not in known:
             new, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)

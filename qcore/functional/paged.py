@@ -23,11 +23,12 @@ from torch import Tensor
 from qcore.backend.interface import Backend
 from qcore.backend.paged import PagedMemory
 from qcore.backend.registry import backend_for
-from qcore.errors import DeviceError, InvalidArgument, OutOfMemory, OutputError, Unsupported
+from qcore.errors import DeviceError, InvalidArgument, InvalidDtype, OutOfMemory, OutputError, Unsupported
 
 DIRECTORY = "QCORE_PAGED_DIR"
 # Smaller tensors stay where they are: a page table entry each costs more than they take (bitsandbytes' threshold).
 SMALLEST = 100_000
+_MOST_BYTES = 2**63 - 1
 
 
 class MemoryTier(ABC):
@@ -241,7 +242,7 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     ----------
     *shape : int
     dtype : torch.dtype
-        uint8, float32, float16 or bfloat16.
+        uint8, a signed integer, float16, float32, float64 or bfloat16.
     device : torch.device or str
 
     Returns
@@ -252,13 +253,23 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
 
     Raises
     ------
+    InvalidArgument, InvalidDtype
+        Sizes that are no counts, or another dtype.
     OutOfMemory, Unsupported
         There is no room, or the device's backend has no such memory.
     """
-    device = torch.device(device)
-    tensor = _shared_tier(device).zeros(shape, dtype, device)
+    if not all(isinstance(length, int) and length >= 0 for length in shape):
+        raise InvalidArgument(f"get_paged: shape: expected counts, one argument each, got {shape}")
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidDtype(f"get_paged: dtype: expected a torch.dtype, got {dtype!r}")
+    if _size(shape, dtype) > _MOST_BYTES:
+        raise OutOfMemory(f"get_paged: shape: {shape} in {dtype} takes {_size(shape, dtype)} bytes")
+    device = torch.empty(0, device=device).device  # with an index
+    tier = _shared_tier(device)
+    tensor = tier.zeros(shape, dtype, device)
     tensor.is_paged = True  # type: ignore[attr-defined]
     tensor.page_deviceid = device.index  # type: ignore[attr-defined]
+    tensor.paged_tier = tier  # type: ignore[attr-defined] # whichever backend is selected later
     return tensor
 
 
@@ -277,9 +288,10 @@ def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
     InvalidArgument
         Another tensor.
     """
-    if not getattr(A, "is_paged", False):
+    tier = getattr(A, "paged_tier", None)
+    if tier is None:
         raise InvalidArgument("prefetch_tensor: A is not paged; make it with get_paged")
-    _shared_tier(A.device).prefetch([A], to_cpu)
+    tier.prefetch([A], to_cpu)
 
 
 def _shared_tier(device: torch.device) -> MemoryTier:

@@ -18,6 +18,8 @@ from torch.compiler import is_compiling
 
 _LIBRARY = torch.library.Library("qcore", "DEF")
 _NO_DISPATCH = Tensor.__torch_dispatch__
+# Of the tensors by which torch.autograd.grad(is_grads_batched=True) stands for a batch of gradients.
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -33,10 +35,14 @@ def register_autograd(name: str, setup_context: Callable[..., Any], backward: Ca
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether somebody other than the backend has to see this call: a tracer, a mode, a subclass, a meta tensor."""
+    """Whether somebody other than the backend has to see this call.
+
+    A tracer, a mode, a subclass, a meta tensor, or a batch without memory (:data:`is_batched`).
+    """
     if is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
     return any(
-        isinstance(tensor, Tensor) and (type(tensor).__torch_dispatch__ is not _NO_DISPATCH or tensor.is_meta)
+        isinstance(tensor, Tensor)
+        and (type(tensor).__torch_dispatch__ is not _NO_DISPATCH or tensor.is_meta or is_batched(tensor))
         for tensor in tensors
     )

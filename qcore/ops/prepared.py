@@ -16,6 +16,7 @@ from qcore.backend.interface import Backend, PreparedGemm, Weight4bit
 from qcore.backend.registry import backend_for, selection
 from qcore.ops import compose, validate
 from qcore.ops.gradient import Factor, product, record
+from qcore.ops.library import is_batched
 from qcore.ops.weight4bit import checked_weight_values, planned_product, require_matrix
 
 _DATA_PTR = (Tensor.data_ptr, ())  # the function, and the types that would override it
@@ -70,6 +71,7 @@ class _Back:
             or is_compiling()
             or _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None
+            or is_batched(gradient)
         ):
             return self._general(gradient, weight)
         out = gradient.new_empty((*gradient.shape[:-1], self._columns))

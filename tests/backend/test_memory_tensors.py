@@ -18,6 +18,7 @@ from qcore.backend import cffi_memory, dlpack
 from qcore.backend.abi import constants as QC
 from qcore.backend.cffi_memory import CffiMemory
 from qcore.backend.dlpack import tensor_at
+from qcore.errors import InvalidDtype
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,9 @@ class Lender:
         return tensor_at(self.address, shape, dtype, CPU, self.release)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int32, torch.float64, torch.float32, torch.float16, torch.bfloat16]
+)
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3), ()])
 def test_a_tensor_is_the_lent_memory(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     lender = Lender()
@@ -86,7 +89,9 @@ def test_memory_that_becomes_no_tensor_goes_back() -> None:
     before = len(dlpack._lent)
     with pytest.raises(RuntimeError):
         tensor_at(lender.address, (-1,), torch.uint8, CPU, lender.release)
-    assert len(lender.returned) == 1
+    with pytest.raises(InvalidDtype, match=r"paged memory: dtype: expected .*uint8, .* got torch\.complex64"):
+        tensor_at(lender.address, (1,), torch.complex64, CPU, lender.release)
+    assert len(lender.returned) == 2
     assert len(dlpack._lent) == before
 
 

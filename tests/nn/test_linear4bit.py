@@ -124,6 +124,17 @@ def test_gradients_flow_to_input_and_bias(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_of_gradients_is_that_of_each(dtype):
+    layer = quantized(dtype=dtype)
+    x, upstream = torch.randn(5, 64).to(dtype).requires_grad_(), torch.randn(3, 5, 96).to(dtype)
+    y = layer(x)
+    for _ in range(2):  # the second finds a prepared weight
+        (batch,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+        for got, dy in zip(batch, upstream, strict=True):
+            assert torch.equal(got, torch.autograd.grad(y, x, dy, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_goes_on_after_an_evaluation(dtype):
     layer = quantized(dtype=dtype, bias=False)
     x = torch.randn(3, 64).to(dtype)

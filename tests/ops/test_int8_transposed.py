@@ -70,6 +70,14 @@ class TestTransposed:
         assert torch.equal(x.grad, int8_linear_transposed(upstream, codes, scales))
         assert_near(x.grad, upstream, codes, scales)
 
+    def test_a_batch_of_gradients_is_that_of_each(self) -> None:
+        codes, scales = weight_of(48, 64)
+        x, upstream = random(5, 64).requires_grad_(), random(3, 5, 48, seed=2)
+        y = int8_linear(x, codes, scales)[0]
+        (batch,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+        for got, one in zip(batch, upstream, strict=True):
+            assert torch.equal(got, torch.autograd.grad(y, x, one, retain_graph=True)[0])
+
     def test_its_own_gradient(self) -> None:
         codes, scales = weight_of(40, 96)
         y, upstream = random(3, 40).requires_grad_(), random(3, 96, seed=2)

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from cases import gradients, run
 from qcore import functional, optim
 from qcore.backend import OptimizerRule, OptimizerTensors, PagedMemory, use_backend
-from qcore.errors import DeviceError, InvalidArgument, OutOfMemory, OutputError, Unsupported
+from qcore.errors import DeviceError, InvalidArgument, InvalidDtype, OutOfMemory, OutputError, Unsupported
 from qcore.functional import paged
 from qcore.functional.paged import FileMemory, paged_memory
 from qcore.ops.optimizer import PreparedOptimizerStep
@@ -337,8 +338,24 @@ def test_paged_tensors_of_bitsandbytes_functions(small: list[Tensor]) -> None:
         assert backend.memory.said == ["prefetch 600", "prefetch 600 to the host"]
         with pytest.raises(InvalidArgument, match="prefetch_tensor: A is not paged"):
             functional.prefetch_tensor(torch.zeros(3))
-        del tensor
+    functional.prefetch_tensor(tensor)  # by the memory that it is in, whichever backend is selected
+    assert len(backend.memory.said) == 3
+    del tensor
     assert len(backend.memory.alive) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "message"),
+    [
+        (((3, 4),), torch.uint8, InvalidArgument, "shape: expected counts, one argument each"),
+        ((-3, 4), torch.uint8, InvalidArgument, "shape: expected counts"),
+        ((3,), "float32", InvalidDtype, "dtype: expected a torch.dtype, got 'float32'"),
+        ((10**20,), torch.uint8, OutOfMemory, "takes 100000000000000000000 bytes"),
+    ],
+)
+def test_a_paged_tensor_that_cannot_be(shape: Any, dtype: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"get_paged: {message}|get_paged: shape: .* {message}"):
+        functional.get_paged(*shape, dtype=dtype, device="cpu")
 
 
 def test_paged_tensors_on_a_plain_cpu_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
