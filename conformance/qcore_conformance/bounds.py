@@ -14,6 +14,7 @@ from qcore_conformance.oracle import Product
 
 WEIGHT_ROUNDINGS = ("float32", "compute")
 SCALED = "scaled"  # QC-INT8-011 allows it too
+INT8_ROUNDINGS = 3  # of QC-INT8-012, besides those of the sum
 
 
 @dataclass(frozen=True)

@@ -277,3 +277,9 @@ def gemm_4bit(x: Floats, decoded: Floats, bias: Floats | None) -> Product:
         exact = exact + bias.f64()
         magnitude = magnitude + np.abs(bias.f64())
     return Product(exact, magnitude)
+
+
+def int8_linear_transposed(y: Floats, b: NDArray[np.int8], row_stats: Floats) -> Product:
+    """QC-INT8-012's ``x*``: the rows of ``y`` times codes that stand for multiples of their row's ``stat / 127``."""
+    w = b.astype(np.float64) * row_stats.f64()[:, None] / 127
+    return Product(y.f64() @ w, np.abs(y.f64()) @ np.abs(w))

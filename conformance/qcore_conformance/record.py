@@ -1,9 +1,9 @@
 """The suite's calls as a file: inputs and what has to come out, for a device that has no Python.
 
 The cases run on ``cpu_reference``, and every call that they make of the backend is written down once. What a replay
-compares with is decided here: bits where the spec is exact, for the 4-bit products an interval an element, from the
-oracle and from what the tested library declares (QC-GEMM4-004, QC-INT4-005). ``backends/cpu/tests/replay.cpp`` reads
-it.
+compares with is decided here: bits where the spec is exact, for the products of floats an interval an element, from the
+oracle and from what the tested library declares (QC-GEMM4-004, QC-INT4-005, QC-INT8-012).
+``backends/cpu/tests/replay.cpp`` reads it.
 
 File, little-endian: ``QCCALLS2``, a count (u32) of products and of each its op, declared lanes, extra (i64) and weight
 rounding, then calls up to the end. A string is its length (u32) and its bytes. A call is its case, its op, and four
@@ -42,7 +42,7 @@ from qcore.backend import (
 )
 from qcore.errors import BackendError
 from qcore_conformance import oracle
-from qcore_conformance.bounds import GemmDeclaration, gemm_bound
+from qcore_conformance.bounds import INT8_ROUNDINGS, GemmDeclaration, gemm_bound
 from qcore_conformance.floats import Floats
 from qcore_conformance.guards import GUARDS
 from qcore_conformance.model import Case, Outcome
@@ -51,8 +51,7 @@ from qcore_conformance.weights import Int4Weight, Weight
 
 MAGIC = b"QCCALLS2"
 LEVELS = ("L1", "L2")
-PRODUCTS = ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4")
-LEFT_OUT = frozenset({"int8_linear_transposed"})  # the file has no place for what it declares yet
+PRODUCTS = ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4", "int8_linear_transposed")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32)
 _FORMATS = {"nf4": 0, "fp4": 1}
 _FLAGS = ("nesterov", "skip_zeros", "stochastic", "bnb_codes", "signed_state")  # by bit, as in qcore_backend.h
@@ -73,7 +72,7 @@ class Recorder(Backend):
         file.write(MAGIC + struct.pack("<I", len(declared)))
         for op, said in declared.items():
             file.write(_text(op) + struct.pack("<qq", said.lanes, said.extra) + _text(said.weight_rounding))
-        for op in OPS.keys() - LEFT_OUT - {"optimizer_step"}:
+        for op in OPS.keys() - {"optimizer_step"}:
             setattr(self, op, self._recording(op))
 
     def describe(self, device: torch.device) -> Description:
@@ -160,25 +159,34 @@ class Recorder(Backend):
 
     def _interval(self, op: str, named: Mapping[str, Any], out: torch.Tensor) -> Interval:
         """What an output of a product may be; a single value where a sum is exact or not finite."""
-        given = out.double().numpy()
-        x: Any = from_torch(named["A"])
-        bias: Any = None if named.get("bias") is None else from_torch(named["bias"])
-        weight = _weight(named["weight"])
-        decoded = weight.decoded()
-        if op == "gemm_4bit_transposed":
-            decoded = Floats(decoded.bits.reshape(weight.shape).T.copy(), decoded.dtype)
+        given, x = out.double().numpy(), _floats(named["A"])
         with np.errstate(invalid="ignore", over="ignore"):
-            truth = oracle.gemm_4bit(x, decoded, bias)
-            bound = gemm_bound(truth, self._declared[op], x.shape[1], x.dtype)
-            free = np.isfinite(truth.exact) & np.isfinite(given) & ~_exact_sums(x, decoded, bias, truth)
+            if op == "int8_linear_transposed":
+                codes, scales = named["W"].codes.numpy(), _floats(named["W"].scales)
+                truth, roundings = oracle.int8_linear_transposed(x, codes, scales), INT8_ROUNDINGS
+                exact = _exact_sums(truth, x.f64(), codes * scales.f64()[:, None] / 127)
+            else:
+                bias = None if named.get("bias") is None else _floats(named["bias"])
+                decoded = _weight(named["weight"]).decoded()
+                if op == "gemm_4bit_transposed":
+                    decoded = Floats(decoded.bits.reshape(named["weight"].shape).T.copy(), decoded.dtype)
+                truth, roundings = oracle.gemm_4bit(x, decoded, bias), 1
+                exact = _exact_sums(truth, x.f64(), decoded.f64(), *(() if bias is None else (bias.f64(),)))
+            bound = gemm_bound(truth, self._declared[op], x.shape[1], x.dtype, roundings)
+            free = np.isfinite(truth.exact) & np.isfinite(given) & ~exact
             return np.where(free, truth.exact - bound, given), np.where(free, truth.exact + bound, given)
 
 
-def _exact_sums(x: Floats, weights: Floats, bias: Floats | None, truth: oracle.Product) -> NDArray[np.bool_]:
-    """Where no order of summation rounds (QC-GEMM4-005): small multiples of 1/64 all over."""
-    parts = (x.f64(), weights.f64(), np.zeros(1) if bias is None else bias.f64())
-    integral = all(bool((part == np.round(part)).all()) for part in (parts[0], 64 * parts[1], 64 * parts[2]))
+def _exact_sums(truth: oracle.Product, x: NDArray[np.float64], *rest: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where no order of summation rounds (QC-GEMM4-005): integers times small multiples of 1/64 all over."""
+    integral = all(bool((part == np.round(part)).all()) for part in (x, *(64 * part for part in rest)))
     return np.asarray((64 * truth.magnitude < 2.0**24) & integral)
+
+
+def _floats(tensor: torch.Tensor) -> Floats:
+    values = from_torch(tensor)
+    assert isinstance(values, Floats)
+    return values
 
 
 def _weight(w: Weight4bit | WeightInt4) -> Weight | Int4Weight:
@@ -248,9 +256,8 @@ def record_cases(path: Path, declared_by: Backend, cases: Iterable[Case], seed: 
     ----------
     path : Path
     declared_by : Backend
-        Whose declarations of the 4-bit products a replay is held to.
+        Whose declarations of the products of floats a replay is held to.
     cases : iterable of Case
-        Those of ops without a place in the file are left out.
     seed : int
 
     Raises
@@ -268,7 +275,7 @@ def record_cases(path: Path, declared_by: Backend, cases: Iterable[Case], seed: 
         recorder = Recorder(get_backend("cpu_reference"), file, declared)
         session = Session(recorder, "cpu", seed)
         session.placements = GUARDS[:1]  # where memory lies is the replay's concern
-        for case in (case for case in cases if case.op not in LEFT_OUT):
+        for case in cases:
             recorder.case = case
             result = session.run_case(case)
             if result.outcome not in (Outcome.PASSED, Outcome.NOT_RUN):
@@ -279,7 +286,7 @@ def record_cases(path: Path, declared_by: Backend, cases: Iterable[Case], seed: 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--declared-by", required=True, help="Backend whose declarations of the 4-bit products the replay is held to."
+    "--declared-by", required=True, help="Backend whose declarations of the products of floats the replay is held to."
 )
 @click.option("--op", "ops", multiple=True, help="Only this op (repeatable).")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -299,6 +306,5 @@ def record(path: Path, declared_by: str, ops: tuple[str, ...], seed: int) -> Non
         fail("no call was recorded")
     click.echo(
         f"{path}: {sum(recorder.counts.values())} calls of {len(recorder.counts)} ops, "
-        f"{path.stat().st_size / 1e6:.1f} MB, {recorder.too_large} calls beyond {MOST_BYTES >> 20} MB and the ops "
-        f"{', '.join(sorted(LEFT_OUT))} left out"
+        f"{path.stat().st_size / 1e6:.1f} MB, {recorder.too_large} calls beyond {MOST_BYTES >> 20} MB left out"
     )

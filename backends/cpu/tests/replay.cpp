@@ -265,6 +265,14 @@ class Replay {
                                                   bytes);
             });
         }
+        if (op == "int8_linear_transposed") {
+            const int64_t columns = size("codes", 1);
+            Buffer scratch = workspace(QC_OP_INT8_LINEAR_TRANSPOSED, out_dtype(), m, k, columns);
+            return in_scratch(scratch, [&](uintptr_t at, int64_t bytes) {
+                return api_->int8_linear_transposed(0, threads_, out_dtype(), m, k, columns, in("A"), in("codes"),
+                                                    in("scales"), out("out"), at, bytes);
+            });
+        }
         if (op == "int8_gemm") {
             const int64_t n = size("B", 0);
             return in_scratch(workspace(QC_OP_INT8_GEMM, QC_F32, m, n, k), [&](uintptr_t at, int64_t bytes) {
