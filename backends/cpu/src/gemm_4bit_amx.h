@@ -12,6 +12,8 @@
 #ifndef QCORE_CPU_GEMM_4BIT_AMX_H
 #define QCORE_CPU_GEMM_4BIT_AMX_H
 
+#include <type_traits>
+
 #include "gemm_4bit_short.h"
 #include "tiles.h"
 
@@ -80,24 +82,50 @@ struct RowOfWeight {
     typename Split<Weight>::Scales scales;
 };
 
-// Group g of four rows of W, to tile rows from `out` on.
+// Group g of a row of W, or its first half, to a row of four tiles.
 template <bool kHalf, class Weight>
-inline void decode_four_rows(const Split<Weight> &decoder, const RowOfWeight<Weight> *rows, int64_t g, int64_t ahead,
-                             uint8_t *out) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const uint8_t *bytes = rows[i].bytes + 64 * g;
-        _mm_prefetch(bytes + ahead, _MM_HINT_T1);
-        __m512i plane[4];
-        if (kHalf) {
-            decoder.decode_half(bytes, rows[i].scales, g, plane);
-        } else {
-            decoder.decode(bytes, rows[i].scales, g, plane);
+inline void decode_row(const Split<Weight> &decoder, const RowOfWeight<Weight> &row, int64_t g, int64_t ahead,
+                       uint8_t *out) {
+    const uint8_t *bytes = row.bytes + 64 * g;
+    _mm_prefetch(bytes + ahead, _MM_HINT_T1);
+    __m512i plane[4];
+    if (kHalf) {
+        decoder.decode_half(bytes, row.scales, g, plane);
+    } else {
+        decoder.decode(bytes, row.scales, g, plane);
+    }
+    for (int j = 0; j < 4; ++j) {
+        _mm512_store_si512(out + j * kTileBytes, plane[j]);
+    }
+}
+
+// Decodes group g of sixteen rows to `out`, of which there are kHalves halves, and, with kMultiply, adds the products
+// of the tiles at `w` and `x`. What works on tiles stands apart, because it holds up all that is behind it until a tile
+// register is free.
+template <int kHalves, bool kMultiply, class Weight>
+inline void few_rows_step(const Split<Weight> &decoder, const RowOfWeight<Weight> *rows, int64_t g, int64_t ahead,
+                          uint8_t *out, const uint8_t *w, const uint8_t *x, int64_t columns) {
+    for (int j = 0; j < 4; ++j) {
+        const auto decode = [&](int i) {
+            if (kHalves > 0) {
+                decode_row<kHalves == 1>(decoder, rows[4 * j + i], g, ahead, out + (4 * j + i) * kTileRowBytes);
+            }
+        };
+        decode(0);
+        if (kMultiply) {
+            _tile_loadd(1, w + j * kTileBytes, kTileRowBytes);
         }
-        for (int j = 0; j < 4; ++j) {
-            _mm512_store_si512(out + j * kTileBytes + i * kTileRowBytes, plane[j]);
+        decode(1);
+        if (kMultiply) {
+            _tile_loadd(2, x + j * 16 * columns, columns);
+        }
+        decode(2);
+        decode(3);
+        if (kMultiply) {
+            _tile_dpbf16ps(0, 1, 2);
         }
     }
+    asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
 }
 
 // Columns n0 ... n1 - 1 of up to kFewTileRows rows; odd_panel(first, end) is called for columns that are not regular.
@@ -130,31 +158,26 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
                 w_rows[i] = {p.w.packed + (((n + row) * p.k + k0) >> 1), scales.at(row)};
             }
             const uint8_t *x_step = x + k0 / 32 * kTileRowBytes * rows;
-            for (int64_t g = 0; g <= groups; ++g) {
-                uint8_t *out = scratch.step[g & 1];
-                const auto decode = [&](int quarter) {
-                    uint8_t *to = out + 4 * quarter * kTileRowBytes;
-                    if (g < whole) {
-                        decode_four_rows<false>(decoder, w_rows + 4 * quarter, g, ahead, to);
-                    } else if (g < groups) {
-                        decode_four_rows<true>(decoder, w_rows + 4 * quarter, g, ahead, to);
-                    }
-                };
-                if (g == 0) {
-                    decode(0), decode(1), decode(2), decode(3);
-                    asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
-                    continue;
-                }
-                const uint8_t *w = scratch.step[(g - 1) & 1];
-                for (int j = 0; j < 4; ++j) {
-                    decode(j);
-                    _tile_loadd(1, w + j * kTileBytes, kTileRowBytes);
-                    _tile_loadd(2, x_step + j * 16 * columns, columns);
-                    _tile_dpbf16ps(0, 1, 2);
-                }
-                x_step += 64 * columns;
-                asm volatile("" ::: "memory");
+            const auto step = [&](auto halves, auto multiply, int64_t g) {
+                few_rows_step<halves, multiply>(decoder, w_rows, g, ahead, scratch.step[g & 1],
+                                                scratch.step[(g & 1) ^ 1], x_step, columns);
+                x_step += multiply ? 64 * columns : 0;
+            };
+            constexpr std::integral_constant<int, 0> kNone;
+            constexpr std::integral_constant<int, 1> kHalf;
+            constexpr std::integral_constant<int, 2> kWhole;
+            if (whole > 0) {
+                step(kWhole, std::false_type(), 0);
+            } else {
+                step(kHalf, std::false_type(), 0);
             }
+            for (int64_t g = 1; g < whole; ++g) {
+                step(kWhole, std::true_type(), g);
+            }
+            if (whole > 0 && whole < groups) {
+                step(kHalf, std::true_type(), whole);
+            }
+            step(kNone, std::true_type(), groups);
         }
         _tile_stored(0, scratch.sums, kTileRowBytes);
         const auto valid = static_cast<__mmask16>((1u << rows) - 1);
