@@ -5,14 +5,12 @@
 //
 // Memory picture for few rows of X (multiply_few_rows): W is read once, sixteen of its rows side by side, 128 elements
 // of each at a time, into 4 KiB of scratch, while the tile unit multiplies the 4 KiB before. Decoding (split order,
-// gemm_4bit_split.h) keeps the vector ports busy for 120 cycles a step, the four tile products of the step the tile
+// gemm_4bit_split.h) keeps the vector ports busy for 152 cycles a step, the four tile products of the step the tile
 // unit for 64, so one row of X or sixteen cost about what the decoding costs. The tiles of X are as narrow as X has
 // rows, so that they are small; the lines that the next sixteen rows of W will need are fetched into L2 meanwhile. One
 // tile of sums for all: see tiles.h on why as few tiles as possible are in use.
 #ifndef QCORE_CPU_GEMM_4BIT_AMX_H
 #define QCORE_CPU_GEMM_4BIT_AMX_H
-
-#include <type_traits>
 
 #include "gemm_4bit_short.h"
 #include "tiles.h"
@@ -99,12 +97,14 @@ inline void decode_row(const Split<Weight> &decoder, const RowOfWeight<Weight> &
     }
 }
 
-// Decodes group g of sixteen rows to `out`, of which there are kHalves halves, and, with kMultiply, adds the products
-// of the tiles at `w` and `x`. What works on tiles stands apart, because it holds up all that is behind it until a tile
+// Decodes group g of sixteen rows, of which there are kHalves halves, and, with kMultiply, multiplies the group before
+// it by the tiles at `x`. What works on tiles stands apart, because it holds up all that is behind it until a tile
 // register is free.
 template <int kHalves, bool kMultiply, class Weight>
 inline void few_rows_step(const Split<Weight> &decoder, const RowOfWeight<Weight> *rows, int64_t g, int64_t ahead,
-                          uint8_t *out, const uint8_t *w, const uint8_t *x, int64_t columns) {
+                          FewRowsScratch *scratch, const uint8_t *x, int64_t columns) {
+    uint8_t *out = scratch->step[g & 1];
+    const uint8_t *w = scratch->step[(g & 1) ^ 1];
     for (int j = 0; j < 4; ++j) {
         const auto decode = [&](int i) {
             if (kHalves > 0) {
@@ -157,27 +157,20 @@ inline void multiply_few_rows(const WeightProduct<Weight> &p, int64_t row0, int6
                 const int64_t row = i < count ? i : count - 1;
                 w_rows[i] = {p.w.packed + (((n + row) * p.k + k0) >> 1), scales.at(row)};
             }
-            const uint8_t *x_step = x + k0 / 32 * kTileRowBytes * rows;
-            const auto step = [&](auto halves, auto multiply, int64_t g) {
-                few_rows_step<halves, multiply>(decoder, w_rows, g, ahead, scratch.step[g & 1],
-                                                scratch.step[(g & 1) ^ 1], x_step, columns);
-                x_step += multiply ? 64 * columns : 0;
-            };
-            constexpr std::integral_constant<int, 0> kNone;
-            constexpr std::integral_constant<int, 1> kHalf;
-            constexpr std::integral_constant<int, 2> kWhole;
+            const uint8_t *x_at = x + k0 / 32 * kTileRowBytes * rows;
             if (whole > 0) {
-                step(kWhole, std::false_type(), 0);
+                few_rows_step<2, false>(decoder, w_rows, 0, ahead, &scratch, x_at, columns);
             } else {
-                step(kHalf, std::false_type(), 0);
+                few_rows_step<1, false>(decoder, w_rows, 0, ahead, &scratch, x_at, columns);
             }
-            for (int64_t g = 1; g < whole; ++g) {
-                step(kWhole, std::true_type(), g);
+            for (int64_t g = 1; g < whole; ++g, x_at += 64 * columns) {
+                few_rows_step<2, true>(decoder, w_rows, g, ahead, &scratch, x_at, columns);
             }
             if (whole > 0 && whole < groups) {
-                step(kHalf, std::true_type(), whole);
+                few_rows_step<1, true>(decoder, w_rows, whole, ahead, &scratch, x_at, columns);
+                x_at += 64 * columns;
             }
-            step(kNone, std::true_type(), groups);
+            few_rows_step<0, true>(decoder, w_rows, groups, ahead, &scratch, x_at, columns);
         }
         _tile_stored(0, scratch.sums, kTileRowBytes);
         const auto valid = static_cast<__mmask16>((1u << rows) - 1);

@@ -1,10 +1,10 @@
 // gemm_4bit for one row of X on AVX-512: bfloat16 products on AVX512-BF16, float32 on all.
 //
 // Memory picture: W is read once, half a byte an element, straight through; X is 2 KiB per 1024 elements and stays in
-// L1. The limit is the two vector ports, not memory. For 128 weights, in port cycles: bfloat16 takes 15 to decode
+// L1. The limit is the two vector ports, not memory. For 128 weights, in port cycles: bfloat16 takes 19 to decode
 // (gemm_4bit_split.h) and 16 to multiply and add, because VDPBF16PS keeps both ports busy for two cycles on the
-// processors that have tiles, just what two float32 products and their unpacking would take: 31, so 15.5 cycles for 72
-// bytes, 10 GB/s a core at 2.2 GHz, half of what one core draws from the L3 cache. Float32 takes 26.
+// processors that have tiles, just what two float32 products and their unpacking would take: 35, so 17.5 cycles for 72
+// bytes, 10 GB/s a core at 2.4 GHz, half of what one core draws from memory. Float32 takes 26.
 // Where there is a tile unit, it multiplies beside the decoding (gemm_4bit_amx.h), and only the float32 part is used.
 //
 // In float32, X is brought into the order [16 even][16 odd] of the nibbles of 16 bytes, spread over 16 dwords.

@@ -7,9 +7,10 @@
 // The table holds the 16 values of the block of elements 0 ... 63 and those of 64 ... 127; bit 4 of an index, set in
 // the upper half of the words, chooses. X is brought into the same order once a call, so no weight is ever rearranged.
 //
-// On the two vector ports, for 128 weights: two multiplications and one conversion (four port cycles) make the tables,
-// five shifts and logic operations the indices, four permutations the weights: 15 port cycles, 7.5 cycles for the 72
-// bytes that are read. That is 21 GB/s a core at 2.2 GHz: about what one core draws from the L3 cache.
+// On the two ports of 512-bit operations, for 128 weights: two multiplications and one conversion (six port cycles)
+// make the tables, five shifts and logic operations the indices, four permutations, which need both ports, the weights:
+// 19 port cycles, 9.5 cycles for the 72 bytes that are read, 18 GB/s a core at 2.4 GHz, about what one core draws from
+// memory. probe/cycles.cpp counts them: 10.5 to 12 with the stores.
 #ifndef QCORE_CPU_GEMM_4BIT_SPLIT_H
 #define QCORE_CPU_GEMM_4BIT_SPLIT_H
 

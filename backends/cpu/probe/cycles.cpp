@@ -1,0 +1,170 @@
+// What bounds the products of 4-bit weights with one row: cycles of the instructions that decode, alone and beside
+// others that need one of the two ports of 512-bit operations, and cycles of the loops made of them.
+//
+//     cmake -S backends/cpu -B build/cycles -DQCORE_CPU_CYCLES=ON && cmake --build build/cycles --target
+//     qcore_cpu_cycles build/cycles/qcore_cpu_cycles
+//
+// An instruction that takes twice as long beside one for port 0 needs port 0 itself, and the same for port 5. A cycle
+// is a third of a dependent multiplication of integers. The least of many short runs counts.
+#include <cstdio>
+#include <cstdlib>
+#include <ctime>
+#include <vector>
+
+#include "dispatch.h"
+#include "gemm_4bit_amx.h"
+#include "gemm_4bit_gemv.h"
+
+namespace qcore::cpu::QC_ISA {
+namespace {
+
+constexpr int kLoops = 2000;
+constexpr int kRuns = 1000;
+
+double seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+template <class Function>
+double least_seconds(const Function &function) {
+    double least = 1;
+    for (int run = 0; run < kRuns; ++run) {
+        const double start = seconds();
+        function();
+        const double took = seconds() - start;
+        least = took < least ? took : least;
+    }
+    return least;
+}
+
+double cycle_seconds() {
+    long a = 1;
+    const long b = 3;
+    const double took = least_seconds([&] {
+        for (int i = 0; i < kLoops; ++i) {
+            asm volatile("imul %1, %0\nimul %1, %0\nimul %1, %0\nimul %1, %0" : "+r"(a) : "r"(b));
+        }
+    });
+    return took / kLoops / (4 * 3);
+}
+
+// Of eight pairs of independent instructions.
+#define QC_ONE(first, second, to) first " %%zmm14, %%zmm15, %%zmm" #to "\n" second
+#define QC_TWO(first, second, a, b) QC_ONE(first, second, a) QC_ONE(first, second, b)
+#define QC_FOUR(first, second, a, b, c, d) QC_TWO(first, second, a, b) QC_TWO(first, second, c, d)
+#define QC_EIGHT(first, second) QC_FOUR(first, second, 0, 1, 2, 3) QC_FOUR(first, second, 4, 5, 6, 7)
+#define QC_CYCLES(first, second)                                                                         \
+    (least_seconds([] {                                                                                  \
+         for (int i = 0; i < kLoops; ++i) {                                                              \
+             asm volatile(QC_EIGHT(first, second)::                                                      \
+                              : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8"); \
+         }                                                                                               \
+     }) /                                                                                                \
+     kLoops / 8 / cycle_seconds())
+#define QC_PORTS(first)                                                     \
+    std::printf("%-16s %8.1f %22.1f %22.1f\n", first, QC_CYCLES(first, ""), \
+                QC_CYCLES(first, "vpsrlw $4, %%zmm15, %%zmm8\n"),           \
+                QC_CYCLES(first, "vpunpcklbw %%zmm14, %%zmm15, %%zmm8\n"))
+
+void print_instructions() {
+    std::printf("%-16s %8s %22s %22s\n", "cycles", "alone", "and a shift (port 0)", "and an unpack (port 5)");
+    asm volatile("vzeroall" ::: "xmm14", "xmm15");
+    QC_PORTS("vpermw");
+    QC_PORTS("vpermb");
+    QC_PORTS("vpermd");
+    QC_PORTS("vpmulhuw");
+    QC_PORTS("vmulps");
+    QC_PORTS("vcvtne2ps2bf16");
+    QC_PORTS("vdpbf16ps");
+}
+
+template <class T>
+T *zeroed(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096;
+    void *at = std::aligned_alloc(4096, bytes);
+    __builtin_memset(at, 0, bytes);
+    return static_cast<T *>(at);
+}
+
+// NF4's shape with any values: n rows of k, blocks of 64.
+Gemm4 product(int64_t n, int64_t k) {
+    static float table[16];
+    for (int i = 0; i < 16; ++i) {
+        table[i] = static_cast<float>(i - 8) / 8;
+    }
+    auto *packed = zeroed<uint8_t>(n * k / 2);
+    auto *absmax = zeroed<float>(n * k / 64);
+    for (int64_t i = 0; i < n * k / 2; ++i) {
+        packed[i] = static_cast<uint8_t>(std::rand());
+    }
+    for (int64_t i = 0; i < n * k / 64; ++i) {
+        absmax[i] = 1 + static_cast<float>(std::rand() % 100) / 100;
+    }
+    Gemm4 p = {};
+    p.w.table = table;
+    p.w.shift = 6;
+    p.w.k = k;
+    p.w.packed = packed;
+    p.w.absmax = absmax;
+    p.m = 1;
+    p.n = n;
+    p.k = k;
+    p.x = zeroed<Bfloat>(k);
+    p.out = zeroed<Bfloat>(n);
+    return p;
+}
+
+void print_loops(int64_t n, int64_t k, const char *where) {
+    const Gemm4 p = product(n, k);
+    const Split<Gemm4Weight> decoder(p.w);
+    const Split<Gemm4Weight>::Scales scales = {p.w.absmax};
+    const auto groups = static_cast<double>(n * k / kGroup);
+    const auto print = [&](const char *what, const auto &function) {
+        const double took = least_seconds(function) / groups;
+        std::printf("%-34s %-3s %6.1f cycles, %5.2f ns for 128 weights\n", what, where, took / cycle_seconds(),
+                    1e9 * took);
+    };
+    auto *decoded = zeroed<uint8_t>(kStepBytes);
+    print("decoding", [&] {
+        for (int64_t g = 0; g < n * k / kGroup; ++g) {
+            __m512i plane[4];
+            decoder.decode(p.w.packed + 64 * g, scales, g, plane);
+            for (int j = 0; j < 4; ++j) {
+                _mm512_store_si512(decoded + (g % 16 * 4 + j) * 64, plane[j]);
+            }
+        }
+        asm volatile("" : : "r"(decoded) : "memory");
+    });
+    auto *x = zeroed<Bfloat>(k);
+    split_row(static_cast<const Bfloat *>(p.x), k, x);
+    print("one row by VDPBF16PS", [&] {
+        Split<Gemm4Weight>::Rows rows(p.w, n);
+        for (int64_t row = 0; row < n; ++row) {
+            float sum;
+            gemv_row(p, row, decoder, x, rows, &sum);
+            asm volatile("" : : "m"(sum));
+        }
+    });
+    auto *tiles = zeroed<uint8_t>(bf16_x_tile_bytes(p, 1));
+    auto *scratch = zeroed<uint8_t>(bf16_tile_scratch_bytes(1, n));
+    pack_bf16_x_tiles(p, static_cast<const Bfloat *>(p.x), 1, 0, tiles);
+    print("one row by tiles", [&] { multiply_few_rows(p, 0, 1, 0, n, tiles, scratch, [](int64_t, int64_t) {}); });
+}
+
+}  // namespace
+}  // namespace qcore::cpu::QC_ISA
+
+int main() {
+    using namespace qcore::cpu;
+    if (!machine_has(Isa::amx)) {
+        std::fprintf(stderr, "qcore_cpu_cycles: this processor has no AMX tiles\n");
+        return 1;
+    }
+    std::printf("%.2f GHz\n", 1e-9 / QC_ISA::cycle_seconds());
+    QC_ISA::print_instructions();
+    QC_ISA::print_loops(16, 1024, "L1");
+    QC_ISA::print_loops(256, 4096, "L2");
+    return 0;
+}
