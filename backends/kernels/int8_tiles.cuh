@@ -17,10 +17,16 @@ inline constexpr int kInt8TileDepth = 64;  // elements: kTilePieces of 16 bytes
 
 // 48 KiB, for either.
 template <int Rows>
-struct Int8TileShared {
+struct Int8TilesInFlight {
     static constexpr int kStages = Rows == 128 ? 3 : 4;
     TilePieces<kTileRows> b[kStages];
     TilePieces<Rows> a[kStages];
+};
+
+template <int Rows>
+union Int8TileShared {
+    Int8TilesInFlight<Rows> tiles;
+    TileSums<int32_t, Rows> sums;
 };
 
 // Rows of a matrix of `rows` by `k` from `first` on, from `at` to `end` of the depth; zeros outside of it. Aligned as
@@ -50,14 +56,15 @@ template <int W, int Rows, bool Aligned, class Finish>
 QC_DEVICE void multiply_int8_tile(const int8_t *b, int64_t first_row, int64_t n, const Activations<int8_t> &a,
                                   int64_t first_column, int64_t first, int64_t end, const Finish &finish,
                                   Int8TileShared<Rows> &shared) {
-    constexpr int kThreads = kTiledWaves * W, kStages = Int8TileShared<Rows>::kStages;
+    constexpr int kThreads = kTiledWaves * W, kStages = Int8TilesInFlight<Rows>::kStages;
+    Int8TilesInFlight<Rows> &held = shared.tiles;
     const int64_t tiles = (end - first + kInt8TileDepth - 1) / kInt8TileDepth;
     const auto fetch = [&](int64_t tile) {
         if (tile < tiles) {
             const int stage = static_cast<int>(tile % kStages);
             const int64_t at = first + tile * kInt8TileDepth;
-            fetch_int8<Aligned, kThreads>(shared.b[stage], b, first_row, n, a.k, at, end);
-            fetch_int8<Aligned, kThreads>(shared.a[stage], a.x, first_column, a.m, a.k, at, end);
+            fetch_int8<Aligned, kThreads>(held.b[stage], b, first_row, n, a.k, at, end);
+            fetch_int8<Aligned, kThreads>(held.a[stage], a.x, first_column, a.m, a.k, at, end);
         }
         close_copies();
     };
@@ -72,11 +79,11 @@ QC_DEVICE void multiply_int8_tile(const int8_t *b, int64_t first_row, int64_t n,
         wait_for_copies<kStages - 2>();
         block_barrier();  // this int8 tile is there for all, and all are through with the one before
         fetch(tile + kStages - 1);
-        sums.multiply(shared.b[stage], shared.a[stage]);
+        sums.multiply(held.b[stage], held.a[stage]);
     }
     wait_for_copies<0>();
-    sums.finish(first_row, n, first_column, a.m, finish);
-    block_barrier();  // all are through with the last tile
+    sums.finish(first_row, n, first_column, a.m, finish, shared.sums);
+    block_barrier();  // all are through with the sums
 }
 
 template <class Finish, int W, int Rows, bool Aligned>

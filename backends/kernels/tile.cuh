@@ -3,7 +3,8 @@
 //
 // A row of a tile is four pieces of 16 bytes, and piece p stands at p ^ (row / 2 % 4): then the reads of a wave, by 8
 // rows or by 16, take each bank once. A wave multiplies 16 * Rows / 32 rows of W by 32 of X: 12 reads of 16 bytes for
-// 32 products of the unit with 128 rows.
+// 32 products of the unit with 128 rows. Sums leave through the shared memory that the tiles were in: there a wave has
+// 8 neighbours of a row of the output, and writes 32 (64) from there.
 #ifndef QCORE_KERNELS_TILE_CUH
 #define QCORE_KERNELS_TILE_CUH
 
@@ -24,10 +25,19 @@ struct TilePieces {
     QC_DEVICE const Vector16 &at(int row, int p) const { return piece[row][place(row, p)]; }
 };
 
+// Sums of a tile on their way out, as many of its columns as there is room for. Four more of a row than it has: then a
+// wave's writes of 2 x 4 columns by 8 rows take each bank once.
+template <class Sum, int Rows>
+struct TileSums {
+    static constexpr int kColumns = Rows < 64 ? Rows : 64;
+    Sum value[kColumns][kTileRows + 4];
+};
+
 // The sums of a wave: kA fragments along the rows of W, kB along those of X.
 template <class T, int W, int Rows>
 class WaveOfTile {
     using Unit = MatrixUnit<T, W>;
+    using Sum = typename SumOf<T>::type;
     static constexpr int kWavesAcross = Rows / kColumnsOfWave;  // waves that share rows of W
     static constexpr int kRowsOfWave = kTileRows * kWavesAcross / kTiledWaves, kA = kRowsOfWave / kRowsOfTile;
     static constexpr int kB = kColumnsOfWave / Unit::kColumns;
@@ -65,20 +75,24 @@ class WaveOfTile {
             }
         }
     }
-    // finish(m, n, sum) for each sum of a tile at (first_row, first_column) that is inside of n by m.
+    // finish(m, n, sum) for each sum of a tile at (first_row, first_column) that is inside of n by m. Every thread of
+    // the block comes here, and none has copies under way; `out` may be where the tiles were. A barrier follows.
     template <class Finish>
-    QC_DEVICE void finish(int64_t first_row, int64_t n, int64_t first_column, int64_t m, const Finish &finish) const {
-#pragma unroll
-        for (int i = 0; i < kA; ++i) {
-#pragma unroll
-            for (int j = 0; j < kB; ++j) {
-#pragma unroll
-                for (int s = 0; s < Unit::kSums; ++s) {
-                    const int64_t row = first_row + row_ + i * kRowsOfTile + Unit::c_row(lane_, s);
-                    const int64_t column = first_column + column_ + j * Unit::kColumns + Unit::c_column(lane_, s);
-                    if (row < n && column < m) {
-                        finish(column, row, sum_[i][j][s]);
-                    }
+    QC_DEVICE void finish(int64_t first_row, int64_t n, int64_t first_column, int64_t m, const Finish &finish,
+                          TileSums<Sum, Rows> &out) const {
+        constexpr int kColumns = TileSums<Sum, Rows>::kColumns;
+#pragma unroll 1
+        for (int start = 0; start < Rows; start += kColumns) {
+            block_barrier();  // all are through with the tiles, or with the columns before
+            if (column_ / kColumns * kColumns == start) {
+                put(out, column_ - start);
+            }
+            block_barrier();
+#pragma unroll 4
+            for (int i = thread_index(); i < kColumns * kTileRows; i += kTiledWaves * W) {
+                const int64_t row = first_row + i % kTileRows, column = first_column + start + i / kTileRows;
+                if (row < n && column < m) {
+                    finish(column, row, out.value[i / kTileRows][i % kTileRows]);
                 }
             }
         }
@@ -86,7 +100,21 @@ class WaveOfTile {
 
    private:
     int lane_, row_, column_;
-    typename SumOf<T>::type sum_[kA][kB][Unit::kSums] = {};
+    Sum sum_[kA][kB][Unit::kSums] = {};
+
+    QC_DEVICE void put(TileSums<Sum, Rows> &out, int first) const {
+#pragma unroll
+        for (int i = 0; i < kA; ++i) {
+#pragma unroll
+            for (int j = 0; j < kB; ++j) {
+#pragma unroll
+                for (int s = 0; s < Unit::kSums; ++s) {
+                    const int column = first + j * Unit::kColumns + Unit::c_column(lane_, s);
+                    out.value[column][row_ + i * kRowsOfTile + Unit::c_row(lane_, s)] = sum_[i][j][s];
+                }
+            }
+        }
+    }
 };
 
 }  // namespace qcore::gpu

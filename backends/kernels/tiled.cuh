@@ -20,43 +20,57 @@ namespace qcore::gpu {
 inline constexpr int kTileDepth = 32;  // elements of 16 bits
 
 // As many as fit beside the decoded tiles.
-constexpr int tile_stages(int rows) { return rows == 128 ? 3 : rows == 64 ? 5 : 7; }
+constexpr int tile_stages(int rows, int codes) {
+    return rows == 128 ? 3 : rows == 64 ? (codes == kTileRows ? 5 : 4) : (codes == kTileRows ? 7 : 5);
+}
 
-template <int Rows>
-struct TileShared {
-    static constexpr int kStages = tile_stages(Rows);
+// Codes: pieces of 16 bytes that are the codes of a tile; kTileRows of four bits, twice as many of eight.
+template <int Rows, int Codes>
+struct TilesInFlight {
+    static constexpr int kStages = tile_stages(Rows, Codes);
+    static constexpr int kCodeStages = kStages - 1;  // codes are through with one tile before X is
     TilePieces<kTileRows> weights[2];
     TilePieces<Rows> x[kStages];
-    Vector16 codes[kStages][kTileRows];  // 32 of four bits
+    Vector16 codes[kCodeStages][Codes];
 };
 
-// Every thread of a block of kTiledWaves waves comes here. `weights` knows the kTileRows pieces of 16 bytes that are
-// the codes of a tile (fetch: one of them), and how its threads make a tile of weights of them (decode), with what a
-// thread carries from one tile to the next (Carry; begin: that of the first, a barrier before the first decode).
+template <int Rows, int Codes = kTileRows>
+union TileShared {
+    TilesInFlight<Rows, Codes> tiles;
+    TileSums<float, Rows> sums;
+};
+
+// Every thread of a block of kTiledWaves waves comes here. `weights` knows the pieces of 16 bytes that are the codes of
+// a tile (fetch: one of them), and how its threads make a tile of weights of them (decode), with what a thread carries
+// from one tile to the next (Carry; begin: that of the first, a barrier before the first decode).
 // `finish(m, n, sum)` takes the sum over [first, end) of the depth, both multiples of kTileDepth.
-template <class T, int W, int Rows, bool Aligned, class Weights, class Finish>
+template <class T, int W, int Rows, bool Aligned, int Codes, class Weights, class Finish>
 QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, int64_t first_row, int64_t n,
                              int64_t first_column, int64_t first, int64_t end, const Finish &finish,
-                             TileShared<Rows> &shared) {
-    constexpr int kThreads = kTiledWaves * W, kStages = TileShared<Rows>::kStages;
+                             TileShared<Rows, Codes> &shared) {
+    constexpr int kThreads = kTiledWaves * W;
+    using Tiles = TilesInFlight<Rows, Codes>;
+    constexpr int kStages = Tiles::kStages, kCodeStages = Tiles::kCodeStages;
+    static_assert(Codes <= kThreads, "a thread copies one piece of codes");
+    Tiles &held = shared.tiles;
     const int thread = thread_index();
-    const int64_t tiles = (end - first) / kTileDepth;
+    const int tiles = static_cast<int>((end - first) / kTileDepth);  // no memory holds 2^31 tiles of two dimensions
 
-    const auto fetch = [&](int64_t tile) {
+    const auto fetch = [&](int tile) {
         if (tile < tiles) {
-            const int stage = static_cast<int>(tile % kStages);
-            const int64_t at = first + tile * kTileDepth;
-            if (thread < kTileRows) {
-                weights.template fetch<Aligned>(shared.codes[stage][thread], thread, first_row, at);
+            const int stage = tile % kStages;
+            const int64_t at = first + int64_t{tile} * kTileDepth;
+            if (thread < Codes) {
+                weights.template fetch<Aligned>(held.codes[tile % kCodeStages][thread], thread, first_row, at);
             }
             for (int i = thread; i < Rows * kTilePieces; i += kThreads) {
                 const int row = i / kTilePieces, p = i % kTilePieces;
                 const bool there = first_column + row < x.m;
                 const T *from = x.x + (there ? (first_column + row) * x.k + at + 8 * p : 0);
                 if constexpr (Aligned) {
-                    copy16_async(&shared.x[stage].at(row, p), from, there);
+                    copy16_async(&held.x[stage].at(row, p), from, there);
                 } else {
-                    shared.x[stage].at(row, p) = gather_sixteen_bytes(from, there ? 8 : 0);
+                    held.x[stage].at(row, p) = gather_sixteen_bytes(from, there ? 8 : 0);
                 }
             }
         }
@@ -69,26 +83,25 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
         fetch(tile);
     }
     typename Weights::Carry carry = weights.template begin<kThreads>(thread, first_row, first, end);
-    const auto decode = [&](int64_t tile) {
-        weights.template decode<kThreads>(shared.weights[tile % 2], shared.codes[tile % kStages], carry, thread,
-                                          first_row, first + tile * kTileDepth, end);
+    const auto decode = [&](int tile) {
+        weights.template decode<kThreads>(held.weights[tile % 2], held.codes[tile % kCodeStages], carry, thread,
+                                          first_row, first + int64_t{tile} * kTileDepth, end);
     };
     wait_for_copies<kStages - 2>();
     block_barrier();
     decode(0);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int stage = static_cast<int>(tile % kStages), half = static_cast<int>(tile % 2);
+    for (int tile = 0; tile < tiles; ++tile) {
         wait_for_copies<kStages - 3>();
         block_barrier();  // this tile is decoded and the next one there, for all; all are through with the one before
         fetch(tile + kStages - 1);
         if (tile + 1 < tiles) {
             decode(tile + 1);
         }
-        sums.multiply(shared.weights[half], shared.x[stage]);
+        sums.multiply(held.weights[tile % 2], held.x[tile % kStages]);
     }
     wait_for_copies<0>();
-    sums.finish(first_row, n, first_column, x.m, finish);
-    block_barrier();  // all are through with the last tile
+    sums.finish(first_row, n, first_column, x.m, finish, shared.sums);
+    block_barrier();  // all are through with the sums
 }
 
 // Where a sum goes: to the output, or as one of the parts of a sum to `partial`, [part][m][n].
@@ -113,9 +126,9 @@ struct TileFinish {
 };
 
 // The tiles of a grid: x along the rows of W, y along those of X and the parts of the depth.
-template <class T, int W, int Rows, bool Aligned, class Weights, class Out>
+template <class T, int W, int Rows, bool Aligned, int Codes, class Weights, class Out>
 QC_DEVICE void multiply_tiles(const Weights &weights, const Activations<T> &x, int64_t n, int splits,
-                              const TileOutput<Out> &output, TileShared<Rows> &shared) {
+                              const TileOutput<Out> &output, TileShared<Rows, Codes> &shared) {
     const int64_t across = (x.m + Rows - 1) / Rows, depth = x.k / kTileDepth;
     for (int64_t i = block_index_y(); i < across * splits; i += block_count_y()) {
         const int64_t part = i / across;
