@@ -190,7 +190,8 @@ def nvidia_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
     for target, symbol, said in found:
         lines, plain = code[target, symbol], target.rstrip("af")
         loads = [line for line in lines if re.match(r"LDG(STS)?\b", line)]
-        shared = max(0, said["SHARED"] - TARGETS[plain].reserved_shared)
+        reserved = TARGETS[plain].reserved_shared if TARGETS[plain].reports_reserved else 0
+        shared = max(0, said["SHARED"] - reserved)
         threads = _threads_of(names[symbol])
         yield Kernel(
             names[symbol],

@@ -30,7 +30,9 @@ class Target:
     shared, sharing : int
         Bytes of shared memory, and the groups that share them.
     reserved_shared : int
-        Bytes of a block that the driver keeps for itself; part of what NVIDIA's tools report.
+        Bytes of a block that the driver keeps for itself.
+    reports_reserved : bool
+        Whether NVIDIA's tools count them with the kernel's own.
     without : str
         What the kernels use elsewhere and this target lacks, and what they do instead.
     """
@@ -43,6 +45,7 @@ class Target:
     sharing: int
     matrix: bool = True
     reserved_shared: int = 0
+    reports_reserved: bool = False
     copies: bool = False  # from global to shared memory past the registers
     without: str = ""
 
@@ -52,7 +55,7 @@ class Target:
         waves_of_block = max(1, threads // self.wave)
         blocks = min(self.most, self.registers // given) * self.sharing // waves_of_block
         if shared:
-            blocks = min(blocks, self.shared // shared)
+            blocks = min(blocks, self.shared // (shared + self.reserved_shared))
         return blocks * waves_of_block // self.sharing
 
 
@@ -72,9 +75,8 @@ _RDNA3 = Target(32, 1536, 24, 16, 128 << 10, 4, without=_NO_COPIES)
 
 
 def _nvidia(threads: int, shared_kib: int, without: str = "") -> Target:
-    return Target(
-        *(32, 65536 // 32, 8, threads // 32, shared_kib << 10, 1), reserved_shared=1024, copies=True, without=without
-    )
+    file = (32, 65536 // 32, 8, threads // 32, shared_kib << 10, 1)
+    return Target(*file, reserved_shared=1024, copies=True, without=without)
 
 
 TARGETS = {
@@ -93,13 +95,17 @@ TARGETS = {
     "sm_80": _nvidia(2048, 164),
     "sm_86": _nvidia(1536, 100),
     "sm_89": _nvidia(1536, 100),
-    "sm_90": _nvidia(2048, 228, "wgmma and TMA are left alone: mma.sync and cp.async serve."),
-    "sm_100": _nvidia(2048, 228, "tcgen05 and TMA are left alone: mma.sync and cp.async serve."),
-    "sm_120": _nvidia(1536, 100),
+    "sm_90": replace(
+        _nvidia(2048, 228, "wgmma and TMA are left alone: mma.sync and cp.async serve."), reports_reserved=True
+    ),
+    "sm_100": replace(
+        _nvidia(2048, 228, "tcgen05 and TMA are left alone: mma.sync and cp.async serve."), reports_reserved=True
+    ),
+    "sm_120": replace(_nvidia(1536, 100), reports_reserved=True),
 }
 
-_PRODUCT = re.compile(r"(matrix|int8|int8_tiled|tiled|tiled_transposed)_kernel<")
-_TILED = re.compile(r"(int8_tiled|tiled|tiled_transposed)_kernel<")
+_PRODUCT = re.compile(r"(matrix|int8|int8_tiled|tiled|tiled_transposed|tiled_columns|few_columns)_kernel<")
+_TILED = re.compile(r"(int8_tiled|tiled|tiled_transposed|tiled_columns)_kernel<")
 # What these read, or write, comes eight elements at a time, and those are 16 bytes and more.
 _READS_WIDE = re.compile(r"(quantize|plain_kernel|rows|column_|dequantize_gemm|step|squares)")
 _WRITES_WIDE = re.compile(r"(dequantize_(4bit|blockwise|rows|gemm)|step)_kernel")
@@ -156,7 +162,7 @@ def _breaches_of_product(kernel: Kernel, target: Target) -> Iterable[str]:
 
 def _never_launched(kernel: Kernel) -> bool:
     """Compiled because every target compiles the same source, but no host launches it (capabilities.h)."""
-    sixteen_bits = kernel.name.startswith(("matrix_kernel", "tiled_kernel", "tiled_transposed_kernel"))
+    sixteen_bits = _PRODUCT.match(kernel.name) is not None and not kernel.name.startswith("int8_")
     return (kernel.target == "gfx1030" and sixteen_bits) or (
         kernel.target == "sm_75" and sixteen_bits and "BFloat16" in kernel.name
     )

@@ -7,16 +7,15 @@
 //                  nibble) of eight rows and writes the eight weights of a column side by side: the transposition costs
 //                  reads of shared memory by bytes, and those of a wave are neighbours. Scales, one for 32 columns of a
 //                  row, come two tiles ahead and pass through shared memory, for a thread needs those of eight rows.
-//   plain          any other shape, float32, units without the dtype: a lane takes eight columns, a word of codes, and
-//                  the waves of a block share out the rows of W; their sums meet in shared memory, a row of Y at a
-//                  time.
+//   plain          any other shape, float32, units without the dtype: transposed.cuh has it; a lane's eight columns are
+//                  a word of codes.
 //
 // Floor: N * K / 2 bytes of codes and 4 (1 with nested absmax) a block for each 128 rows of Y (8 without units), at
 // read bandwidth; the units' rate beyond.
-#include "fourbit_product.cuh"
 #include "host/arguments.h"
 #include "host/ops.h"
 #include "host/queue.h"
+#include "transposed.cuh"
 #include "weight4bit.cuh"
 
 namespace qcore::gpu {
@@ -76,9 +75,9 @@ struct ColumnsOfCodes {
                 even[i] = CodebookWeight::value(table, column % 2 == 0 ? two >> 4 : two & 15, scale[i]);
             }
         }
-        tile.at(column, p) = eight_of_depth(even);
+        tile.at(column, p) = eight_of_depth<T>(even);
         if constexpr (kColumns == 2) {
-            tile.at(column + 1, p) = eight_of_depth(odd);
+            tile.at(column + 1, p) = eight_of_depth<T>(odd);
         }
     }
 
@@ -95,10 +94,6 @@ struct ColumnsOfCodes {
             scales.value[parity(at)][thread % kSegments][thread / kSegments] = scale;
         }
     }
-    QC_DEVICE static Vector16 eight_of_depth(const float (&value)[8]) {
-        return Vector16{pack_two<T>(value[0], value[1]), pack_two<T>(value[2], value[3]),
-                        pack_two<T>(value[4], value[5]), pack_two<T>(value[6], value[7])};
-    }
 };
 
 template <class T, int W, int Rows, bool Aligned>
@@ -114,62 +109,6 @@ tiled_transposed_kernel(CodebookWeight w, Activations<T> y, TileOutput<Output<T>
     block_barrier();
     const ColumnsOfCodes<T> codes = {w, shared.table, shared.scales};
     multiply_tiles<T, W, Rows, Aligned>(codes, y, w.k, splits, output, shared.tile);
-}
-
-template <class T, int W, int M>
-QC_KERNEL(kPlainThreads)
-plain_transposed_kernel(CodebookWeight w, Activations<T> y, TileOutput<Output<T>> output, int splits, bool words) {
-    constexpr int kWaves = kPlainThreads / W, kColumns = 8 * W;
-    struct Shared {
-        float sum[kWaves][kColumns];
-        Table16 table;
-    };
-    QC_SHARED(Shared, shared);
-    w.fill(shared.table);
-    block_barrier();
-    const int lane = thread_index() % W, wave = thread_index() / W;
-    const int64_t first_column = block_index_x() * kColumns, column = first_column + 8 * lane;
-    const int64_t across = (y.m + M - 1) / M, depth = y.k / kTileDepth;
-    for (int64_t i = block_index_y(); i < across * splits; i += block_count_y()) {
-        const int64_t first = i % across * M, part = i / across;
-        const int64_t start = depth * part / splits * kTileDepth;
-        const int64_t end = part + 1 == splits ? y.k : depth * (part + 1) / splits * kTileDepth;
-        float sum[M][8] = {};
-        for (int64_t row = start + wave; row < end; row += kWaves) {
-            const Eight weights = w.template eight<T>(row, column, w.k - column, words, shared.table);
-#pragma unroll
-            for (int j = 0; j < M; ++j) {
-                const float value = first + j < y.m ? to_float(y.x[(first + j) * y.k + row]) : 0.0f;
-#pragma unroll
-                for (int c = 0; c < 8; ++c) {
-                    sum[j][c] = multiply_add(weights.value[c], value, sum[j][c]);
-                }
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < M; ++j) {
-#pragma unroll
-            for (int c = 0; c < 8; ++c) {
-                shared.sum[wave][8 * lane + c] = sum[j][c];
-            }
-            block_barrier();
-            for (int c = thread_index(); c < kColumns; c += kPlainThreads) {
-                float total = shared.sum[0][c];
-#pragma unroll
-                for (int other = 1; other < kWaves; ++other) {
-                    total += shared.sum[other][c];
-                }
-                if (first + j < y.m && first_column + c < w.k) {
-                    TileFinish<Output<T>>{output, part, w.k}(first + j, first_column + c, total);
-                }
-            }
-            block_barrier();
-        }
-    }
-}
-
-bool takes_tiles(int32_t device, int32_t dtype, int64_t n, int64_t k) {
-    return takes_matrix(device, dtype, n) && k % kSegment == 0;
 }
 
 // The sum over N, in parts for both kernels.
@@ -191,7 +130,7 @@ struct Transposed {
                 return y.m <= 32 ? tiled<32>() : y.m <= 64 ? tiled<64>() : tiled<128>();
             }
         }
-        return y.m == 1 ? plain<1>() : plain<8>();
+        return PlainTransposed<CodebookWeight, T>{w, y, output, w_aligned && w.k % 8 == 0, partial, splits}.run(queue);
     }
 
    private:
@@ -200,14 +139,6 @@ struct Transposed {
         const auto kernel = w_aligned && y.aligned ? tiled_transposed_kernel<T, kWave, Rows, true>
                                                    : tiled_transposed_kernel<T, kWave, Rows, false>;
         return launch_tiles<Rows>(queue, kernel, output, y.m, w.k, splits, partial, w, y);
-    }
-    template <int M>
-    qc_status plain() {
-        const Grid grid = {ceil_div(w.k, 8 * kWave), Queue::tile_blocks(ceil_div(y.m, M) * splits)};
-        const TileOutput<Output<T>> to = {output, splits > 1 ? partial : nullptr, y.m};
-        const qc_status status = queue.launch(plain_transposed_kernel<T, kWave, M>, grid, kPlainThreads, w, y, to,
-                                              splits, w_aligned && w.k % 8 == 0);
-        return status != QC_OK || splits == 1 ? status : add_parts(queue, output, y.m, w.k, splits, partial);
     }
 };
 
@@ -254,7 +185,7 @@ qc_status gemm_4bit_transposed(int32_t device, uintptr_t stream, int32_t dtype, 
                                      Queue(kOp, device, stream),
                                      pointer<float>(workspace),
                                      splits};
-            return product.run(takes_tiles(device, dtype, n, k));
+            return product.run(takes_columns(device, dtype, n, k));
         });
     });
 }

@@ -11,6 +11,7 @@ set(QCORE_KERNEL_SOURCES
     ${KERNELS}/int8_linear.cu
     ${KERNELS}/int8_quantize.cu
     ${KERNELS}/int8_scale.cu
+    ${KERNELS}/int8_transposed.cu
     ${KERNELS}/optimizer.cu)
 set(QCORE_HOST_SOURCES
     ${KERNELS}/host/api.cpp

@@ -34,7 +34,8 @@ qc_status describe(int32_t device, const char **json) {
         if (text.empty()) {
             const std::string product = fourbit_declaration();
             text = "{" + device_fields(device) + ", \"declarations\": {\"gemm_4bit\": " + product +
-                   ", \"gemm_int4\": " + product + ", \"gemm_4bit_transposed\": " + product + "}}";
+                   ", \"gemm_int4\": " + product + ", \"gemm_4bit_transposed\": " + product +
+                   ", \"int8_linear_transposed\": " + product + "}}";
         }
         *json = text.c_str();
         return QC_OK;
@@ -69,6 +70,9 @@ qc_status workspace(int32_t op, int32_t device, uintptr_t, int32_t dtype, int64_
     if (op == QC_OP_INT8_LINEAR) {
         return int8_linear_workspace(device, dtype, m, n, k, bytes);
     }
+    if (op == QC_OP_INT8_LINEAR_TRANSPOSED) {
+        return int8_linear_transposed_workspace(device, dtype, m, n, k, bytes);
+    }
     *bytes = 0;
     return QC_OK;
 }
@@ -99,7 +103,7 @@ const qc_api kApi = {
     int8_linear,
     gemm_int4,
     gemm_4bit_transposed,
-    nullptr,  // int8_linear_transposed
+    int8_linear_transposed,
     memory_kind,
     memory_allocate,
     memory_free,

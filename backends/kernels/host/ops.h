@@ -24,7 +24,7 @@ qc_status dequantize_absmax(int32_t device, uintptr_t stream, uintptr_t a, uintp
                             uintptr_t offset, int64_t n, int64_t blocksize, uintptr_t out);
 
 // gemm_4bit.cu
-// {"depth": ..., "weight_rounding": ...} of the three products with four bits, for describe(), JSON.
+// {"depth": ..., "weight_rounding": ...} of all products with floats, for describe(), JSON.
 const char *fourbit_declaration();
 // Scratch of gemm_4bit, and of gemm_int4 with a weight without perm.
 qc_status fourbit_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes);
@@ -70,6 +70,13 @@ qc_status int8_linear_workspace(int32_t device, int32_t dtype, int64_t m, int64_
 qc_status int8_linear(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k, uintptr_t a,
                       uintptr_t b, uintptr_t col_stats, float threshold, int32_t bias_dtype, uintptr_t bias,
                       uintptr_t out, uintptr_t outliers, uintptr_t workspace, int64_t workspace_bytes);
+
+// int8_transposed.cu
+qc_status int8_linear_transposed_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                           int64_t *bytes);
+qc_status int8_linear_transposed(int32_t device, uintptr_t stream, int32_t dtype, int64_t m, int64_t n, int64_t k,
+                                 uintptr_t a, uintptr_t b, uintptr_t col_stats, uintptr_t out, uintptr_t workspace,
+                                 int64_t workspace_bytes);
 
 // optimizer.cu
 // Scratch of a step with a limit on the update's norm, for so many blocks and tensors.

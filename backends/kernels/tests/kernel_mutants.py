@@ -23,6 +23,8 @@ _NORMS = ("optimizer_step/L1/adam-max-unorm", "optimizer_step/L1/momentum-max-un
 _THRESHOLDS = ("optimizer_step/L1/momentum-8-thresholds", "optimizer_step/L1/adagrad-8-thresholds")
 _TILES = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m320-k320-bs4096")
 _INT8_TILES = ("int8_gemm/L1/sizes",)
+_INT8_COLUMNS = ("int8_linear_transposed/L2/f16-rows-n192-k64",)
+_INT8_FEW = ("int8_linear_transposed/L1/f16-one-hot-m2-n96-k64",)
 _PRODUCTS = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m1-k131-bs64")
 
 MUTANTS = (
@@ -292,10 +294,34 @@ MUTANTS = (
     ),
     KernelMutant(
         "sums-of-rows-read-before-they-are-written",
-        "gemm_4bit_transposed.cu",
+        "transposed.cuh",
         "            block_barrier();\n            for (int c = thread_index()",
         "            for (int c = thread_index()",
         "gemm_4bit_transposed.cu",
         ("gemm_4bit_transposed/L1/nf4-f32-one-hot-m4-n130-k128-bs64-nested256",),
+    ),
+    KernelMutant(
+        "sums-of-a-tile-read-before-they-are-there",
+        "tile.cuh",
+        "            block_barrier();\n#pragma unroll 4",
+        "#pragma unroll 4",
+        "int8_gemm.cu",
+        _INT8_TILES,
+    ),
+    KernelMutant(
+        "scales-of-the-tile-before",
+        "int8_transposed.cu",
+        "carry = begin<Threads>(thread, first_column, at + kTileDepth, end);",
+        "carry = begin<Threads>(thread, first_column, at, end);",
+        "int8_transposed.cu",
+        _INT8_COLUMNS,
+    ),
+    KernelMutant(
+        "sums-of-few-rows-read-before-they-are-written",
+        "int8_transposed.cu",
+        "        block_barrier();\n        for (int i = thread_index()",
+        "        for (int i = thread_index()",
+        "int8_transposed.cu",
+        _INT8_FEW,
     ),
 )

@@ -20,6 +20,7 @@ from qcore.bench.gpu.model import BLOCK_8BIT, GROUP_INT4, Work
 from qcore.bench.measure import Call
 from qcore.ops import int8
 from qcore.ops.fourbit import gemm_4bit_transposed, prepare_gemm_4bit
+from qcore.ops.int8_linear import int8_linear_transposed
 from qcore.ops.prepared_int4 import prepare_int4
 
 BF16 = torch.bfloat16
@@ -141,6 +142,12 @@ def _int8_scaled_gemm(work: Work, device: torch.device) -> Call:
     return lambda: F.int8_scaled_mm(x, codes, rows, columns, dtype=BF16)
 
 
+def _int8_linear_transposed(work: Work, device: torch.device) -> Call:
+    codes, scales, _ = F.int8_vectorwise_quant(_matrix(work, device))
+    y = torch.randn(work.m or 1, work.n, device=device, dtype=BF16)
+    return lambda: int8_linear_transposed(y, codes, scales)
+
+
 def _int8_quantize_rows(work: Work, device: torch.device) -> Call:
     a = _matrix(work, device)
     return lambda: F.int8_vectorwise_quant(a)
@@ -173,6 +180,7 @@ _BUILDERS: dict[str, Callable[[Work, torch.device], Call]] = {
     "gemm_int4": _gemm_int4,
     "gemm_4bit_transposed": _gemm_4bit_transposed,
     "int8_scaled_gemm": _int8_scaled_gemm,
+    "int8_linear_transposed": _int8_linear_transposed,
     "int8_quantize_rows": _int8_quantize_rows,
     "int8_quantize_cols": _int8_quantize_cols,
     "int8_dequantize_rows": _int8_dequantize_rows,

@@ -36,6 +36,7 @@ _DECODE_8BIT = 5
 _DECODE_4BIT = 6
 _DECODE_INT4 = 5  # no lookup: a mask, a subtraction
 _DECODE_ACROSS = 8  # of columns: a code comes alone, and so does its scale
+_DECODE_INT8 = 5  # a conversion, two products, half of one that packs two, a share of reads and writes
 _ROUND_INT8 = 14  # statistic, then product, rounding and limits
 _FROM_INT32 = 8
 
@@ -167,6 +168,14 @@ def gemm_4bit_transposed(m: int, n: int, k: int) -> Work:
     )
 
 
+def int8_linear_transposed(m: int, n: int, k: int) -> Work:
+    """``m`` rows of ``n`` bfloat16 times the int8 weight ``(n, k)``: the gradient of ``int8_linear``."""
+    passes = math.ceil(m / ROWS_OF_TILE)
+    weight, decode = n * k + 4 * n, _DECODE_INT8 * n * k * passes
+    read, written, operations = weight + 2 * m * n, 2 * m * k, 2 * m * n * k
+    return Work("int8_linear_transposed", "bf16", m, n, k, read, written, operations, "f16", decode, weight, passes)
+
+
 def int8_scaled_gemm(m: int, n: int, k: int) -> Work:
     """int8 codes ``(m, k)`` times ``(n, k)``, scaled to bfloat16."""
     return Work(
@@ -213,5 +222,6 @@ def workloads(shapes: Sequence[tuple[int, int]] = SHAPES, rows: Sequence[int] = 
         yield from (gemm_int4(m, n, k) for m in rows)
         yield from (gemm_4bit_transposed(m, n, k) for m in rows)
         yield from (int8_scaled_gemm(m, n, k) for m in rows)
+        yield from (int8_linear_transposed(m, n, k) for m in rows)
     yield from elementwise(*first)
     yield from (adamw(bits, *first) for bits in (8, 32))
