@@ -301,9 +301,18 @@ def test_a_float_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
         load(source, QcoreConfig("nf4"))
 
 
-def test_a_class_in_the_place_of_a_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_class_or_a_string_in_the_place_of_a_configuration_is_refused(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "float")
     with pytest.raises(InvalidArgument, match="needs an object such as"):
-        load(save_model("llama", tmp_path), QcoreConfig)
+        load(source, QcoreConfig)
+    quantize_checkpoint(source, tmp_path / "out", Options("nf4"))
+    for folder in (source, tmp_path / "out"):
+        with pytest.raises(InvalidArgument, match=r"the string 'nf4', .*; pass qcore.QcoreConfig\(\"nf4\"\)$"):
+            load(folder, "nf4")
+    with pytest.raises(
+        InvalidArgument, match=r"the string '4bit', .*\(\"nf4\"\); formats are nf4, fp4, int8, gptq, awq"
+    ):
+        load(source, "4bit")
 
 
 OLD_TRANSFORMERS = """

@@ -16,7 +16,8 @@ if int(version("transformers").partition(".")[0]) < 5:
 
 from transformers.quantizers import auto
 
-from qcore.formats.quantization_config import GROUPED
+from qcore.errors import InvalidArgument
+from qcore.formats.quantization_config import FORMATS, GROUPED
 from qcore.integrations.transformers.calibrating import CalibratingQuantizer, check_backend, has_gptqmodel
 from qcore.integrations.transformers.config import QcoreConfig
 from qcore.integrations.transformers.quantizer import QcoreQuantizer
@@ -36,6 +37,7 @@ def register() -> None:
 
     def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         """Choose between the configuration in a checkpoint and the one passed along with it."""
+        refuse_text(quantization_config_from_args)
         if not is_ours(quantization_config, quantization_config_from_args):
             return theirs(quantization_config, quantization_config_from_args)
         if isinstance(quantization_config, dict):
@@ -47,6 +49,14 @@ def register() -> None:
         return quantization_config.with_arguments(passed)
 
     auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge)
+    theirs_of_config = auto.AutoHfQuantizer.from_config
+
+    def from_config(cls: Any, /, quantization_config: Any, **options: Any) -> Any:
+        """Their quantizer of a configuration; a plain string, which they would ask for attributes, is an error."""
+        refuse_text(quantization_config)
+        return theirs_of_config(quantization_config, **options)
+
+    auto.AutoHfQuantizer.from_config = classmethod(from_config)
     for method in GROUPED:
         theirs_of_method = auto.AUTO_QUANTIZER_MAPPING[method]
 
@@ -55,6 +65,22 @@ def register() -> None:
             return (theirs_of_method if has_gptqmodel() else CalibratingQuantizer)(config, **options)
 
         auto.AUTO_QUANTIZER_MAPPING[method] = choose
+
+
+def refuse_text(passed: Any) -> None:
+    """Say what to write for ``quantization_config="nf4"``, which looks as if it were meant to work.
+
+    Raises
+    ------
+    InvalidArgument
+        ``passed`` is a string.
+    """
+    if isinstance(passed, str):
+        known = (*FORMATS, *GROUPED)
+        fix = f'QcoreConfig("{passed}")' if passed in known else f'QcoreConfig("nf4"); formats are {", ".join(known)}'
+        raise InvalidArgument(
+            f"from_pretrained: quantization_config is the string {passed!r}, expected a configuration; pass qcore.{fix}"
+        )
 
 
 def is_ours(stored: Any, passed: Any) -> bool:
