@@ -1,26 +1,37 @@
-"""Memory while ``from_pretrained`` quantizes: what the process itself allocates, sampled while it loads.
-
-Pages of the checkpoint that the operating system maps and can drop at any time are left out (``RssAnon``, Linux); a
-tensor that keeps its dtype is such pages, so the default loads a bfloat16 checkpoint into float32.
+"""Memory while a Transformers model is quantized: what the process itself allocates, sampled meanwhile.
 
     OMP_NUM_THREADS=1 python benchmarks/load_memory.py [--model FOLDER] [--formats nf4 int8]
+    OMP_NUM_THREADS=1 python benchmarks/load_memory.py --gigabytes 2 --shards 4
+    OMP_NUM_THREADS=1 python benchmarks/load_memory.py --gigabytes 0.5 --width 1024 --formats gptq awq
+
+nf4, fp4 and int8 quantize in ``from_pretrained``; gptq and awq quantize a model that is in memory in floating point,
+on random tokens. ``--gigabytes`` makes a Llama-like checkpoint of random bfloat16 weights. Pages of the checkpoint that
+the operating system maps and can drop at any time are left out (``RssAnon``, Linux); a tensor that keeps its dtype is
+such pages, so the default loads a bfloat16 checkpoint into float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import torch
+from quantize_memory import VOCABULARY, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qcore import QcoreConfig
 from qcore.cli.demo_inputs import default_cache
+from qcore.formats.plan import Options
+from qcore.integrations.quantize_model import quantize_model
 
 STATUS = Path("/proc/self/status")
+WHILE_LOADING = ("nf4", "fp4", "int8")
 
 
 def anonymous() -> int:
@@ -46,31 +57,64 @@ class Peak(Thread):
         return self.value
 
 
+def stored_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, one that two modules share once."""
+    stored = {value.data_ptr(): value.numel() * value.element_size() for value in model.state_dict().values()}
+    return sum(stored.values())
+
+
+def measure(folder: Path, format_: str, dtype: torch.dtype) -> str:
+    """Quantize once; what was allocated, above the libraries."""
+    with torch.device("meta"):  # imports the model's code
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    before = anonymous()
+    figures = {}
+    if format_ in WHILE_LOADING:
+        peak = Peak()
+        peak.start()
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QcoreConfig(format_), dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        for parameter in model.parameters():  # out of the mapped file
+            parameter.data = parameter.data.clone()
+        figures["float model"] = stored_bytes(model)
+        figures["largest block"] = max(sum(p.nbytes for p in block.parameters()) for block in model.model.layers)
+        batches = list(torch.randint(VOCABULARY, (2, 1, 256), generator=torch.Generator().manual_seed(0)))
+        peak = Peak()
+        peak.start()
+        quantize_model(model, batches, Options(format_))
+    highest = peak.stop() - before
+    figures |= {"model": stored_bytes(model), "largest tensor": max(value.nbytes for value in model.parameters())}
+    figures |= {"after": anonymous() - before, "peak": highest}
+    return ", ".join(f"{name} {value / 1e6:.1f} MB" for name, value in figures.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=default_cache() / "SmolLM2-135M")
-    parser.add_argument("--formats", nargs="+", choices=["nf4", "fp4", "int8"], default=["nf4", "int8"])
+    parser.add_argument("--formats", nargs="+", choices=[*WHILE_LOADING, "gptq", "awq"], default=["nf4", "int8"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32", help="of what is not quantized")
+    parser.add_argument("--gigabytes", type=float, help="make a checkpoint of this size instead of reading --model")
+    parser.add_argument("--shards", type=int, default=4, help="files of that checkpoint")
+    parser.add_argument("--width", type=int, default=4096, help="hidden size of that checkpoint")
     options = parser.parse_args()
-    if len(options.formats) > 1:  # a process each: memory that one load has freed would serve the next
-        for format in options.formats:
-            command = [sys.executable, __file__, "--model", str(options.model), "--formats", format]
-            subprocess.run([*command, "--dtype", options.dtype], check=True)
+    if options.gigabytes is None and len(options.formats) == 1:
+        found = measure(options.model, options.formats[0], getattr(torch, options.dtype))
+        print(f"{options.formats[0]}, {options.dtype}: {found}", flush=True)
         return
-    with torch.device("meta"):  # imports the model's code
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
-    config = QcoreConfig(options.formats[0])
-    before, peak = anonymous(), Peak()
-    peak.start()
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, quantization_config=config, dtype=getattr(torch, options.dtype)
-    )
-    highest, after = peak.stop() - before, anonymous() - before
-    stored = {value.data_ptr(): value.numel() * value.element_size() for value in model.state_dict().values()}
-    largest = max(value.numel() * value.element_size() for value in model.parameters())
-    figures = {"model": sum(stored.values()), "largest tensor": largest, "after loading": after, "peak": highest}
-    sizes = ", ".join(f"{name} {value / 1e6:.1f} MB" for name, value in figures.items())
-    print(f"{options.formats[0]}, {options.dtype}: {sizes}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = options.model
+        if options.gigabytes is not None:
+            folder = Path(name)
+            size = int(options.gigabytes * 1e9 / options.shards)
+            nbytes = write_checkpoint(folder, options.gigabytes, hidden=options.width, shard_bytes=size)
+            files = sorted(path.stat().st_size for path in folder.glob("*.safetensors"))
+            print(f"checkpoint: {nbytes / 1e6:.1f} MB in {len(files)} files, the largest of {files[-1] / 1e6:.1f} MB")
+        for format_ in options.formats:  # a process each: memory that one has freed would serve the next
+            command = [sys.executable, __file__, "--model", str(folder), "--formats", format_]
+            # Small tensors in maps of their own: what is freed is then returned, and not counted on.
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            subprocess.run([*command, "--dtype", options.dtype], check=True, env=environment)
 
 
 if __name__ == "__main__":

@@ -24,19 +24,19 @@ import torch
 
 from qcore.formats.shard_writer import ShardWriter, Spec
 
-HIDDEN, INNER, VOCABULARY = 4096, 14336, 32000
+HIDDEN, VOCABULARY = 4096, 32000
 SHARD_BYTES = 2_000_000_000
 _CHUNK_ROWS = 2048
 
 
-def config(layers: int) -> dict[str, object]:
+def config(layers: int, hidden: int) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 7 // 2,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": hidden // 512,
         "num_hidden_layers": layers,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 4096,
@@ -46,31 +46,32 @@ def config(layers: int) -> dict[str, object]:
     }
 
 
-def layer_specs(index: int) -> list[Spec]:
+def layer_specs(index: int, hidden: int) -> list[Spec]:
+    inner = hidden * 7 // 2
     shapes = {
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
-        "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (INNER, HIDDEN),
-        "mlp.up_proj": (INNER, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INNER),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden // 4, hidden),
+        "self_attn.v_proj": (hidden // 4, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
     }
     return [Spec(f"model.layers.{index}.{name}.weight", torch.bfloat16, shape) for name, shape in shapes.items()]
 
 
-def write_checkpoint(folder: Path, gigabytes: float) -> int:
+def write_checkpoint(folder: Path, gigabytes: float, *, hidden: int = HIDDEN, shard_bytes: int = SHARD_BYTES) -> int:
     """Write the checkpoint, chunk by chunk; returns its bytes."""
-    ends = [Spec(f"{name}.weight", torch.bfloat16, (VOCABULARY, HIDDEN)) for name in ("model.embed_tokens", "lm_head")]
-    ends.append(Spec("model.norm.weight", torch.bfloat16, (HIDDEN,)))
-    fixed, per_layer = sum(spec.nbytes for spec in ends), sum(spec.nbytes for spec in layer_specs(0))
+    ends = [Spec(f"{name}.weight", torch.bfloat16, (VOCABULARY, hidden)) for name in ("model.embed_tokens", "lm_head")]
+    ends.append(Spec("model.norm.weight", torch.bfloat16, (hidden,)))
+    fixed, per_layer = sum(spec.nbytes for spec in ends), sum(spec.nbytes for spec in layer_specs(0, hidden))
     layers = max(1, math.ceil((gigabytes * 1e9 - fixed) / per_layer))
-    specs = ends + [spec for index in range(layers) for spec in layer_specs(index)]
+    specs = ends + [spec for index in range(layers) for spec in layer_specs(index, hidden)]
     shards: list[list[Spec]] = [[]]
     for spec in specs:
-        if sum(one.nbytes for one in shards[-1]) + spec.nbytes > SHARD_BYTES:
+        if sum(one.nbytes for one in shards[-1]) + spec.nbytes > shard_bytes:
             shards.append([])
         shards[-1].append(spec)
     generator, names = torch.Generator().manual_seed(0), {}
@@ -85,7 +86,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
                 writer.write(spec.name, torch.randn(count, generator=generator).mul_(0.02).bfloat16())
         writer.finish()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    (folder / "config.json").write_text(json.dumps(config(layers)))
+    (folder / "config.json").write_text(json.dumps(config(layers, hidden)))
     return sum(spec.nbytes for spec in specs)
 
 

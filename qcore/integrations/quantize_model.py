@@ -105,6 +105,7 @@ def quantize_model(
             changed |= {prefix + name: value for name, value in found.changed.items()}
             for name, weight in found.weights.items():
                 waiting[prefix + name] = LinearInt4.of(weight, checkpoint_format=settings.checkpoint_format)
+            del found  # the block's weights in float32
             if progress is not None:
                 progress(index + 1, len(blocks))
     install(model, {}, changed)

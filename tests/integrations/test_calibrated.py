@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,12 @@ def test_a_model_in_memory_becomes_what_its_checkpoint_becomes(tmp_path: Path) -
     out = quantize(source, tmp_path / "out", "gptq", symmetric=False)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     options = Options("gptq", group_size=8, symmetric=False, calibration="text")
-    quantize_model(model, IDS.split(8), options).save_pretrained(tmp_path / "saved")
+    names = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    floats = [weakref.ref(model.model.get_submodule(name).weight) for name in names]
+    assert quantize_model(model, IDS.split(8), options) is model
+    assert len(floats) == 21
+    assert not any(weight() is not None for weight in floats), "what would be put back on failure is still there"
+    model.save_pretrained(tmp_path / "saved")
     first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "saved"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
