@@ -12,7 +12,7 @@ one anyway, int8 codes are stored flat, and the name of a fused parameter holds 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ FORMATS = ("nf4", "fp4", "int8")
 GROUPED = ("gptq", "awq")
 # Version of what the entry ``qcore`` and the method ``qcore`` mean; a reader refuses a later one.
 SCHEMA = 1
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ def read_section(section: dict[str, Any]) -> QuantizationSettings:
             f"quantization_config: quant_method is {method!r}; this reader knows 'bitsandbytes', 'gptq', 'awq' and "
             "'qcore'"
         )
-    own = section.get("qcore", {})
-    _check_schema(own)
+    own = _own_entry(section)
     four_bit = bool(section.get("load_in_4bit", section.get("_load_in_4bit", False)))
     eight_bit = bool(section.get("load_in_8bit", section.get("_load_in_8bit", False)))
     if four_bit == eight_bit:
@@ -153,18 +153,17 @@ def read_section(section: dict[str, Any]) -> QuantizationSettings:
         compute = None  # bitsandbytes' default, which nobody chose: several times slower than that of the activations
     return QuantizationSettings(
         format,
-        int(own.get("blocksize", 64)),
+        _number(int, "qcore.blocksize", own.get("blocksize", 64)),
         bool(section.get("bnb_4bit_use_double_quant", False)),
         None if compute is None else dtype_of(compute, "bnb_4bit_compute_dtype"),
         dtype_of(section.get("bnb_4bit_quant_storage", "uint8"), "bnb_4bit_quant_storage"),
         section.get("llm_int8_skip_modules"),
-        float(section.get("llm_int8_threshold", 6.0)),
+        _number(float, "llm_int8_threshold", section.get("llm_int8_threshold", 6.0)),
     )
 
 
 def _read_grouped(section: dict[str, Any]) -> QuantizationSettings:
-    own = section.get("qcore", {})
-    _check_schema(own)
+    own = _own_entry(section)
     values = grouped.read_section(section)
     compute = own.get("compute_dtype")
     skips = own.get("skip_modules", section.get("modules_to_not_convert"))
@@ -183,6 +182,22 @@ def _read_own(section: dict[str, Any]) -> QuantizationSettings:
         if values.get(key) is not None:
             values[key] = dtype_of(values[key], key)
     return QuantizationSettings(**values)
+
+
+def _own_entry(section: dict[str, Any]) -> dict[str, Any]:
+    """What qcore notes beside another method's section, checked for its schema."""
+    own = section.get("qcore", {})
+    if not isinstance(own, dict):
+        raise FormatError(f"quantization_config: qcore is {own!r}, expected an object; the file was changed by hand")
+    _check_schema(own)
+    return own
+
+
+def _number(kind: type[Number], what: str, value: Any) -> Number:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise FormatError(f"quantization_config: {what} is {value!r}, expected a number") from None
 
 
 def _check_schema(section: dict[str, Any]) -> None:

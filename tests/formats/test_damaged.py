@@ -14,6 +14,7 @@ from tiny_models import save_model
 
 from qcore.errors import FormatError, InvalidArgument
 from qcore.formats.plan import Options, make_plan
+from qcore.formats.quantization_config import QuantizationSettings, read_section, write_quantization
 from qcore.formats.quantize import quantize_checkpoint
 from qcore.formats.safetensors import SafetensorsFile
 from qcore.formats.source import open_source, weight_files
@@ -131,3 +132,13 @@ def test_what_the_model_does_not_know_may_hold_a_nan(source: Path) -> None:
     rewrite(source, "model.extra", torch.tensor([math.nan]))
     quantize_checkpoint(source, source.parent / "out", Options("nf4", keep_unknown=True))
     assert load_file(source.parent / "out/model.safetensors")["model.extra"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"qcore": 3}, "qcore is 3, expected an object"), ({"llm_int8_threshold": "six"}, "'six', expected a number")],
+)
+def test_a_section_that_was_changed_by_hand_is_refused(change: dict[str, Any], message: str) -> None:
+    section = write_quantization(QuantizationSettings("int8"), torch.float32)
+    with pytest.raises(FormatError, match=message):
+        read_section(section | change)

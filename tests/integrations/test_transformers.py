@@ -262,6 +262,17 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "out", Options("nf4"))
     with pytest.raises(InvalidArgument, match="quantized to nf4, QcoreConfig asks for int8"):
         load(tmp_path / "out", QcoreConfig("int8"))
+    for arguments, message in (
+        ({"blocksize": 128}, "blocksize=128, the checkpoint was quantized with 64"),
+        ({"double_quant": False}, "double_quant=False, the checkpoint was quantized with True"),
+        (
+            {"skip_modules": ["up_proj"]},
+            r"skip_modules=\['up_proj'\], but the checkpoint was quantized with \['lm_head'",
+        ),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            load(tmp_path / "out", QcoreConfig("nf4", **arguments))
+    load(tmp_path / "out", QcoreConfig("nf4", blocksize=64, skip_modules=["lm_head"]))
     with pytest.raises(InvalidArgument, match="fp32_cpu_offload needs the float checkpoint"):
         load(tmp_path / "out", QcoreConfig("nf4", fp32_cpu_offload=True), device_map={"": "cpu"})
     whole, layer = tensors(tmp_path / "out"), "model.layers.1.mlp.up_proj.weight"
@@ -307,12 +318,11 @@ def test_a_class_or_a_string_in_the_place_of_a_configuration_is_refused(tmp_path
         load(source, QcoreConfig)
     quantize_checkpoint(source, tmp_path / "out", Options("nf4"))
     for folder in (source, tmp_path / "out"):
-        with pytest.raises(InvalidArgument, match=r"the string 'nf4', .*; pass qcore.QcoreConfig\(\"nf4\"\)$"):
+        with pytest.raises(InvalidArgument, match=r"is 'nf4', expected a configuration: qcore.QcoreConfig\(\"nf4\"\)$"):
             load(folder, "nf4")
-    with pytest.raises(
-        InvalidArgument, match=r"the string '4bit', .*\(\"nf4\"\); formats are nf4, fp4, int8, gptq, awq"
-    ):
-        load(source, "4bit")
+        for value in ("4bit", ["nf4"], torch.int8):
+            with pytest.raises(InvalidArgument, match=r"\(\"nf4\"\); formats are nf4, fp4, int8, gptq, awq"):
+                load(folder, value)
 
 
 OLD_TRANSFORMERS = """

@@ -37,7 +37,7 @@ def register() -> None:
 
     def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         """Choose between the configuration in a checkpoint and the one passed along with it."""
-        refuse_text(quantization_config_from_args)
+        check_is_configuration(quantization_config_from_args)
         if not is_ours(quantization_config, quantization_config_from_args):
             return theirs(quantization_config, quantization_config_from_args)
         if isinstance(quantization_config, dict):
@@ -52,8 +52,8 @@ def register() -> None:
     theirs_of_config = auto.AutoHfQuantizer.from_config
 
     def from_config(cls: Any, /, quantization_config: Any, **options: Any) -> Any:
-        """Their quantizer of a configuration; a plain string, which they would ask for attributes, is an error."""
-        refuse_text(quantization_config)
+        """Their quantizer of a configuration; of anything else they would ask for attributes that it does not have."""
+        check_is_configuration(quantization_config)
         return theirs_of_config(quantization_config, **options)
 
     auto.AutoHfQuantizer.from_config = classmethod(from_config)
@@ -67,20 +67,19 @@ def register() -> None:
         auto.AUTO_QUANTIZER_MAPPING[method] = choose
 
 
-def refuse_text(passed: Any) -> None:
+def check_is_configuration(passed: Any) -> None:
     """Say what to write for ``quantization_config="nf4"``, which looks as if it were meant to work.
 
     Raises
     ------
     InvalidArgument
-        ``passed`` is a string.
+        ``passed`` is neither a configuration nor a dictionary.
     """
-    if isinstance(passed, str):
-        known = (*FORMATS, *GROUPED)
-        fix = f'QcoreConfig("{passed}")' if passed in known else f'QcoreConfig("nf4"); formats are {", ".join(known)}'
-        raise InvalidArgument(
-            f"from_pretrained: quantization_config is the string {passed!r}, expected a configuration; pass qcore.{fix}"
-        )
+    if passed is None or isinstance(passed, dict) or hasattr(passed, "quant_method"):
+        return
+    known = (*FORMATS, *GROUPED)
+    fix = f'QcoreConfig("{passed}")' if passed in known else f'QcoreConfig("nf4"); formats are {", ".join(known)}'
+    raise InvalidArgument(f"from_pretrained: quantization_config is {passed!r}, expected a configuration: qcore.{fix}")
 
 
 def is_ours(stored: Any, passed: Any) -> bool:

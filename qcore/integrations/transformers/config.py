@@ -26,12 +26,16 @@ from qcore.ops import validate
 
 _STORAGE = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
+# Arguments that say what codes mean, and the field of the settings that each is.
+_BITS_4 = (("blocksize", "blocksize"), ("double_quant", "nested"), ("quant_storage", "quant_storage"))
+_OF_CODES = {"nf4": _BITS_4, "fp4": _BITS_4, "int8": (("threshold", "threshold"),), "gptq": (), "awq": ()}
+
 
 class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` quantizes a model: ``quantization_config=qcore.QcoreConfig("nf4")``.
 
     A checkpoint that is quantized already says itself how; of a configuration that is passed along with it, only
-    ``compute_dtype`` and ``fp32_cpu_offload`` count, and ``format`` has to be the checkpoint's.
+    ``compute_dtype`` and ``fp32_cpu_offload`` count. ``format`` and whatever else is given have to be the checkpoint's.
 
     Parameters
     ----------
@@ -143,12 +147,28 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Raises
         ------
         InvalidArgument
-            ``passed`` asks for another format.
+            ``passed`` asks for something else than the codes are: another format, or an argument that is neither left
+            at its default nor what the checkpoint has.
         """
         if passed.format != self.format:
             raise InvalidArgument(
                 f"from_pretrained: the checkpoint is quantized to {self.format}, QcoreConfig asks for {passed.format}; "
                 "name the float checkpoint to quantize anew, or leave quantization_config out"
+            )
+        default, stored, asked = QuantizationSettings(passed.format), self.settings, passed.settings
+        for name, field in _OF_CODES[passed.format]:
+            value = getattr(asked, field)
+            if value not in (getattr(default, field), getattr(stored, field)):
+                raise InvalidArgument(
+                    f"from_pretrained: QcoreConfig has {name}={value}, the checkpoint was quantized with "
+                    f"{getattr(stored, field)}; leave it out, or name the float checkpoint to quantize anew"
+                )
+        if stored.skip_modules is None:  # the defaults, to which what was asked for is added
+            self.skip_modules = passed.skip_modules
+        elif unknown := set(passed.skip_modules or ()) - set(stored.skip_modules):
+            raise InvalidArgument(
+                f"from_pretrained: QcoreConfig has skip_modules={sorted(unknown)}, but the checkpoint was quantized "
+                f"with {stored.skip_modules}; leave it out, or name the float checkpoint to quantize anew"
             )
         if passed.compute_dtype is not None:
             self.settings = replace(self.settings, compute_dtype=passed.compute_dtype)
