@@ -191,8 +191,8 @@ qc_status allocate_memory(const char *op, int32_t kind, size_t bytes, uintptr_t 
     return runtime::allocate_memory(op, kind, bytes, address);
 }
 
-qc_status free_memory(const char *op, int32_t kind, uintptr_t address) {
-    return runtime::free_memory(op, kind, address);
+qc_status free_memory(const char *op, int32_t device, int32_t kind, uintptr_t address) {
+    return runtime::free_memory(op, device, kind, address);
 }
 
 qc_status move_memory(const char *op, int32_t device, uintptr_t stream, uintptr_t address, size_t bytes, bool to_host) {

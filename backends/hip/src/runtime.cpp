@@ -116,6 +116,7 @@ hipError_t hipGetDevicePropertiesR0600(hipDeviceProp_tR0600 *properties, int dev
                                                 device);
 }
 hipError_t hipGetDevice(int *device) { return hand_on<hipGetDevice>("hipGetDevice", hipErrorNotInitialized, device); }
+hipError_t hipSetDevice(int device) { return hand_on<hipSetDevice>("hipSetDevice", hipErrorNotInitialized, device); }
 hipError_t hipPointerGetAttributes(hipPointerAttribute_t *attributes, const void *address) {
     return hand_on<hipPointerGetAttributes>("hipPointerGetAttributes", hipErrorNotInitialized, attributes, address);
 }

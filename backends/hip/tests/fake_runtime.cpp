@@ -8,6 +8,7 @@
 //   FAKE_HIP_ALLOCATE=2              every allocation answers that error
 //   FAKE_HIP_FREE=1                  giving memory back answers that error
 //   FAKE_HIP_PREFETCH=1              a prefetch answers that error
+//   FAKE_HIP_SET=101                 making a device current answers that error
 //   FAKE_HIP_MAPPED=64               devices see pinned memory so many bytes further on
 //   FAKE_HIP_CAPTURING=1             the thread captures a graph: it may allocate and free in relaxed mode alone
 //   FAKE_HIP_MEMORY=2:1              every address is memory of type 2 (hipMemoryTypeDevice) of device 1; an error
@@ -56,6 +57,8 @@ hipError_t told(const char *variable) {
     const char *text = std::getenv(variable);
     return text != nullptr ? last = static_cast<hipError_t>(std::atoi(text)) : hipSuccess;
 }
+
+thread_local int current = std::getenv("FAKE_HIP_CURRENT") != nullptr ? std::atoi(std::getenv("FAKE_HIP_CURRENT")) : 0;
 
 hipError_t refused_in_capture() {
     const bool refused = std::getenv("FAKE_HIP_CAPTURING") != nullptr && capture_mode != hipStreamCaptureModeRelaxed;
@@ -115,8 +118,16 @@ hipError_t hipGetDevicePropertiesR0600(hipDeviceProp_tR0600 *properties, int dev
 }
 #endif
 hipError_t hipGetDevice(int *device) {
-    *device = std::getenv("FAKE_HIP_CURRENT") != nullptr ? std::atoi(std::getenv("FAKE_HIP_CURRENT")) : 0;
+    *device = current;
     return hipSuccess;
+}
+hipError_t hipSetDevice(int device) {
+    const hipError_t error = told("FAKE_HIP_SET");
+    if (error == hipSuccess) {
+        current = device;
+        std::printf("current %d\n", device);
+    }
+    return error;
 }
 hipError_t hipPointerGetAttributes(hipPointerAttribute_t *attributes, const void *address) {
     std::printf("asked %p\n", address);

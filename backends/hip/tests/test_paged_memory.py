@@ -45,6 +45,8 @@ for line in sys.argv[2].split(","):
         made.value = 0
         status = entries[name](device, *numbers, ctypes.byref(made))
         numbers.append("made" if made.value else "nothing")
+    elif name == "current":
+        status = runtime.hipSetDevice(*numbers)
     elif name == "free":
         status = entries[name](device, numbers[0], made.value)
     else:
@@ -156,6 +158,32 @@ def test_memory_is_given_back_whichever_device_is_current(memory) -> None:  # ty
     assert answers(memory("free@ 0 1,free@ 1 1", current="1")) == ["free 1 -> 0", "free 1 -> 0"]
     (said,) = memory("allocate@ 0 1 1000", current="1")
     assert "-> 1 memory_allocate: device: expected the calling thread's current device, 1, got 0" in said
+
+
+@pytest.mark.parametrize(("kind", "made"), [(0, "managed 1000 flags 1"), (1, "pinned 1000 flags 3")])
+def test_memory_of_a_second_device_is_given_back_there(memory, kind: int, made: str) -> None:  # type: ignore[no-untyped-def]
+    lines = f"current 1,allocate@ 1 {kind} 1000,current 0,free@ 1 {kind}"
+    said = memory(lines, managed="1", pageable="1")
+    assert all(line.split("->")[1].strip() == "0" for line in answers(said))
+    freed = f"free {made.split()[0]}"
+    assert calls(said) == ["current 1", made, "current 0", "current 1", freed, "current 0"]
+
+
+def test_a_device_is_made_current_only_where_another_one_is(memory) -> None:  # type: ignore[no-untyped-def]
+    said = memory("allocate@ 1 1 1000,free@ 1 1", current="1")
+    assert calls(said) == ["pinned 1000 flags 3", "free pinned"]
+
+
+def test_a_failed_free_leaves_the_device_current_that_was(memory) -> None:  # type: ignore[no-untyped-def]
+    said = memory("current 1,allocate@ 1 1 1000,current 0,free@ 1 1,allocate@ 0 1 8", free="1")
+    assert "-> 5 memory_free: pinned memory at 0x" in answers(said)[3]
+    assert calls(said)[2:] == ["current 0", "current 1", "current 0", "pinned 8 flags 3"]
+
+
+def test_memory_stays_where_its_device_cannot_be_made_current(memory) -> None:  # type: ignore[no-untyped-def]
+    said = memory("allocate 1 1000,free@ 1 1", set="101")
+    assert "-> 5 memory_free: pinned memory at 0x" in answers(said)[1]
+    assert calls(said) == ["pinned 1000 flags 3"]
 
 
 @pytest.mark.parametrize(

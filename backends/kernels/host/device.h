@@ -49,7 +49,8 @@ bool pages_move(int32_t device);
 // What the memory_ functions of the table leave to the target, with arguments that have been checked
 // (paged_memory.cpp). They leave no error behind in the runtime.
 qc_status allocate_memory(const char *op, int32_t kind, size_t bytes, uintptr_t *address);
-qc_status free_memory(const char *op, int32_t kind, uintptr_t address);
+// Whichever device is current, which it leaves so.
+qc_status free_memory(const char *op, int32_t device, int32_t kind, uintptr_t address);
 qc_status move_memory(const char *op, int32_t device, uintptr_t stream, uintptr_t address, size_t bytes, bool to_host);
 
 }  // namespace qcore::gpu

@@ -70,7 +70,7 @@ qc_status memory_free(int32_t device, int32_t kind, uintptr_t address) {
         if (status == QC_OK) {
             status = check_kind(kOp, kind);
         }
-        return status == QC_OK && address != 0 ? free_memory(kOp, kind, address) : status;
+        return status == QC_OK && address != 0 ? free_memory(kOp, device, kind, address) : status;
     });
 }
 

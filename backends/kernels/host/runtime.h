@@ -23,6 +23,7 @@ inline const char *name(Error error) { return hipGetErrorName(error); }
 inline const char *text(Error error) { return hipGetErrorString(error); }
 inline Error zero(void *address, size_t bytes, Stream stream) { return hipMemsetAsync(address, 0, bytes, stream); }
 inline Error current_device(int *device) { return hipGetDevice(device); }
+inline Error make_current(int device) { return hipSetDevice(device); }
 
 // Memory of paged state (runtime_memory.h).
 inline constexpr Error kOutOfMemory = hipErrorOutOfMemory;
@@ -50,6 +51,7 @@ inline const char *name(Error error) { return cudaGetErrorName(error); }
 inline const char *text(Error error) { return cudaGetErrorString(error); }
 inline Error zero(void *address, size_t bytes, Stream stream) { return cudaMemsetAsync(address, 0, bytes, stream); }
 inline Error current_device(int *device) { return cudaGetDevice(device); }
+inline Error make_current(int device) { return cudaSetDevice(device); }
 
 // Memory of paged state (runtime_memory.h).
 inline constexpr Error kOutOfMemory = cudaErrorMemoryAllocation;

@@ -23,6 +23,32 @@ class OutsideCapture {
     CaptureMode mode_ = kRelaxedCapture;
 };
 
+// Makes a device current and afterwards the one before it again: memory is given back by whoever drops the last
+// reference to a tensor, on any thread. No call where the device is current already: making one current may set it up.
+class Current {
+   public:
+    explicit Current(int device) {
+        error_ = current_device(&before_);
+        if (error_ == kSuccess && before_ != device) {
+            error_ = make_current(device);
+            changed_ = error_ == kSuccess;
+        }
+    }
+    ~Current() {
+        if (changed_ && make_current(before_) != kSuccess) {
+            static_cast<void>(last_error());
+        }
+    }
+    Current(const Current &) = delete;
+    Current &operator=(const Current &) = delete;
+    Error error() const { return error_; }
+
+   private:
+    int before_ = 0;
+    bool changed_ = false;
+    Error error_;
+};
+
 inline const char *kind_name(int32_t kind) { return kind == QC_MEMORY_MANAGED ? "managed" : "pinned"; }
 
 // QC_OK, or the status and text of an error; `what` says what was tried.
@@ -58,11 +84,15 @@ inline qc_status allocate_memory(const char *op, int32_t kind, size_t bytes, uin
     return QC_OK;
 }
 
-// Both runtimes are documented to wait for the work that is queued before they take memory back.
-inline qc_status free_memory(const char *op, int32_t kind, uintptr_t address) {
+// Both runtimes are documented to wait for the work that is queued before they take memory back: that of the current
+// device, which therefore has to be the memory's.
+inline qc_status free_memory(const char *op, int32_t device, int32_t kind, uintptr_t address) {
     const OutsideCapture outside;
+    const Current current(device);
     void *const memory = reinterpret_cast<void *>(address);
-    const Error error = kind == QC_MEMORY_MANAGED ? free_managed(memory) : free_pinned(memory);
+    const Error error = current.error() != kSuccess ? current.error()
+                        : kind == QC_MEMORY_MANAGED ? free_managed(memory)
+                                                    : free_pinned(memory);
     if (error == kSuccess) {
         return QC_OK;
     }

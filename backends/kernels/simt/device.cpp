@@ -59,7 +59,7 @@ qc_status allocate_memory(const char *op, int32_t, size_t bytes, uintptr_t *addr
     return QC_OK;
 }
 
-qc_status free_memory(const char *, int32_t, uintptr_t address) {
+qc_status free_memory(const char *, int32_t, int32_t, uintptr_t address) {
     std::free(reinterpret_cast<void *>(address));
     return QC_OK;
 }

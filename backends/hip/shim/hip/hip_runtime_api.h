@@ -27,6 +27,7 @@ inline const char *hipGetErrorName(hipError_t error) { return cudaGetErrorName(e
 inline const char *hipGetErrorString(hipError_t error) { return cudaGetErrorString(error); }
 inline hipError_t hipGetDeviceCount(int *count) { return cudaGetDeviceCount(count); }
 inline hipError_t hipGetDevice(int *device) { return cudaGetDevice(device); }
+inline hipError_t hipSetDevice(int device) { return cudaSetDevice(device); }
 inline hipError_t hipMemsetAsync(void *address, int value, size_t bytes, hipStream_t stream) {
     return cudaMemsetAsync(address, value, bytes, stream);
 }
