@@ -217,16 +217,16 @@ typedef struct qc_api {
                                         int64_t k, uintptr_t a, uintptr_t b, uintptr_t col_stats, uintptr_t out,
                                         uintptr_t workspace, int64_t workspace_bytes);
 
-    /* Memory for paged state: all four or none. The kind that suits a device. */
+    /* QC-MEM-001, -005: memory for paged state, all four functions or none. The kind that suits a device. */
     qc_status (*memory_kind)(int32_t device, int32_t *kind);
-    /* bytes > 0, at a multiple of 64, with any contents. QC_UNSUPPORTED: the device does not have this kind. May wait
-     * for the device. */
+    /* QC-MEM-002: bytes > 0, at a multiple of 64, with any contents. QC_UNSUPPORTED: the device does not have this
+     * kind. May wait for the device. */
     qc_status (*memory_allocate)(int32_t device, int32_t kind, int64_t bytes, uintptr_t *address);
-    /* Gives back what memory_allocate gave, when the device has done all that was queued before; any thread may call
-     * it, whichever device is current, and while a graph is captured. Nothing happens to address 0. */
+    /* QC-MEM-004: gives back what memory_allocate gave, when the device has done all that was queued before; any thread
+     * may call it, whichever device is current, and while a graph is captured. Nothing happens to address 0. */
     qc_status (*memory_free)(int32_t device, int32_t kind, uintptr_t address);
-    /* Begins to move a piece of such memory to the device or, if to_host is 1, to the host, in the order of `stream`;
-     * pinned memory stays where it is. For speed only: contents do not change. */
+    /* QC-MEM-003: begins to move a piece of such memory to the device or, if to_host is 1, to the host, in the order of
+     * `stream`; pinned memory stays where it is. For speed only: contents do not change. */
     qc_status (*memory_prefetch)(int32_t device, uintptr_t stream, int32_t kind, uintptr_t address, int64_t bytes,
                                  int32_t to_host);
 } qc_api;

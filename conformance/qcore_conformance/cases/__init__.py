@@ -34,7 +34,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "int8_transposed": ("int8_linear_transposed",),
 }
 # Modules that add cases for ops of any family.
-ACROSS = ("frontend", "rejection", "rounding", "counts", "memory", "stress")
+ACROSS = ("frontend", "rejection", "rounding", "counts", "memory", "paged_memory", "stress")
 OPS = tuple(op for ops in FAMILIES.values() for op in ops)
 
 

@@ -1,7 +1,8 @@
 /* Mutants of the C ABI: a library that hands out the table of a right one, with one function that is careless.
  *
  * Compiled once per mutant with -DREAL="path of the right library" and -DMUTANT_<NAME>; see native.py. What a native
- * backend has to refuse is in the "Rules for every function" of qcore_backend.h (QC-NUM-006).
+ * backend has to refuse is in the "Rules for every function" of qcore_backend.h (QC-NUM-006). With -DMEMORY the table
+ * gets memory_ functions, which the host's library leaves out.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -12,7 +13,9 @@
 static const qc_api *real;
 static qc_api table;
 
-#if defined(MUTANT_MESSAGE_MISSING)
+#if defined(MEMORY)
+#include "memory_mutants.h"
+#elif defined(MUTANT_MESSAGE_MISSING)
 static const char *no_message(void) { return ""; }
 #elif defined(MUTANT_DEVICE_IGNORED)
 static qc_status dequantize_absmax(int32_t device, uintptr_t stream, uintptr_t a, uintptr_t nested, uintptr_t code,
@@ -79,7 +82,17 @@ const qc_api *qcore_backend_open(uint32_t abi_major) {
     const qc_api *(*open)(uint32_t) = (const qc_api *(*)(uint32_t))dlsym(library, "qcore_backend_open");
     if (!open || !(real = open(abi_major))) return NULL;
     table = *real;
-#if defined(MUTANT_MESSAGE_MISSING)
+#if defined(MEMORY)
+    table.last_error = memory_text;
+    table.memory_kind = memory_kind;
+    table.memory_allocate = memory_allocate;
+    table.memory_free = memory_free;
+#if !defined(MUTANT_MEMORY_HALF_THERE)
+    table.memory_prefetch = memory_prefetch;
+#else
+    (void)memory_prefetch;
+#endif
+#elif defined(MUTANT_MESSAGE_MISSING)
     table.last_error = no_message;
 #elif defined(MUTANT_DEVICE_IGNORED)
     table.dequantize_absmax = dequantize_absmax;

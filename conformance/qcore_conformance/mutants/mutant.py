@@ -29,6 +29,7 @@ class Mutant:
     spec: str
     expects: Outcome = Outcome.FAILED
     native: bool = False
+    control: str = ""  # what a native mutant spoils, where that is not the cpu backend
 
     @property
     def isolated(self) -> bool:

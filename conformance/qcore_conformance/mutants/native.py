@@ -49,6 +49,29 @@ TABLE: tuple[tuple[str, str, str, str, Outcome], ...] = (
         Outcome.FAILED,
     ),
 )
+_M1, _M2, _M3, _M4, _M5 = (f"QC-MEM-00{i}" for i in range(1, 6))
+# The same of the memory functions. They spoil right ones over the host's memory, which the cpu backend has no use for.
+MEMORY: tuple[tuple[str, str, str, Outcome], ...] = (
+    ("memory-half-there", _M1, "One of the four functions is missing.", Outcome.FAILED),
+    ("memory-kind-unknown", _M1, "The device's kind of memory is none that there is.", Outcome.FAILED),
+    ("memory-kind-not-served", _M1, "The kind that suits the device is refused.", Outcome.FAILED),
+    ("memory-misaligned", _M2, "Pieces begin at multiples of 16.", Outcome.FAILED),
+    ("memory-handed-out-twice", _M2, "A piece lies in one that was not given back.", Outcome.FAILED),
+    ("memory-full-untyped", _M2, "No room is a defect of the library.", Outcome.FAILED),
+    ("memory-full-writes", _M2, "No room writes address 0.", Outcome.FAILED),
+    ("memory-prefetch-drops", _M3, "The last byte of what goes to the device is lost.", Outcome.FAILED),
+    ("memory-nothing-refused", _M3, "A prefetch of no bytes is refused.", Outcome.FAILED),
+    ("memory-free-reads-zero", _M4, "Giving back address 0 reads there.", Outcome.CRASHED),
+    ("memory-free-by-owner", _M4, "Another thread may not give back.", Outcome.FAILED),
+    ("memory-kind-unchecked", _M5, "An unknown kind is taken for one that there is.", Outcome.FAILED),
+    ("memory-device-ignored", _M5, "Any device number is taken for device 0.", Outcome.FAILED),
+    ("memory-bytes-unsigned", _M5, "A negative number of bytes is taken for a large one.", Outcome.FAILED),
+    ("memory-to-host-unchecked", _M5, "Any to_host is taken for a place.", Outcome.FAILED),
+    ("memory-address-unchecked", _M5, "A prefetch of bytes at address 0 returns success.", Outcome.FAILED),
+    ("memory-message-missing", _M5, "A refusal leaves no message.", Outcome.FAILED),
+)
+TABLE += tuple((name, "contract", clause, says, expects) for name, clause, says, expects in MEMORY)
+MEMORY_CONTROL = "memory-right"
 
 
 def native_mutants(directory: Path, names: tuple[str, ...] = ()) -> list[Mutant]:
@@ -67,20 +90,24 @@ def native_mutants(directory: Path, names: tuple[str, ...] = ()) -> list[Mutant]
     except BackendError as error:
         raise BackendUnavailable(f"mutants of the C ABI spoil the cpu backend, which cannot be had: {error}") from error
     include = Path(qcore.__file__).parent / "include"
-    mutants = []
-    for name, op, clause, says, expects in TABLE:
-        if names and name not in names:
-            continue
+
+    def compiled(name: str) -> str:
         library = directory / f"{name}.so"
-        define = "MUTANT_" + name.removeprefix("abi-").upper().replace("-", "_")
-        command = [compiler, "-shared", "-fPIC", "-O1", f"-D{define}", f'-DREAL="{real}"', f"-I{include}"]
-        done = subprocess.run(
-            [*command, "-o", str(library), str(_SOURCE), "-ldl"], capture_output=True, text=True, check=False
-        )
+        defines = ["-DMUTANT_" + name.removeprefix("abi-").upper().replace("-", "_"), f'-DREAL="{real}"']
+        defines += ["-DMEMORY"] if name.startswith("memory-") else []
+        command = [compiler, "-shared", "-fPIC", "-O1", *defines, f"-I{include}", "-o", str(library), str(_SOURCE)]
+        done = subprocess.run([*command, "-ldl"], capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackendUnavailable(f"mutants of the C ABI: {compiler} failed on {_SOURCE.name}: {done.stderr}")
-        mutants.append(Mutant(name, says, clause, (op,), str(library), expects, native=True))
-    return mutants
+        return str(library)
+
+    chosen = [row for row in TABLE if not names or row[0] in names]
+    right = compiled(MEMORY_CONTROL) if any(op == "contract" for _, op, *_ in chosen) else ""
+    made = []
+    for name, op, clause, says, expects in chosen:
+        control = right if op == "contract" else ""
+        made.append(Mutant(name, says, clause, (op,), compiled(name), expects, native=True, control=control))
+    return made
 
 
 def names() -> list[str]:

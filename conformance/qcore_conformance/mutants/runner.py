@@ -56,6 +56,7 @@ class Row:
     message: str = ""
     cites: bool = False  # whether that case cites the clause that the mutant breaks
     native: bool = False  # a library behind the C ABI
+    control: str = ""  # what it spoils, where that is not NATIVE_CONTROL
 
     @property
     def killed(self) -> bool:
@@ -177,8 +178,8 @@ def _run(
         hunts = {pool.submit(_hunt, job): i for i, (_, job) in enumerate(jobs)}
         for done, future in enumerate(as_completed(hunts), start=1):
             mutant, job = jobs[hunts[future]]
-            found = vars(future.result())
-            row = Row(mutant.name, mutant.says, job.clause, job.op, native=mutant.native, **found)
+            found = {**vars(future.result()), "native": mutant.native, "control": mutant.control}
+            row = Row(mutant.name, mutant.says, job.clause, job.op, **found)
             rows[hunts[future]] = row
             progress(done, len(hunts), row)
         matrix.rows = [rows[index] for index in sorted(rows)]
@@ -186,18 +187,19 @@ def _run(
         for done, control in enumerate(as_completed(controls), start=1):
             matrix.controls.append(control.result())
             progress(done, len(controls), matrix.controls[-1])
-    matrix.controls.sort(key=lambda control: ((*CONTROLS, NATIVE_CONTROL).index(control.backend), control.op))
+    known = (*CONTROLS, NATIVE_CONTROL)
+    matrix.controls.sort(key=lambda c: (known.index(c.backend) if c.backend in known else len(known), c.op))
     return matrix
 
 
 def _convicting(rows: Sequence[Row]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The cases that noticed a mutant, by op, with each right backend that has to pass them for a kill to count."""
-    groups: dict[tuple[bool, str], dict[str, None]] = {}
+    groups: dict[tuple[bool, str, str], dict[str, None]] = {}
     for row in rows:
         if row.killed:
-            groups.setdefault((row.native, row.op), {})[row.case_id] = None
-    for (native, _), cases in groups.items():
-        for spec in (NATIVE_CONTROL,) if native else CONTROLS:
+            groups.setdefault((row.native, row.control, row.op), {})[row.case_id] = None
+    for (native, control, _), cases in groups.items():
+        for spec in (control or NATIVE_CONTROL,) if native else CONTROLS:
             yield spec, tuple(cases)
 
 
@@ -260,7 +262,8 @@ def _control(spec: str, seed: int, case_ids: Sequence[str]) -> Control:
                     passed += 1
                 else:
                     alarms.append(f"{case.id}: {result.outcome.value}: {result.message}")
-    return Control(spec, cases[0].op, passed, tuple(alarms))
+    name = Path(spec).stem if spec.endswith(".so") else spec
+    return Control(name, cases[0].op, passed, tuple(alarms))
 
 
 @contextmanager
