@@ -19,7 +19,8 @@ from qcore.errors import InvalidDtype
 
 _CPU, _CUDA, _ROCM = 1, 2, 10  # DLDeviceType
 _INT, _UINT, _FLOAT, _BFLOAT = 0, 1, 2, 4  # DLDataTypeCode
-_DTYPES = {
+# Of tensors over lent memory.
+DTYPES = {
     torch.uint8: _UINT,
     **dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64), _INT),
     **dict.fromkeys((torch.float16, torch.float32, torch.float64), _FLOAT),
@@ -103,8 +104,8 @@ def tensor_at(
     place = None
     try:
         managed, sizes = _describe(address, shape, dtype, device)
+        _lent[ctypes.addressof(managed)] = (managed, sizes, release)
         place = ctypes.addressof(managed)
-        _lent[place] = (managed, sizes, release)
         tensor: Tensor = from_dlpack(_new_capsule(place, _NAME, None))
     except BaseException:
         if place is None or _lent.pop(place, None) is not None:  # torch has not called the deleter
@@ -117,13 +118,13 @@ def _describe(
     address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[_DLManagedTensor, Any]:
     """The struct and the sizes that it points to."""
-    if dtype not in _DTYPES:
-        raise InvalidDtype(f"paged memory: dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if dtype not in DTYPES:
+        raise InvalidDtype(f"paged memory: dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
     kind = _CPU if device.type == "cpu" else _ROCM if torch.version.hip else _CUDA
     sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
     managed = _DLManagedTensor(
         _DLTensor(
-            address, kind, device.index or 0, len(shape), _DTYPES[dtype], 8 * dtype.itemsize, 1,
+            address, kind, device.index or 0, len(shape), DTYPES[dtype], 8 * dtype.itemsize, 1,
             ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64)), None, 0,
         ),
         None,

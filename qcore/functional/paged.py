@@ -9,17 +9,21 @@ that a full disk is an error then and not a crash in the middle of a step.
 from __future__ import annotations
 
 import mmap
+import operator
 import os
 import tempfile
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from qcore.backend.dlpack import DTYPES
 from qcore.backend.interface import Backend
 from qcore.backend.paged import PagedMemory
 from qcore.backend.registry import backend_for
@@ -232,10 +236,15 @@ def paged_memory(device: torch.device, directory: str | os.PathLike[str] | None 
         ) from error
 
 
-_shared: dict[tuple[torch.device, Backend], MemoryTier] = {}  # of get_paged
+# Of get_paged. A tensor's tier brings it near whichever backend is selected later; it is no attribute of the tensor,
+# which would be saved with it.
+_shared: dict[tuple[torch.device, Backend], MemoryTier] = {}
+_tier_of: MutableMapping[Tensor, MemoryTier] = WeakTensorKeyDictionary()
 
 
-def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cuda:0") -> Tensor:
+def get_paged(
+    *shape: SupportsIndex, dtype: torch.dtype = torch.float32, device: torch.device | str = "cuda:0"
+) -> Tensor:
     """A tensor in memory that may be larger than its device's own: bitsandbytes' function, for every device.
 
     Parameters
@@ -254,22 +263,29 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     Raises
     ------
     InvalidArgument, InvalidDtype
-        Sizes that are no counts, or another dtype.
+        Sizes that are no counts, no device, or another dtype.
+    BackendUnavailable
+        No backend serves the device.
     OutOfMemory, Unsupported
         There is no room, or the device's backend has no such memory.
     """
-    if not all(isinstance(length, int) and length >= 0 for length in shape):
-        raise InvalidArgument(f"get_paged: shape: expected counts, one argument each, got {shape}")
-    if not isinstance(dtype, torch.dtype):
-        raise InvalidDtype(f"get_paged: dtype: expected a torch.dtype, got {dtype!r}")
-    if _size(shape, dtype) > _MOST_BYTES:
-        raise OutOfMemory(f"get_paged: shape: {shape} in {dtype} takes {_size(shape, dtype)} bytes")
-    device = torch.empty(0, device=device).device  # with an index
+    lengths = _counts(shape)
+    if dtype not in DTYPES:
+        raise InvalidDtype(f"get_paged: dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    if max(_size(lengths, dtype), *lengths, 0) > _MOST_BYTES:
+        raise OutOfMemory(f"get_paged: shape: {lengths} in {dtype} takes {_size(lengths, dtype)} bytes")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgument(f"get_paged: device: {error}") from error
+    backend_for(device)  # says what is missing, before torch does
+    if device.type != "cpu":  # with an index
+        device = torch.empty(0, device=device).device
     tier = _shared_tier(device)
-    tensor = tier.zeros(shape, dtype, device)
+    tensor = tier.zeros(lengths, dtype, device)
     tensor.is_paged = True  # type: ignore[attr-defined]
     tensor.page_deviceid = device.index  # type: ignore[attr-defined]
-    tensor.paged_tier = tier  # type: ignore[attr-defined] # whichever backend is selected later
+    _tier_of[tensor] = tier
     return tensor
 
 
@@ -288,7 +304,7 @@ def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
     InvalidArgument
         Another tensor.
     """
-    tier = getattr(A, "paged_tier", None)
+    tier = _tier_of.get(A) if isinstance(A, Tensor) else None
     if tier is None:
         raise InvalidArgument("prefetch_tensor: A is not paged; make it with get_paged")
     tier.prefetch([A], to_cpu)
@@ -299,6 +315,16 @@ def _shared_tier(device: torch.device) -> MemoryTier:
     if key not in _shared:
         _shared[key] = paged_memory(device)
     return _shared[key]
+
+
+def _counts(shape: tuple[SupportsIndex, ...]) -> tuple[int, ...]:
+    try:
+        counts = tuple(operator.index(length) for length in shape)
+    except TypeError:
+        counts = (-1,)
+    if min(counts, default=0) < 0 or any(isinstance(length, bool) for length in shape):
+        raise InvalidArgument(f"get_paged: shape: expected counts, one argument each, got {shape}")
+    return counts
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

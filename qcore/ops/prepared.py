@@ -150,6 +150,7 @@ class PreparedGemm4bit:
             or (bias is not None and (bias is not known_bias or bias.data_ptr() != bias_address))
             or _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None
+            or is_batched(x)
         ):
             return self._slow(x, bias)
         if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):

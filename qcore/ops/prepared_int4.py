@@ -15,7 +15,7 @@ from qcore.backend.interface import PreparedGemm
 from qcore.backend.registry import backend_for, selection
 from qcore.backend.weights import WeightInt4
 from qcore.ops.int4 import checked_order, checked_weight, gemm_int4, prepare
-from qcore.ops.library import traced
+from qcore.ops.library import is_batched, traced
 
 _DATA_PTR = (Tensor.data_ptr, ())  # the function, and the types that would override it
 
@@ -94,6 +94,7 @@ class PreparedInt4:
             or (bias is not None and (bias is not known_bias or bias.data_ptr() != bias_address))
             or _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None
+            or is_batched(x)
             or (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         ):
             return self._slow(x, bias)

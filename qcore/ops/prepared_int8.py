@@ -14,7 +14,7 @@ from torch._C._functorch import peek_interpreter_stack
 from qcore.backend.interface import PreparedInt8, Weight8bit
 from qcore.backend.registry import backend_for, selection
 from qcore.ops.int8_linear import int8_linear
-from qcore.ops.library import traced
+from qcore.ops.library import is_batched, traced
 
 _DATA_PTR = (Tensor.data_ptr, ())  # the function, and the types that would override it
 
@@ -72,6 +72,7 @@ class PreparedInt8Linear:
             or not 0.0 <= threshold < 1e38
             or _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None
+            or is_batched(x)
             or (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         ):
             return self._slow(x, bias, threshold)

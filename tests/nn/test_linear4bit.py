@@ -134,6 +134,25 @@ def test_a_batch_of_gradients_is_that_of_each(dtype):
             assert torch.equal(got, torch.autograd.grad(y, x, dy, retain_graph=True)[0])
 
 
+def test_a_forward_pass_over_a_batch_of_gradients():
+    layer = quantized(dtype=torch.float32, bias=False)
+
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x[:, :64].clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return layer(gradient)
+
+    x, upstream = torch.randn(5, 96, requires_grad=True), torch.randn(3, 5, 64)
+    layer(upstream[0])  # prepared for this shape
+    y = Through.apply(x)
+    (batch,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(batch, torch.stack([layer(one) for one in upstream]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_goes_on_after_an_evaluation(dtype):
     layer = quantized(dtype=dtype, bias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import resource
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,15 @@ from torch import Tensor, nn
 from cases import gradients, run
 from qcore import functional, optim
 from qcore.backend import OptimizerRule, OptimizerTensors, PagedMemory, use_backend
-from qcore.errors import DeviceError, InvalidArgument, InvalidDtype, OutOfMemory, OutputError, Unsupported
+from qcore.errors import (
+    BackendUnavailable,
+    DeviceError,
+    InvalidArgument,
+    InvalidDtype,
+    OutOfMemory,
+    OutputError,
+    Unsupported,
+)
 from qcore.functional import paged
 from qcore.functional.paged import FileMemory, paged_memory
 from qcore.ops.optimizer import PreparedOptimizerStep
@@ -345,17 +355,41 @@ def test_paged_tensors_of_bitsandbytes_functions(small: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "error", "message"),
+    ("shape", "dtype", "device", "error", "message"),
     [
-        (((3, 4),), torch.uint8, InvalidArgument, "shape: expected counts, one argument each"),
-        ((-3, 4), torch.uint8, InvalidArgument, "shape: expected counts"),
-        ((3,), "float32", InvalidDtype, "dtype: expected a torch.dtype, got 'float32'"),
-        ((10**20,), torch.uint8, OutOfMemory, "takes 100000000000000000000 bytes"),
+        (((3, 4),), torch.uint8, "cpu", InvalidArgument, "shape: expected counts, one argument each"),
+        ((-3, 4), torch.uint8, "cpu", InvalidArgument, "shape: expected counts"),
+        ((True,), torch.uint8, "cpu", InvalidArgument, "shape: expected counts"),
+        ((3,), "float32", "cpu", InvalidDtype, "dtype: expected one of .* got 'float32'"),
+        ((3,), torch.complex64, "cpu", InvalidDtype, "dtype: expected one of .* got torch.complex64"),
+        ((10**20,), torch.uint8, "cpu", OutOfMemory, "takes 100000000000000000000 bytes"),
+        ((0, 2**70), torch.uint8, "cpu", OutOfMemory, "takes 0 bytes"),
+        ((3,), torch.uint8, "nope", InvalidArgument, "device: Expected one of cpu"),
     ],
 )
-def test_a_paged_tensor_that_cannot_be(shape: Any, dtype: Any, error: type[Exception], message: str) -> None:
+def test_a_paged_tensor_that_cannot_be(
+    shape: Any, dtype: Any, device: str, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"get_paged: {message}|get_paged: shape: .* {message}"):
-        functional.get_paged(*shape, dtype=dtype, device="cpu")
+        functional.get_paged(*shape, dtype=dtype, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_paged_tensor_on_a_device_that_nothing_serves() -> None:
+    with pytest.raises(BackendUnavailable, match="cuda"):
+        functional.get_paged(3)
+
+
+def test_a_paged_tensor_is_saved_and_copied_like_any_other() -> None:
+    tensor = functional.get_paged(np.int64(200), 300, dtype=torch.int32, device="cpu")
+    tensor += 7
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=True), copy.deepcopy(tensor)):
+        assert torch.equal(other, tensor)
+        with pytest.raises(InvalidArgument, match="prefetch_tensor: A is not paged"):  # memory like any other
+            functional.prefetch_tensor(other)
 
 
 def test_paged_tensors_on_a_plain_cpu_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,15 @@
 // What bounds the products of 4-bit weights with one row: cycles of the instructions that decode, alone and beside
 // others that need one of the two ports of 512-bit operations, and cycles of the loops made of them.
 //
-//     cmake -S backends/cpu -B build/cycles -DQCORE_CPU_CYCLES=ON && cmake --build build/cycles --target
-//     qcore_cpu_cycles build/cycles/qcore_cpu_cycles
+//     cmake -S backends/cpu -B build/cycles -DQCORE_CPU_CYCLES=ON
+//     cmake --build build/cycles
+//     build/cycles/qcore_cpu_cycles
 //
 // An instruction that takes twice as long beside one for port 0 needs port 0 itself, and the same for port 5. A cycle
 // is a third of a dependent multiplication of integers. The least of many short runs counts.
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
-#include <vector>
 
 #include "dispatch.h"
 #include "gemm_4bit_amx.h"
@@ -50,27 +50,35 @@ double cycle_seconds() {
     return took / kLoops / (4 * 3);
 }
 
-// Of eight pairs of independent instructions.
-#define QC_ONE(first, second, to) first " %%zmm14, %%zmm15, %%zmm" #to "\n" second
-#define QC_TWO(first, second, a, b) QC_ONE(first, second, a) QC_ONE(first, second, b)
-#define QC_FOUR(first, second, a, b, c, d) QC_TWO(first, second, a, b) QC_TWO(first, second, c, d)
+// Of one of eight independent pairs of instructions.
+#define QC_ONE(first, second, to) first " %[a], %[b], %%zmm" #to "\n" second
+#define QC_TWO(first, second, i, j) QC_ONE(first, second, i) QC_ONE(first, second, j)
+#define QC_FOUR(first, second, i, j, k, l) QC_TWO(first, second, i, j) QC_TWO(first, second, k, l)
 #define QC_EIGHT(first, second) QC_FOUR(first, second, 0, 1, 2, 3) QC_FOUR(first, second, 4, 5, 6, 7)
-#define QC_CYCLES(first, second)                                                                         \
-    (least_seconds([] {                                                                                  \
-         for (int i = 0; i < kLoops; ++i) {                                                              \
-             asm volatile(QC_EIGHT(first, second)::                                                      \
-                              : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8"); \
-         }                                                                                               \
-     }) /                                                                                                \
-     kLoops / 8 / cycle_seconds())
-#define QC_PORTS(first)                                                     \
-    std::printf("%-16s %8.1f %22.1f %22.1f\n", first, QC_CYCLES(first, ""), \
-                QC_CYCLES(first, "vpsrlw $4, %%zmm15, %%zmm8\n"),           \
-                QC_CYCLES(first, "vpunpcklbw %%zmm14, %%zmm15, %%zmm8\n"))
+#define QC_LOOP(first, second)                                                                  \
+    for (int i = 0; i < kLoops; ++i) {                                                          \
+        asm volatile(QC_EIGHT(first, second)                                                    \
+                     :                                                                          \
+                     : [a] "v"(zeros), [b] "v"(zeros)                                           \
+                     : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8"); \
+    }
+#define QC_CYCLES(first, second) cycles_of_pair([=] { QC_LOOP(first, second) })
+#define QC_PORTS(first)                                                                     \
+    print_ports(first, QC_CYCLES(first, ""), QC_CYCLES(first, "vpsrlw $4, %[b], %%zmm8\n"), \
+                QC_CYCLES(first, "vpunpcklbw %[a], %[b], %%zmm8\n"))
+
+template <class Function>
+double cycles_of_pair(const Function &function) {
+    return least_seconds(function) / kLoops / 8 / cycle_seconds();
+}
+
+void print_ports(const char *what, double alone, double with_shift, double with_unpack) {
+    std::printf("%-16s %8.1f %22.1f %22.1f\n", what, alone, with_shift, with_unpack);
+}
 
 void print_instructions() {
+    const __m512i zeros = _mm512_setzero_si512();
     std::printf("%-16s %8s %22s %22s\n", "cycles", "alone", "and a shift (port 0)", "and an unpack (port 5)");
-    asm volatile("vzeroall" ::: "xmm14", "xmm15");
     QC_PORTS("vpermw");
     QC_PORTS("vpermb");
     QC_PORTS("vpermd");
@@ -84,6 +92,10 @@ template <class T>
 T *zeroed(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096;
     void *at = std::aligned_alloc(4096, bytes);
+    if (at == nullptr) {
+        std::fprintf(stderr, "qcore_cpu_cycles: out of memory\n");
+        std::exit(1);
+    }
     __builtin_memset(at, 0, bytes);
     return static_cast<T *>(at);
 }
