@@ -126,6 +126,19 @@ inline void open_block(const OptimizerJob &job, const OptimizerTensor &t, int st
     const qc_optimizer &rule = *job.rule;
     b.keeps = b.odd = false;
     b.start = index * kOptimizerBlock;
+    // Nearly every block of a float32 model: no more instructions than it needs, because the vector units wait for
+    // them.
+    if (rule.state_bits == 8 && rule.grad_dtype == QC_F32 && rule.param_dtype == QC_F32 &&
+        t.n - b.start >= kOptimizerBlock) {
+        b.n = b.size = kOptimizerBlock;
+        b.grad = static_cast<const float *>(t.grad) + b.start;
+        b.param = b.moved = static_cast<float *>(t.param) + b.start;
+        for (int s = 0; s < states; ++s) {
+            b.codes[s] = static_cast<uint8_t *>(t.state[s]) + b.start;
+            b.state[s] = scratch.state[s];
+        }
+        return;
+    }
     b.n = t.n - b.start < kOptimizerBlock ? t.n - b.start : kOptimizerBlock;
     b.size = (b.n + kGroup - 1) / kGroup * kGroup;
     const bool whole = b.n == b.size;

@@ -40,6 +40,8 @@ class Encoding {
     void begin(const OptimizerTensor &t, int64_t index, const Block &b, const int32_t (&largest)[Rule::kStates]) {
         size_ = b.size;
         n_ = b.n;
+        unusual_ = as_bnb_ || n_ != size_;
+        std::memset(sure_, 0xFF, sizeof sure_);
         for (int s = 0; s < Rule::kStates; ++s) {
             const float absmax = float_of(static_cast<uint32_t>(largest[s]));
             t.absmax[s][index] = absmax;
@@ -48,12 +50,25 @@ class Encoding {
             target_[s] = static_cast<uint8_t *>(t.state[s]) + b.start;
             scale_[s] = largest[s] == 0 ? 0.0f : 1.0f / absmax;
             careful_[s] = bits_of(scale_[s]) >= kInfinity || (Rule::kSquares[s] && b.odd);
+            unusual_ |= careful_[s];
         }
     }
 
     __attribute__((always_inline)) void group(int64_t at) { encode_group<0>(at); }
 
     void finish() {
+        if (__builtin_expect(!all_sure(), 0)) {
+            encode_doubtful();
+        }
+        if (__builtin_expect(unusual_, 0)) {
+            finish_unusual();
+        }
+    }
+
+   private:
+    static constexpr int64_t kGroups = kOptimizerBlock / kGroup;
+
+    __attribute__((noinline)) void finish_unusual() {
         for (int s = 0; s < Rule::kStates; ++s) {
             if (careful_[s]) {
                 encode_with_care(s);
@@ -67,20 +82,46 @@ class Encoding {
         }
     }
 
-   private:
     template <int s>
     __attribute__((always_inline)) void encode_group(int64_t at) {
         if (!careful_[s]) {
             const StateCodes<Rule::kSquares[s]> find(*job_.book[s].codes, *job_.book[s].lines);
             const Float scale = broadcast(scale_[s]);
             if (Rule::kSquares[s] && !as_bnb_) {
-                find.template encode<true>(values_[s] + at, scale, codes_[s] + at);
+                sure_[s][at / kGroup] = find.template encode<true>(values_[s] + at, scale, codes_[s] + at);
             } else {
-                find.template encode<false>(values_[s] + at, scale, codes_[s] + at);
+                sure_[s][at / kGroup] = find.template encode<false>(values_[s] + at, scale, codes_[s] + at);
             }
         }
         if constexpr (s + 1 < Rule::kStates) {
             encode_group<s + 1>(at);
+        }
+    }
+
+    __attribute__((always_inline)) bool all_sure() const {
+        bool sure = true;
+        for (int s = 0; s < Rule::kStates; ++s) {
+            for (const uint16_t lanes : sure_[s]) {
+                sure &= lanes == kAllSure;
+            }
+        }
+        return sure;
+    }
+
+    // The groups with a value whose estimate is too close to a threshold.
+    __attribute__((noinline, cold)) void encode_doubtful() {
+        for (int s = 0; s < Rule::kStates; ++s) {
+            for (int64_t group = 0; group < kGroups; ++group) {
+                const int64_t at = group * kGroup;
+                if (sure_[s][group] == kAllSure) {
+                    continue;
+                }
+                if (Rule::kSquares[s] && !as_bnb_) {
+                    encode_exactly<true>(*job_.book[s].codes, values_[s] + at, broadcast(scale_[s]), codes_[s] + at);
+                } else {
+                    encode_exactly<false>(*job_.book[s].codes, values_[s] + at, broadcast(scale_[s]), codes_[s] + at);
+                }
+            }
         }
     }
 
@@ -112,6 +153,8 @@ class Encoding {
     uint8_t *target_[Rule::kStates];
     float scale_[Rule::kStates];
     bool careful_[Rule::kStates];
+    bool unusual_;                           // whether the block ends with more than group() has done
+    uint16_t sure_[Rule::kStates][kGroups];  // what StateCodes::encode said
 };
 
 }  // namespace qcore::cpu::QC_ISA

@@ -3,8 +3,9 @@
 // Memory picture, fp32 parameters: one pass over the data, block by block of 256 elements, everything between reading
 // and writing in L1. Per element 8-bit Adam reads 4 (gradient) + 4 (parameter) + 2 (codes) bytes and writes 4 + 2: 16
 // bytes where 32-bit Adam moves 28. The floor is that traffic. Beside it stands, for 16 elements with AVX-512, work for
-// about 33 cycles of the two vector ports: of some 65 operations 13 decode, 28 encode, 24 are the rule's. The divider
-// takes 22 of these cycles for a square root and a quotient; IEEE results leave no room for approximations.
+// about 31 cycles of the two vector ports (benchmarks/port_counts.py): of some 62 operations 13 decode, 26 encode, 23
+// are the rule's. The divider takes 22 of these cycles for a square root and a quotient; IEEE results leave no room for
+// approximations.
 //
 // A block takes two loops: the first goes from old states and gradient to new states, the second to the parameter, and
 // 8-bit states are encoded beside it. The next block's first loop comes in between, so that nothing waits for a block's
@@ -32,8 +33,9 @@ __attribute__((always_inline)) inline void decode(const OptimizerJob &job, const
 // The first loop: states in place (decoded into b.state first), and the parts of the update. Returns the largest
 // magnitude of each state, as bits. With kPlain, x is the gradient itself: no factor and no weight decay in it.
 template <class Rule, bool kCoded, bool kPlain>
-void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, const Block &b,
-           Scratch &scratch, int32_t (&largest)[Rule::kStates]) {
+__attribute__((always_inline)) inline void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t,
+                                                 int64_t index, const Block &b, Scratch &scratch,
+                                                 int32_t (&largest)[Rule::kStates]) {
     constexpr int kStates = Rule::kStates;
     const Float scale = broadcast(t.grad_scale);
     const Float l2 = broadcast(job.rule->l2);
@@ -91,8 +93,8 @@ __attribute__((always_inline)) inline Float update(const Rule &rule, const Scrat
 
 // The second loop (QC-OPT-004), and what is encoded beside it.
 template <class Rule, class Pending>
-void move(const Rule &rule, const OptimizerJob &job, float step_size, const Block &b, const Scratch &scratch,
-          Pending &pending) {
+__attribute__((always_inline)) inline void move(const Rule &rule, const OptimizerJob &job, float step_size,
+                                                const Block &b, const Scratch &scratch, Pending &pending) {
     const Float decay = broadcast(job.rule->decay);
     const Float size = broadcast(step_size);
     for (int64_t i = 0; i < b.size; i += kGroup) {
@@ -146,8 +148,9 @@ __attribute__((noinline)) void keep(const OptimizerJob &job, Block &b, Scratch &
 
 // Reads a block and takes the first loop.
 template <class Rule, bool kCoded>
-void advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t, int64_t index, bool in_place,
-             Scratch &scratch, Block &b, int32_t (&largest)[Rule::kStates]) {
+__attribute__((always_inline)) inline void advance(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t,
+                                                   int64_t index, bool in_place, Scratch &scratch, Block &b,
+                                                   int32_t (&largest)[Rule::kStates]) {
     open_block(job, t, Rule::kStates, index, in_place, scratch, b);
     const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
     if (skips) {
@@ -180,7 +183,9 @@ struct Started {
     void finish(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t) {
         move(rule, job, t.step_size, block, scratch, encoding);
         encoding.finish();
-        close_block(job, t, block, scratch);
+        if (block.moved == scratch.moved) {  // else the parameter is where it belongs
+            close_block(job, t, block, scratch);
+        }
     }
 
     Scratch scratch;
@@ -192,15 +197,19 @@ template <class Rule, bool kCoded>
 void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last) {
     const Rule rule(*job.rule);
     if constexpr (kCoded) {
-        // The scales of a block are ready long before they are needed if the next one's first loop comes before.
+        // The scales of a block are ready long before they are needed if the next one's first loop comes before. Both
+        // loops are inlined here, at one place: what a block costs beside them, some hundred instructions, leaves the
+        // vector units idle.
         Started<Rule> even(job), odd(job);
-        even.start(rule, job, t, first);
-        for (int64_t index = first + 1; index < last; ++index) {
+        for (int64_t index = first; index <= last; ++index) {
             Started<Rule> &own = (index - first) % 2 == 0 ? even : odd;
-            own.start(rule, job, t, index);
-            (&own == &even ? odd : even).finish(rule, job, t);
+            if (index < last) {
+                own.start(rule, job, t, index);
+            }
+            if (index > first) {
+                (&own == &even ? odd : even).finish(rule, job, t);
+            }
         }
-        ((last - 1 - first) % 2 == 0 ? even : odd).finish(rule, job, t);
     } else {
         Scratch scratch;
         NoEncoding pending;

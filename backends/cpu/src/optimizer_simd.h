@@ -103,10 +103,15 @@ class GatheringDecoder {
 #if defined(__AVX512VBMI__)
 
 // 64 codes at once: each byte of the floats is a look-up in registers, and two rounds of unpacking put them together.
-// The codes are brought into the order in which the unpacking, which works within 128 bits, needs them.
+// The codes are brought into the order in which the unpacking, which works within 128 bits, needs them: by vpermb,
+// because vpermd waits for the old value of the register that it writes, on Sapphire Rapids, and so for the group
+// before.
 __attribute__((always_inline)) inline Int decoding_order(const uint8_t *codes) {
-    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+    alignas(64) static constexpr uint8_t kOrder[64] = {0,  1,  2,  3,  16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51,
+                                                       4,  5,  6,  7,  20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+                                                       8,  9,  10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
+                                                       12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+    return _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), _mm512_loadu_si512(codes));
 }
 
 __attribute__((always_inline)) inline void join_bytes(Int b0, Int b1, Int b2, Int b3, Float (&out)[kVectors]) {
@@ -190,6 +195,8 @@ using SymmetricDecoder = GatheringDecoder;
 template <class Rule, int s>
 using DecoderOf = std::conditional_t<Rule::kSquares[s], TableDecoder, SymmetricDecoder>;
 
+inline constexpr uint16_t kAllSure = 0xFFFF;
+
 // kGroup codes by the codebook's own index. With kFloored a value above 0 has at least the code after that of 0
 // (QC-OPT-021).
 template <bool kFloored>
@@ -250,17 +257,16 @@ class StateCodes {
    public:
     StateCodes(const Codebook &codes, const StateLines &lines) : exact_(codes), lines_(lines) {}
 
+    // Returns one bit for each lane, 0 where a value may have another code: the caller has these encoded exactly, after
+    // its loop, so that no call stands in the way of keeping constants and masks in registers.
     template <bool kFloored>
-    __attribute__((always_inline)) void encode(const float *values, Float scale, uint8_t *out) const {
+    __attribute__((always_inline)) uint16_t encode(const float *values, Float scale, uint8_t *out) const {
         Int found[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             found[v] = estimate<kFloored>(load(values + v * kLanes), scale);
         }
-        if (__builtin_expect(in_doubt(found), 0)) {
-            encode_exactly<kFloored>(exact_, values, scale, out);
-            return;
-        }
         put(found, out);
+        return sure(found);
     }
 
     // The same of values that are scaled already, in [-1, 1].
@@ -269,7 +275,7 @@ class StateCodes {
         for (int v = 0; v < kVectors; ++v) {
             found[v] = estimate<false>(y[v], _mm512_set1_ps(1.0f));
         }
-        if (__builtin_expect(in_doubt(found), 0)) {
+        if (__builtin_expect(sure(found) != kAllSure, 0)) {
             float values[kGroup];
             for (int v = 0; v < kVectors; ++v) {
                 store(values + v * kLanes, y[v]);
@@ -285,9 +291,9 @@ class StateCodes {
     static constexpr int kLargerMagnitude = 0x3;
     static constexpr int kSmallerMagnitude = 0x2;
 
-    __attribute__((always_inline)) static bool in_doubt(const Int (&found)[kVectors]) {
+    __attribute__((always_inline)) static uint16_t sure(const Int (&found)[kVectors]) {
         const Int least = _mm512_min_epu16(_mm512_min_epu16(found[0], found[1]), _mm512_min_epu16(found[2], found[3]));
-        return _mm512_test_epi32_mask(least, _mm512_set1_epi32(StateLines::kSure)) != 0xFFFF;
+        return _mm512_test_epi32_mask(least, _mm512_set1_epi32(StateLines::kSure));
     }
     __attribute__((always_inline)) void put(const Int (&found)[kVectors], uint8_t *out) const {
         const Int codes = third_bytes(found);
@@ -336,8 +342,9 @@ class StateCodes {
     StateCodes(const Codebook &codes, const StateLines &) : exact_(codes) {}
 
     template <bool kFloored>
-    void encode(const float *values, Float scale, uint8_t *out) const {
+    uint16_t encode(const float *values, Float scale, uint8_t *out) const {
         encode_exactly<kFloored>(exact_, values, scale, out);
+        return kAllSure;
     }
 
    private:
