@@ -58,11 +58,11 @@ QC_DEVICE void multiply_int8_tile(const int8_t *b, int64_t first_row, int64_t n,
                                   Int8TileShared<Rows> &shared) {
     constexpr int kThreads = kTiledWaves * W, kStages = Int8TilesInFlight<Rows>::kStages;
     Int8TilesInFlight<Rows> &held = shared.tiles;
-    const int64_t tiles = (end - first + kInt8TileDepth - 1) / kInt8TileDepth;
-    const auto fetch = [&](int64_t tile) {
+    const int tiles = static_cast<int>((end - first + kInt8TileDepth - 1) / kInt8TileDepth);  // K is at most 131071
+    const auto fetch = [&](int tile) {
         if (tile < tiles) {
-            const int stage = static_cast<int>(tile % kStages);
-            const int64_t at = first + tile * kInt8TileDepth;
+            const int stage = tile % kStages;
+            const int64_t at = first + int64_t{tile} * kInt8TileDepth;
             fetch_int8<Aligned, kThreads>(held.b[stage], b, first_row, n, a.k, at, end);
             fetch_int8<Aligned, kThreads>(held.a[stage], a.x, first_column, a.m, a.k, at, end);
         }
@@ -74,8 +74,8 @@ QC_DEVICE void multiply_int8_tile(const int8_t *b, int64_t first_row, int64_t n,
         fetch(tile);
     }
 #pragma unroll 1
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int stage = static_cast<int>(tile % kStages);
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int stage = tile % kStages;
         wait_for_copies<kStages - 2>();
         block_barrier();  // this int8 tile is there for all, and all are through with the one before
         fetch(tile + kStages - 1);

@@ -80,7 +80,8 @@ class WaveOfTile {
     template <class Finish>
     QC_DEVICE void finish(int64_t first_row, int64_t n, int64_t first_column, int64_t m, const Finish &finish,
                           TileSums<Sum, Rows> &out) const {
-        constexpr int kColumns = TileSums<Sum, Rows>::kColumns;
+        constexpr int kColumns = TileSums<Sum, Rows>::kColumns, kAtOnce = kTiledWaves * W / kTileRows;
+        const int local = thread_index() % kTileRows;
 #pragma unroll 1
         for (int start = 0; start < Rows; start += kColumns) {
             block_barrier();  // all are through with the tiles, or with the columns before
@@ -89,10 +90,10 @@ class WaveOfTile {
             }
             block_barrier();
 #pragma unroll 4
-            for (int i = thread_index(); i < kColumns * kTileRows; i += kTiledWaves * W) {
-                const int64_t row = first_row + i % kTileRows, column = first_column + start + i / kTileRows;
-                if (row < n && column < m) {
-                    finish(column, row, out.value[i / kTileRows][i % kTileRows]);
+            for (int base = 0; base < kColumns; base += kAtOnce) {
+                const int from = base + thread_index() / kTileRows;
+                if (first_row + local < n && first_column + start + from < m) {
+                    finish(first_column + start + from, first_row + local, out.value[from][local]);
                 }
             }
         }

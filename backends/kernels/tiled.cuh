@@ -63,14 +63,17 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
             if (thread < Codes) {
                 weights.template fetch<Aligned>(held.codes[tile % kCodeStages][thread], thread, first_row, at);
             }
-            for (int i = thread; i < Rows * kTilePieces; i += kThreads) {
-                const int row = i / kTilePieces, p = i % kTilePieces;
-                const bool there = first_column + row < x.m;
-                const T *from = x.x + (there ? (first_column + row) * x.k + at + 8 * p : 0);
-                if constexpr (Aligned) {
-                    copy16_async(&held.x[stage].at(row, p), from, there);
-                } else {
-                    held.x[stage].at(row, p) = gather_sixteen_bytes(from, there ? 8 : 0);
+#pragma unroll
+            for (int base = 0; base < Rows * kTilePieces; base += kThreads) {
+                const int i = base + thread, row = i / kTilePieces, p = i % kTilePieces;
+                if (Rows * kTilePieces % kThreads == 0 || i < Rows * kTilePieces) {
+                    const bool there = first_column + row < x.m;
+                    const T *from = x.x + (there ? (first_column + row) * x.k + at + 8 * p : 0);
+                    if constexpr (Aligned) {
+                        copy16_async(&held.x[stage].at(row, p), from, there);
+                    } else {
+                        held.x[stage].at(row, p) = gather_sixteen_bytes(from, there ? 8 : 0);
+                    }
                 }
             }
         }
@@ -90,6 +93,7 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
     wait_for_copies<kStages - 2>();
     block_barrier();
     decode(0);
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
         wait_for_copies<kStages - 3>();
         block_barrier();  // this tile is decoded and the next one there, for all; all are through with the one before
@@ -142,7 +146,7 @@ inline constexpr int kAddThreads = 256;
 
 // Adds the parts in their order.
 template <class Out, class Sum>
-QC_KERNEL(kAddThreads)
+QC_KERNEL_RESIDENT(kAddThreads, 4)
 add_parts_kernel(Out out, const Sum *partial, int64_t m, int64_t n, int splits) {
     const int64_t size = m * n, stride = block_count_x() * kAddThreads;
     for (int64_t i = block_index_x() * kAddThreads + thread_index(); i < size; i += stride) {
