@@ -136,7 +136,7 @@ matrix_kernel(Weight w, Activations<T> x, Output<T> output) {
 }
 
 template <class Weight, class T, int W, int Rows, bool Aligned>
-QC_KERNEL(kTiledWaves *W)
+QC_KERNEL_RESIDENT(kTiledWaves *W, blocks_of_tiles(Rows))
 tiled_kernel(Weight w, Activations<T> x, TileOutput<Output<T>> output, int splits) {
     struct Shared {
         TileShared<Rows> tile;

@@ -87,7 +87,7 @@ QC_DEVICE void multiply_int8_tile(const int8_t *b, int64_t first_row, int64_t n,
 }
 
 template <class Finish, int W, int Rows, bool Aligned>
-QC_KERNEL(kTiledWaves *W)
+QC_KERNEL_RESIDENT(kTiledWaves *W, blocks_of_tiles(Rows))
 int8_tiled_kernel(const int8_t *b, Activations<int8_t> a, int64_t n, TileOutput<Finish, int32_t> output, int splits) {
     QC_SHARED(Int8TileShared<Rows>, shared);
     const int64_t across = (a.m + Rows - 1) / Rows, depth = (a.k + kInt8TileDepth - 1) / kInt8TileDepth;

@@ -103,8 +103,6 @@ struct TilesOfColumns {
     QC_DEVICE void decode(TilePieces<kTileRows> &tile, const Vector16 (&codes)[kCodes], Carry &carry, int thread,
                           int64_t first_column, int64_t at, int64_t end) const {
         constexpr int kColumns = kTileRows / kAcross<Threads>, kWords = 4 * kPiecesAcross;  // a row of the tile
-        const Carry scale = carry;
-        carry = begin<Threads>(thread, first_column, at + kTileDepth, end);
         const int column = thread % kAcross<Threads> * kColumns, p = thread / kAcross<Threads>;
         const uint32_t *word = reinterpret_cast<const uint32_t *>(&codes[8 * p * kPiecesAcross]) + column / 4;
         const int shift = column % 4 * 8;
@@ -114,13 +112,15 @@ struct TilesOfColumns {
             const uint32_t mine = word[i * kWords] >> shift;
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
-                value[c][i] = int8_weight(byte_of(mine, c), scale.value[i]);
+                value[c][i] = int8_weight(byte_of(mine, c), carry.value[i]);
             }
         }
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             tile.at(column + c, p) = eight_of_depth<T>(value[c]);
         }
+        // Last: no register holds both tiles' scales, and the product that follows hides the load.
+        carry = begin<Threads>(thread, first_column, at + kTileDepth, end);
     }
 
    private:
@@ -128,8 +128,9 @@ struct TilesOfColumns {
     static constexpr int kAcross = Threads / kTilePieces;  // threads along the columns: two or one each
 };
 
+// One block for 64 rows too: held to 128 registers they spill one for sm_86 and sm_89.
 template <class T, int W, int Rows, bool Aligned>
-QC_KERNEL(kTiledWaves *W)
+QC_KERNEL_RESIDENT(kTiledWaves *W, Rows == 32 ? 2 : 1)
 tiled_columns_kernel(Int8Columns w, Activations<T> y, TileOutput<Output<T>> output, int splits) {
     using Columns = TilesOfColumns<T, Aligned>;
     struct Shared {

@@ -17,6 +17,10 @@ inline constexpr int kTilePieces = 4;  // of 16 bytes
 inline constexpr int kTiledWaves = 8;
 inline constexpr int kColumnsOfWave = 32;  // rows of X that a wave takes
 
+// That a multiprocessor of NVIDIA's has to hold. Left to itself nvcc spills for a second one where 128 registers nearly
+// suffice.
+constexpr int blocks_of_tiles(int rows) { return rows == 128 ? 1 : 2; }
+
 template <int Rows>
 struct TilePieces {
     Vector16 piece[Rows][kTilePieces];

@@ -146,11 +146,13 @@ inline constexpr int kAddThreads = 256;
 
 // Adds the parts in their order.
 template <class Out, class Sum>
-QC_KERNEL_RESIDENT(kAddThreads, 4)
+QC_KERNEL(kAddThreads)
 add_parts_kernel(Out out, const Sum *partial, int64_t m, int64_t n, int splits) {
     const int64_t size = m * n, stride = block_count_x() * kAddThreads;
+#pragma unroll 1
     for (int64_t i = block_index_x() * kAddThreads + thread_index(); i < size; i += stride) {
         Sum sum = partial[i];
+#pragma unroll 4
         for (int part = 1; part < splits; ++part) {
             sum += partial[part * size + i];
         }
