@@ -10,7 +10,8 @@ docs/compat.md, with the reason.
 
 Each case is written to ``counts.cases.jsonl`` as it ends, so that a run that was cut off, by ``--timeout`` or
 otherwise, goes on where it stopped when it is started again; delete that file to begin anew. A case that was under
-way both times it was cut off, or that ends the process, counts as failed from the second time on.
+way both times it was cut off, or that ends the process, counts as failed from the second time on. The exit status is 1
+while any of the counts is incomplete.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SUBJECTS = ("bitsandbytes", "qcore")
 LEFT_OUT = {"test_cuda_setup_evaluator.py", "test_generation.py"}
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "log_cli=false", "-o", "log_file="]
 MARKS = "not slow and not benchmark and not deprecated"
-# Writes a line when a case begins and one with its outcome when it ends.
+# Writes a line when a case begins, one with its outcome when it ends, and one when the last has ended.
 PROGRAM = """
 import json, sys, pytest
 sys.path.insert(0, ".")
@@ -41,7 +42,7 @@ class Journal:
         self.stream, self.done, self.about = open(path, "a", encoding="utf-8"), done, about
 
     def write(self, nodeid, outcome):
-        line = dict(self.about, case=nodeid.split("::", 1)[1], outcome=outcome)
+        line = dict(self.about, case=nodeid and nodeid.split("::", 1)[1], outcome=outcome)
         print(json.dumps(line), file=self.stream, flush=True)
 
     def pytest_collection_modifyitems(self, items):
@@ -57,6 +58,9 @@ class Journal:
 
     def pytest_runtest_logfinish(self, nodeid):
         self.write(nodeid, self.outcome)
+
+    def pytest_sessionfinish(self):
+        self.write(None, "finished")
 
 sys.exit(pytest.main(sys.argv[1:], plugins=[Journal({journal!r}, set(json.load(open({done!r}))), {about!r})]))
 """
@@ -79,6 +83,9 @@ def run(
     """Run the cases of a test file whose outcome is not known; the outcome of each, and what cut the run off."""
     alias = ALIAS.format(reference=str(checkout.absolute() / "bitsandbytes" / "optim" / "ademamix.py"))
     stopped = None
+    if journal.is_file():  # what the next line would be appended to
+        os.truncate(journal, len(_whole_lines(journal)))
+    finished = _sessions(journal, file, subject)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # The tests alone: beside them, the checkout's package would be imported instead of the installed one.
@@ -104,8 +111,9 @@ def run(
         except subprocess.TimeoutExpired:
             stopped = f"not finished after {timeout:.0f} s"
         else:
-            # 0: all passed, 1: some failed, 5: nothing was left to run. Else the run broke off, or never began.
-            if ended.returncode not in (0, 1, 5):
+            # 0: all passed, 1: some failed, 5: nothing was left to run. Else the run broke off, or never began; an
+            # exception in front of pytest ends with 1 as well.
+            if ended.returncode not in (0, 1, 5) or _sessions(journal, file, subject) == finished:
                 stopped = f"ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}"
     return known(journal, file, subject), stopped
 
@@ -114,14 +122,28 @@ def known(journal: Path, file: str, subject: str) -> dict[str, str]:
     """The outcomes that the journal has; a case that began twice and never ended has failed."""
     outcomes: dict[str, str] = {}
     begun: Counter[str] = Counter()
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
-        entry = json.loads(line)
-        if (entry["file"], entry["subject"]) == (file, subject):
-            if entry["outcome"] == "began":
-                begun[entry["case"]] += 1
-            else:
-                outcomes[entry["case"]] = entry["outcome"]
+    for entry in _entries(journal, file, subject):
+        if entry["outcome"] == "began":
+            begun[entry["case"]] += 1
+        elif entry["case"] is not None:
+            outcomes[entry["case"]] = entry["outcome"]
     return {case: "failed" for case, times in begun.items() if times > 1} | outcomes
+
+
+def _entries(journal: Path, file: str, subject: str) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in _whole_lines(journal).splitlines()] if journal.is_file() else []
+    return [entry for entry in entries if (entry["file"], entry["subject"]) == (file, subject)]
+
+
+def _sessions(journal: Path, file: str, subject: str) -> int:
+    """How many runs of the file came to their end."""
+    return sum(entry["case"] is None for entry in _entries(journal, file, subject))
+
+
+def _whole_lines(journal: Path) -> bytes:
+    """The journal without the line that a run was writing when it was killed."""
+    written = journal.read_bytes()
+    return written[: written.rfind(b"\n") + 1]
 
 
 def counts(outcomes: dict[str, str]) -> dict[str, Any]:
@@ -164,8 +186,9 @@ def main() -> int:
         parser.error(f"{options.checkout} has no tests/test_*.py")
     results: dict[str, Any] = json.loads(options.output.read_text("utf-8")) if options.output.is_file() else {}
     journal = options.output.with_suffix(".cases.jsonl")
+    subjects = [options.only] if options.only else list(SUBJECTS)
     for file in files:
-        for subject in [options.only] if options.only else SUBJECTS:
+        for subject in subjects:
             outcomes, stopped = run(options.checkout, file, subject, options.timeout, journal, options.select)
             found = counts(outcomes) | ({"stopped": stopped} if stopped else {})
             results.setdefault(file, {})[subject] = found
@@ -173,7 +196,7 @@ def main() -> int:
             print(f"{file:28} {subject:13} {shown}", flush=True)
             options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
-    return 0
+    return int(any("stopped" in results[file][subject] for file in files for subject in subjects))
 
 
 if __name__ == "__main__":
