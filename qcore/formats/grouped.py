@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Beside config.json: the file of each method, newest first.
 FILES = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
 
+# Settings that a section of gptq may leave out, or state as null, for their defaults.
+FLAGS = {"symmetric": "sym", "act_order": "desc_act", "true_sequential": "true_sequential"}
+
 
 def write_section(settings: QuantizationSettings, own: dict[str, Any]) -> dict[str, Any]:
     """The section for settings whose format is gptq or awq; ``own`` becomes its entry ``qcore``."""
@@ -50,25 +53,23 @@ def write_section(settings: QuantizationSettings, own: dict[str, Any]) -> dict[s
 
 
 def read_section(section: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a section of method gptq or awq states, by their names in ``QuantizationSettings``.
+    """What a section of method gptq or awq states, unchecked, by the names in ``QuantizationSettings``.
 
     Raises
     ------
     FormatError
-        Another number of bits, a layout of one kind of kernel (marlin, gemv), or an impossible group size.
+        Another number of bits, or a layout of one kind of kernel (marlin, gemv).
     """
     method = section["quant_method"]
     bits = section.get("bits", section.get("w_bit"))
     if bits != 4:
         raise FormatError(f"quantization_config: {method} with {bits} bits; this reader knows 4")
     size = section.get("group_size", section.get("q_group_size", 128))
-    if not isinstance(size, int) or (size != -1 and (size < 8 or size % 8)):
-        raise FormatError(f"quantization_config: group_size is {size!r}, expected -1 or a multiple of 8")
     if method == "awq":
         version = str(section.get("version", "gemm")).lower()
         if version != "gemm":
             raise FormatError(f"quantization_config: awq version is {version!r}; this reader knows 'gemm'")
-        symmetric = bool(section.get("qcore", {}).get("symmetric", False))
+        symmetric = section.get("qcore", {}).get("symmetric", False)
         return {"format": "awq", "group_size": size, "symmetric": symmetric, "checkpoint_format": "awq"}
     layout = section.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2") or section.get("is_marlin_format"):
@@ -79,21 +80,23 @@ def read_section(section: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": "gptq",
         "group_size": size,
-        "symmetric": bool(section.get("sym", True)),
-        "act_order": bool(section.get("desc_act", False)),
-        "true_sequential": bool(section.get("true_sequential", True)),
         "checkpoint_format": layout,
+        **{field: section[key] for field, key in FLAGS.items() if section.get(key) is not None},
     }
 
 
-def section_of(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """``config["quantization_config"]``, or what older writers put into a file of its own; None for a float model."""
+def section_of(folder: Path, config: dict[str, Any]) -> Any:
+    """``config["quantization_config"]``, or what older writers put into a file of its own; None for a float model.
+
+    Unchecked; :func:`qcore.formats.quantization_config.read_section` reads it.
+    """
     section = config.get("quantization_config")
     if section is not None:
-        return dict(section)
+        return section
     for method, name in FILES.items():
         if (folder / name).is_file():
-            return {"quant_method": method, **dict(read_json(folder / name))}
+            stated = read_json(folder / name)
+            return {"quant_method": method, **stated} if isinstance(stated, dict) else stated
     return None
 
 

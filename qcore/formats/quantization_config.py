@@ -11,20 +11,23 @@ one anyway, int8 codes are stored flat, and the name of a fused parameter holds 
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from qcore.errors import FormatError
 from qcore.formats import grouped
+from qcore.ops import validate
 
 FORMATS = ("nf4", "fp4", "int8")
 # Integers in groups, whose checkpoints are those of GPTQ and AWQ (qcore.formats.grouped).
 GROUPED = ("gptq", "awq")
 # Version of what the entry ``qcore`` and the method ``qcore`` mean; a reader refuses a later one.
 SCHEMA = 1
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,16 @@ def write_quantization(settings: QuantizationSettings, dtype: torch.dtype) -> di
     }
 
 
-def read_quantization(config: dict[str, Any]) -> QuantizationSettings | None:
-    """Read ``config["quantization_config"]``; ``None`` for a float checkpoint.
+def read_section(section: Any) -> QuantizationSettings:
+    """Read ``quantization_config``, the section of a ``config.json``.
 
     Raises
     ------
     FormatError
-        Another quantization method, a later schema, or a value that is not known.
+        Another quantization method, a later schema, or a value that the method does not have.
     """
-    section = config.get("quantization_config")
-    return None if section is None else read_section(section)
-
-
-def read_section(section: dict[str, Any]) -> QuantizationSettings:
-    """Read the section itself, as :func:`read_quantization`."""
+    if not isinstance(section, dict):
+        raise FormatError(f"quantization_config: is {section!r}, expected an object; the file was changed by hand")
     method = section.get("quant_method")
     if method == "qcore":
         return _read_own(section)
@@ -141,47 +140,51 @@ def read_section(section: dict[str, Any]) -> QuantizationSettings:
             "'qcore'"
         )
     own = _own_entry(section)
-    four_bit = bool(section.get("load_in_4bit", section.get("_load_in_4bit", False)))
-    eight_bit = bool(section.get("load_in_8bit", section.get("_load_in_8bit", False)))
+    four_bit, eight_bit = (
+        _accepted(f"load_in_{bits}", section.get(f"load_in_{bits}", section.get(f"_load_in_{bits}", False)), *_FLAG)
+        for bits in ("4bit", "8bit")
+    )
     if four_bit == eight_bit:
         raise FormatError("quantization_config: exactly one of load_in_4bit and load_in_8bit must be true")
     format = section.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"
-    if format not in FORMATS:
-        raise FormatError(f"quantization_config: bnb_4bit_quant_type is {format!r}, expected nf4 or fp4")
+    if four_bit:
+        _accepted("bnb_4bit_quant_type", format, "nf4 or fp4", lambda value: value in ("nf4", "fp4"))
     compute = own.get("compute_dtype", section.get("bnb_4bit_compute_dtype"))
-    if "compute_dtype" not in own and compute is not None and dtype_of(compute, "compute") == torch.float32:
+    if (
+        "compute_dtype" not in own
+        and compute is not None
+        and dtype_of(compute, "bnb_4bit_compute_dtype") == torch.float32
+    ):
         compute = None  # bitsandbytes' default, which nobody chose: several times slower than that of the activations
-    return QuantizationSettings(
-        format,
-        _number(int, "qcore.blocksize", own.get("blocksize", 64)),
-        bool(section.get("bnb_4bit_use_double_quant", False)),
-        None if compute is None else dtype_of(compute, "bnb_4bit_compute_dtype"),
-        dtype_of(section.get("bnb_4bit_quant_storage", "uint8"), "bnb_4bit_quant_storage"),
-        section.get("llm_int8_skip_modules"),
-        _number(float, "llm_int8_threshold", section.get("llm_int8_threshold", 6.0)),
+    return _settings(
+        {
+            "format": format,
+            "blocksize": own.get("blocksize", 64),
+            "nested": section.get("bnb_4bit_use_double_quant", False),
+            "compute_dtype": compute,
+            "quant_storage": section.get("bnb_4bit_quant_storage", "uint8"),
+            "skip_modules": section.get("llm_int8_skip_modules"),
+            "threshold": section.get("llm_int8_threshold", 6.0),
+        },
+        _OF_BITSANDBYTES,
     )
 
 
 def _read_grouped(section: dict[str, Any]) -> QuantizationSettings:
     own = _own_entry(section)
-    values = grouped.read_section(section)
-    compute = own.get("compute_dtype")
-    skips = own.get("skip_modules", section.get("modules_to_not_convert"))
-    return QuantizationSettings(
-        **values, compute_dtype=None if compute is None else dtype_of(compute, "compute_dtype"), skip_modules=skips
-    )
+    values = grouped.read_section(section) | {"compute_dtype": own.get("compute_dtype")}
+    spelled = dict(grouped.FLAGS) if section["quant_method"] == "gptq" else {}
+    if "skip_modules" in own:
+        return _settings(values | {"skip_modules": own["skip_modules"]}, spelled)
+    values["skip_modules"] = section.get("modules_to_not_convert")
+    return _settings(values, {**spelled, "skip_modules": "modules_to_not_convert"})
 
 
 def _read_own(section: dict[str, Any]) -> QuantizationSettings:
     _check_schema(section)
+    _accepted("format", section.get("format"), f"one of {FORMATS}", lambda value: value in FORMATS)
     known = QuantizationSettings.__dataclass_fields__
-    values = {key: value for key, value in section.items() if key in known}
-    if values.get("format") not in FORMATS:
-        raise FormatError(f"quantization_config: format is {values.get('format')!r}, expected one of {FORMATS}")
-    for key in ("compute_dtype", "quant_storage"):
-        if values.get(key) is not None:
-            values[key] = dtype_of(values[key], key)
-    return QuantizationSettings(**values)
+    return _settings({key: value for key, value in section.items() if key in known}, {})
 
 
 def _own_entry(section: dict[str, Any]) -> dict[str, Any]:
@@ -193,16 +196,75 @@ def _own_entry(section: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _number(kind: type[Number], what: str, value: Any) -> Number:
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _patterns(value: Any) -> bool:
     try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise FormatError(f"quantization_config: {what} is {value!r}, expected a number") from None
+        return isinstance(value, list) and all(isinstance(each, str) and re.compile(each) for each in value)
+    except re.error:
+        return False
+
+
+_FLAG: tuple[str, Callable[[Any], bool]] = ("true or false", lambda value: isinstance(value, bool))
+# bitsandbytes keeps packed codes under these; a layer of qcore takes all of them.
+_STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What each setting may be: in words, and as a test.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "format": (f"one of {(*FORMATS, *GROUPED)}", lambda value: value in (*FORMATS, *GROUPED)),
+    "blocksize": ("a power of two from 32 to 4096", lambda value: _whole(value) and value in validate.BLOCKSIZES),
+    "nested": _FLAG,
+    "compute_dtype": ("float32, float16 or bfloat16", lambda value: value is None or value in validate.FLOATS),
+    "quant_storage": (f"one of {', '.join(map(name_of, _STORAGE))}", lambda value: value in _STORAGE),
+    "skip_modules": ("a list of names or regular expressions", lambda value: value is None or _patterns(value)),
+    "threshold": (
+        "a number from 0 on",
+        lambda value: (_whole(value) or isinstance(value, float)) and 0 <= value < math.inf,
+    ),
+    "experts": _FLAG,
+    "group_size": (
+        "-1 or a multiple of 8",
+        lambda value: _whole(value) and (value == -1 or (value > 0 and value % 8 == 0)),
+    ),
+    "symmetric": _FLAG,
+    "act_order": _FLAG,
+    "true_sequential": _FLAG,
+    "checkpoint_format": ("gptq, gptq_v2 or awq", lambda value: value in ("gptq", "gptq_v2", "awq")),
+}
+# What a section of bitsandbytes calls them.
+_OF_BITSANDBYTES = {
+    "blocksize": "qcore.blocksize",
+    "nested": "bnb_4bit_use_double_quant",
+    "compute_dtype": "bnb_4bit_compute_dtype",
+    "quant_storage": "bnb_4bit_quant_storage",
+    "skip_modules": "llm_int8_skip_modules",
+    "threshold": "llm_int8_threshold",
+}
+
+
+def _settings(values: dict[str, Any], spelled: Mapping[str, str]) -> QuantizationSettings:
+    """The settings of what a file states, by field; ``spelled`` has what the section calls a field, if not that."""
+    found = {}
+    for field, value in values.items():
+        what = spelled.get(field, field)
+        if field in ("compute_dtype", "quant_storage") and value is not None:
+            value = dtype_of(value, what)
+        found[field] = _accepted(what, value, *_ALLOWED[field])
+    return QuantizationSettings(**found)
+
+
+def _accepted(what: str, value: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
+    if not accepts(value):
+        raise FormatError(
+            f"quantization_config: {what} is {value!r}, expected {expected}; the file was changed by hand"
+        )
+    return value
 
 
 def _check_schema(section: dict[str, Any]) -> None:
     schema = section.get("schema", SCHEMA)
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if not _whole(schema) or schema > SCHEMA:
         raise FormatError(
             f"quantization_config: was written by a later qcore (schema {schema}, this one reads up to {SCHEMA}); "
             "upgrade qcore-quant"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 from qcore.errors import FormatError, InvalidArgument
+from qcore.formats.grouped import section_of
 from qcore.formats.plan import Options, make_plan
 from qcore.formats.quantization_config import QuantizationSettings, read_section, write_quantization
 from qcore.formats.quantize import quantize_checkpoint
@@ -134,11 +135,52 @@ def test_what_the_model_does_not_know_may_hold_a_nan(source: Path) -> None:
     assert load_file(source.parent / "out/model.safetensors")["model.extra"].isnan().all()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"qcore": 3}, "qcore is 3, expected an object"), ({"llm_int8_threshold": "six"}, "'six', expected a number")],
-)
-def test_a_section_that_was_changed_by_hand_is_refused(change: dict[str, Any], message: str) -> None:
-    section = write_quantization(QuantizationSettings("int8"), torch.float32)
+BAD_SECTIONS: list[tuple[QuantizationSettings, dict[str, Any], str]] = [
+    (QuantizationSettings("int8"), {"qcore": 3}, "qcore is 3, expected an object"),
+    (QuantizationSettings("int8"), {"llm_int8_threshold": "six"}, "llm_int8_threshold is 'six', expected a number"),
+    (QuantizationSettings("int8"), {"llm_int8_threshold": math.nan}, "llm_int8_threshold is nan, expected a number"),
+    (QuantizationSettings("int8"), {"llm_int8_skip_modules": 3}, "llm_int8_skip_modules is 3, expected a list"),
+    (QuantizationSettings("int8"), {"llm_int8_skip_modules": "lm_head"}, "skip_modules is 'lm_head', expected a list"),
+    (QuantizationSettings("int8"), {"llm_int8_skip_modules": ["*.up"]}, "expected a list of names or regular"),
+    (QuantizationSettings("nf4"), {"qcore": {"blocksize": math.inf}}, "qcore.blocksize is inf, expected a power of"),
+    (QuantizationSettings("nf4"), {"qcore": {"blocksize": 64.9}}, "qcore.blocksize is 64.9, expected a power of two"),
+    (QuantizationSettings("nf4"), {"bnb_4bit_use_double_quant": "no"}, "double_quant is 'no', expected true or false"),
+    (QuantizationSettings("nf4"), {"bnb_4bit_quant_type": "int8"}, "bnb_4bit_quant_type is 'int8', expected nf4 or"),
+    (QuantizationSettings("nf4"), {"bnb_4bit_quant_storage": "bool"}, "quant_storage is torch.bool, expected one of"),
+    (QuantizationSettings("nf4"), {"load_in_4bit": "false"}, "load_in_4bit is 'false', expected true or false"),
+    (QuantizationSettings("nf4", experts=True), {"blocksize": "x"}, "blocksize is 'x', expected a power of two"),
+    (QuantizationSettings("nf4", experts=True), {"threshold": "six"}, "threshold is 'six', expected a number"),
+    (QuantizationSettings("nf4", experts=True), {"skip_modules": 3}, "skip_modules is 3, expected a list"),
+    (QuantizationSettings("nf4", experts=True), {"compute_dtype": "int32"}, "is torch.int32, expected float32"),
+    (QuantizationSettings("nf4", experts=True), {"schema": "one"}, "later qcore"),
+    (QuantizationSettings("gptq"), {"sym": "yes"}, "sym is 'yes', expected true or false"),
+    (QuantizationSettings("gptq"), {"group_size": math.inf}, "group_size is inf, expected -1 or a multiple of 8"),
+    (QuantizationSettings("gptq"), {"qcore": {"skip_modules": "head"}}, "skip_modules is 'head', expected a list"),
+    (QuantizationSettings("awq"), {"qcore": {}, "modules_to_not_convert": "head"}, "modules_to_not_convert is 'head'"),
+    (QuantizationSettings("awq"), {"qcore": {"symmetric": 1}}, "symmetric is 1, expected true or false"),
+]
+
+
+@pytest.mark.parametrize(("settings", "change", "message"), BAD_SECTIONS)
+def test_a_section_that_was_changed_by_hand_is_refused(
+    settings: QuantizationSettings, change: dict[str, Any], message: str
+) -> None:
+    section = write_quantization(settings, torch.float32)
+    assert read_section(section).format == settings.format
     with pytest.raises(FormatError, match=message):
         read_section(section | change)
+
+
+@pytest.mark.parametrize("section", [3, "nf4", ["quant_method", "qcore"]])
+def test_a_section_that_is_no_object_is_refused(tmp_path: Path, section: Any) -> None:
+    (tmp_path / "quant_config.json").write_text(json.dumps(section))
+    for found in (section_of(tmp_path, {"quantization_config": section}), section_of(tmp_path, {})):
+        with pytest.raises(FormatError, match="expected an object"):
+            read_section(found)
+
+
+def test_what_other_writers_leave_out_or_write_as_null_is_at_its_default() -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "sym": None, "desc_act": None, "modules_to_not_convert": None}
+    assert read_section(gptq) == QuantizationSettings("gptq")
+    four_bit = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_threshold": 6}
+    assert read_section(four_bit) == QuantizationSettings("fp4", nested=False)
