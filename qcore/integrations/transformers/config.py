@@ -26,16 +26,22 @@ from qcore.ops import validate
 
 _STORAGE = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
-# Arguments that say what codes mean, and the field of the settings that each is.
-_BITS_4 = (("blocksize", "blocksize"), ("double_quant", "nested"), ("quant_storage", "quant_storage"))
-_OF_CODES = {"nf4": _BITS_4, "fp4": _BITS_4, "int8": (("threshold", "threshold"),), "gptq": (), "awq": ()}
+# Arguments that not every format has: the field of the settings that each is, and the formats that have it.
+_OF_FORMATS = {
+    "blocksize": ("blocksize", ("nf4", "fp4")),
+    "double_quant": ("nested", ("nf4", "fp4")),
+    "quant_storage": ("quant_storage", ("nf4", "fp4")),
+    "threshold": ("threshold", ("int8",)),
+    "compute_dtype": ("compute_dtype", ("nf4", "fp4", *GROUPED)),
+}
 
 
 class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` quantizes a model: ``quantization_config=qcore.QcoreConfig("nf4")``.
 
-    A checkpoint that is quantized already says itself how; of a configuration that is passed along with it, only
-    ``compute_dtype`` and ``fp32_cpu_offload`` count. ``format`` and whatever else is given have to be the checkpoint's.
+    A checkpoint that is quantized already says itself how: of a configuration that is passed along with it, only
+    ``compute_dtype`` changes anything. ``format`` and every other argument that is not at its default have to be what
+    the checkpoint was quantized with, and an argument that its format does not have is refused.
 
     Parameters
     ----------
@@ -148,7 +154,8 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ------
         InvalidArgument
             ``passed`` asks for something else than the codes are: another format, or an argument that is neither left
-            at its default nor what the checkpoint has.
+            at its default nor what the checkpoint has. Whether ``quantize_head`` is, and ``skip_modules`` where the
+            checkpoint lists none, the quantizer finds out from the tensors.
         """
         if passed.format != self.format:
             raise InvalidArgument(
@@ -156,9 +163,16 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "name the float checkpoint to quantize anew, or leave quantization_config out"
             )
         default, stored, asked = QuantizationSettings(passed.format), self.settings, passed.settings
-        for name, field in _OF_CODES[passed.format]:
+        for name, (field, formats) in _OF_FORMATS.items():
             value = getattr(asked, field)
-            if value not in (getattr(default, field), getattr(stored, field)):
+            if value == getattr(default, field):
+                continue
+            if passed.format not in formats:
+                raise InvalidArgument(
+                    f"from_pretrained: QcoreConfig has {name}={value}, which a checkpoint quantized to {passed.format} "
+                    "does not have; leave it out"
+                )
+            if name != "compute_dtype" and value != getattr(stored, field):
                 raise InvalidArgument(
                     f"from_pretrained: QcoreConfig has {name}={value}, the checkpoint was quantized with "
                     f"{getattr(stored, field)}; leave it out, or name the float checkpoint to quantize anew"
@@ -170,6 +184,7 @@ class QcoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"from_pretrained: QcoreConfig has skip_modules={sorted(unknown)}, but the checkpoint was quantized "
                 f"with {stored.skip_modules}; leave it out, or name the float checkpoint to quantize anew"
             )
+        self.quantize_head = passed.quantize_head
         if passed.compute_dtype is not None:
             self.settings = replace(self.settings, compute_dtype=passed.compute_dtype)
         self.fp32_cpu_offload = passed.fp32_cpu_offload

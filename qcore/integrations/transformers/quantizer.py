@@ -28,7 +28,8 @@ from qcore.ops import validate
 log = logging.get_logger(__name__)
 
 _QUANTIZED = (Linear4bit, Linear8bitLt, LinearInt4)
-# Tensors beside quantized weights: of bitsandbytes and qcore, of GPTQ and AWQ.
+# Tensors beside quantized weights: of bitsandbytes and qcore, of GPTQ and AWQ. A layer has one of the first three.
+_CODED = ("SCB", "weight.absmax", "qweight")
 _CODES = re.compile(r"\.(SCB|weight\.absmax|weight\.quant_state\..*|qweight)$")
 
 
@@ -143,9 +144,11 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             away = {"cpu", "disk"} if places - {"cpu", "disk"} else {"disk"}
             skips += [key for key, device in device_map.items() if str(device) in away and key]
         linear = architecture.linear_layers(model, skips)
-        if config.format in GROUPED:
-            plain = _stored_plain(model, linear, checkpoint_files or [])
+        if config.format in GROUPED:  # their sections do not list every layer that stays in floating point
+            plain = _stored(model, linear, checkpoint_files or [], ("weight",))
             linear = {name: layer for name, layer in linear.items() if name not in plain}
+        if self.pre_quantized:
+            self._check_asked(model, linear, checkpoint_files or [])
         takes_experts = config.settings.experts or not self.pre_quantized
         fused = experts.find(model, skips) if takes_experts else {}
         if not linear and not fused:
@@ -180,7 +183,25 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         asked = config.skip_modules or []
         names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
         architecture.check_patterns(names, asked, "QcoreConfig: skip_modules")
-        return [*([] if config.quantize_head else architecture.default_skips(model)), *asked]
+        quantizes_head = config.quantize_head and not self.pre_quantized
+        return [*([] if quantizes_head else architecture.default_skips(model)), *asked]
+
+    def _check_asked(self, model: Any, quantized: Iterable[str], files: list[str]) -> None:
+        """Refuse a configuration passed along with a checkpoint that asks for other layers than those with codes."""
+        config, head = self.quantization_config, model.get_output_embeddings()
+        name = next((name for name, module in model.named_modules() if module is head), "the output head")
+        fix = "leave it out, or name the float checkpoint to quantize anew"
+        if config.quantize_head and name not in quantized:
+            raise InvalidArgument(
+                f"from_pretrained: QcoreConfig has quantize_head=True, but {name} of the checkpoint is not quantized; "
+                f"{fix}"
+            )
+        left = set(architecture.linear_layers(model, [])) - set(quantized)
+        if config.skip_modules and (coded := _stored(model, left, files, _CODED)):
+            raise InvalidArgument(
+                f"from_pretrained: QcoreConfig has skip_modules={config.skip_modules}, but {min(coded)} of the "
+                f"checkpoint is quantized; {fix}"
+            )
 
     def get_quantize_ops(self) -> Any:
         from qcore.integrations.transformers.operations import Quantize
@@ -305,12 +326,14 @@ def _tensor_names(path: Path) -> list[str]:
     return []
 
 
-def _stored_plain(model: Any, names: Iterable[str], files: list[str]) -> set[str]:
-    """Those of the layers ``names`` whose float weights are in the checkpoint: GPTQ and AWQ do not list them all."""
+def _stored(model: Any, names: Iterable[str], files: list[str], kinds: tuple[str, ...]) -> set[str]:
+    """Those of the layers ``names`` of which the checkpoint has a tensor of ``kinds``, such as ``weight``."""
     stored = {name for path in map(Path, files) for name in _tensor_names(path)}
     prefix = f"{model.base_model_prefix}."
     spellings = {name: (name, prefix + name, name.removeprefix(prefix)) for name in names}
-    return {name for name, each in spellings.items() if any(f"{spelling}.weight" in stored for spelling in each)}
+    return {
+        name for name, each in spellings.items() if any(f"{one}.{kind}" in stored for one in each for kind in kinds)
+    }
 
 
 def _devices(device_map: Any) -> list[torch.device]:
