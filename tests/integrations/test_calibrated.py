@@ -131,14 +131,26 @@ def test_transformers_loads_generates_and_saves(tmp_path: Path, format_: str, op
     assert torch.allclose(logits(model.dequantize()), logits(again), atol=1e-4)
 
 
-def test_a_model_in_memory_becomes_what_its_checkpoint_becomes(tmp_path: Path) -> None:
+def test_a_model_in_memory_becomes_what_its_checkpoint_becomes(tmp_path: Path, monkeypatch: Any) -> None:
     source = save_model("qwen2", tmp_path / "float", torch.float32)
     out = quantize(source, tmp_path / "out", "gptq", symmetric=False)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     options = Options("gptq", group_size=8, symmetric=False, calibration="text")
     names = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
     floats = [weakref.ref(model.model.get_submodule(name).weight) for name in names]
-    assert quantize_model(model, IDS.split(8), options) is model
+    wide, left = [], []
+
+    def watched(*arguments: Any) -> Any:
+        found = quantize_block(*arguments)
+        wide.extend(weakref.ref(weight) for weight in found.wanted.values())
+        return found
+
+    def progress(done: int, count: int) -> None:
+        left.append((len(wide), sum(weight() is not None for weight in wide)))
+
+    monkeypatch.setattr("qcore.integrations.quantize_model.quantize_block", watched)
+    assert quantize_model(model, IDS.split(8), options, progress=progress) is model
+    assert left == [(7, 0), (14, 0), (21, 0)], "a block's weights in float32 are there when the next one begins"
     assert len(floats) == 21
     assert not any(weight() is not None for weight in floats), "what would be put back on failure is still there"
     model.save_pretrained(tmp_path / "saved")
