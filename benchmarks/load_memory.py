@@ -96,11 +96,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32", help="of what is not quantized")
     parser.add_argument("--gigabytes", type=float, help="make a checkpoint of this size instead of reading --model")
     parser.add_argument("--shards", type=int, default=4, help="files of that checkpoint")
-    parser.add_argument("--width", type=int, default=4096, help="hidden size of that checkpoint")
+    parser.add_argument("--width", type=int, default=4096, help="hidden size of that checkpoint, a multiple of 512")
+    parser.add_argument("--measure", choices=[*WHILE_LOADING, "gptq", "awq"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.gigabytes is None and len(options.formats) == 1:
-        found = measure(options.model, options.formats[0], getattr(torch, options.dtype))
-        print(f"{options.formats[0]}, {options.dtype}: {found}", flush=True)
+    if options.width < 512 or options.width % 512:  # four query heads of 128 share a key head
+        parser.error(f"--width is {options.width}, expected a multiple of 512")
+    if options.shards < 1:
+        parser.error(f"--shards is {options.shards}, expected at least 1")
+    if options.measure is not None:  # one of the processes below
+        found = measure(options.model, options.measure, getattr(torch, options.dtype))
+        print(f"{options.measure}, {options.dtype}: {found}", flush=True)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = options.model
@@ -111,7 +116,7 @@ def main() -> None:
             files = sorted(path.stat().st_size for path in folder.glob("*.safetensors"))
             print(f"checkpoint: {nbytes / 1e6:.1f} MB in {len(files)} files, the largest of {files[-1] / 1e6:.1f} MB")
         for format_ in options.formats:  # a process each: memory that one has freed would serve the next
-            command = [sys.executable, __file__, "--model", str(folder), "--formats", format_]
+            command = [sys.executable, __file__, "--model", str(folder), "--measure", format_]
             # Small tensors in maps of their own: what is freed is then returned, and not counted on.
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
             subprocess.run([*command, "--dtype", options.dtype], check=True, env=environment)
