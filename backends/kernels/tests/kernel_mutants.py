@@ -25,6 +25,7 @@ _TILES = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m320-k320-b
 _INT8_TILES = ("int8_gemm/L1/sizes",)
 _INT8_COLUMNS = ("int8_linear_transposed/L2/f16-rows-n192-k64",)
 _INT8_FEW = ("int8_linear_transposed/L1/f16-one-hot-m2-n96-k64",)
+_INT8_DEEP_TILES = ("int8_linear_transposed/L2/f16-tiles",)
 _PRODUCTS = ("gemm_4bit/L2/nf4-f16-rows", "gemm_4bit/L1/nf4-f16-one-hot-m1-k131-bs64")
 
 MUTANTS = (
@@ -323,5 +324,21 @@ MUTANTS = (
         "        for (int i = thread_index()",
         "int8_transposed.cu",
         _INT8_FEW,
+    ),
+    KernelMutant(
+        "first-column-of-a-block-ignored",
+        "int8_transposed.cu",
+        "column = first_column + slot % kPiecesAcross * 16;",
+        "column = slot % kPiecesAcross * 16;",
+        "int8_transposed.cu",
+        _INT8_DEEP_TILES,
+    ),
+    KernelMutant(
+        "a-stage-of-codes-less",
+        "tiled.cuh",
+        "kCodeStages = kStages - 1;",
+        "kCodeStages = kStages > 3 ? kStages - 2 : kStages - 1;",
+        "int8_transposed.cu",
+        _INT8_DEEP_TILES,
     ),
 )

@@ -15,6 +15,10 @@ from qcore_conformance.session import Session
 
 _OP = "int8_linear_transposed"
 _BOUNDED = ("QC-INT8-011", "QC-INT8-012")
+# N and K multiples of 32, more than 128 columns, and a depth that goes round any ring of tiles of 32 rows of W, or
+# takes several steps of 256, in one part and in two.
+_TILED = ((20, 640, 320), (40, 640, 320), (70, 416, 192))
+_FEW = ((5, 1056, 192), (12, 1056, 160), (3, 4096, 288))
 _RECIPROCAL = float.fromhex("0x1.020408p-7")
 I8 = NDArray[np.int8]
 
@@ -167,5 +171,8 @@ def cases() -> Iterator[Case]:
         )
         yield case("L2", f"{dtype}-odd-sizes", _bounded(dtype, odd), *_BOUNDED)
         yield case("L2", f"{dtype}-small", _small(dtype), *_BOUNDED, "QC-NUM-003")
+    for dtype in ("f16", "bf16"):
+        yield case("L2", f"{dtype}-tiles", _bounded(dtype, _TILED), *_BOUNDED)
+        yield case("L2", f"{dtype}-few-rows", _bounded(dtype, _FEW), *_BOUNDED)
     deep = ((1, 8192, 64), (4, 4099, 9), (17, 2050, 1088))
     yield case("L2", "bf16-deep", _bounded("bf16", deep), *_BOUNDED)
