@@ -49,8 +49,9 @@ struct Layout {
     static int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 };
 
-Arguments check_sizes(int32_t device, Arguments::Starts starts, int32_t dtype, int64_t m, int64_t n, int64_t k) {
-    Arguments arguments(kOp, device, starts);
+Arguments check_sizes(const char *op, int32_t device, Arguments::Starts starts, int32_t dtype, int64_t m, int64_t n,
+                      int64_t k) {
+    Arguments arguments(op, device, starts);
     arguments.dtype("dtype", dtype).count("m", m).count("n", n).count("k", k).at_most("k", k, kMaxK);
     arguments.extent("m, k", m, k).extent("n, k", n, k).extent("m, n", m, n);
     return arguments;
@@ -63,7 +64,7 @@ int64_t workspace_bytes_of(int32_t device, int64_t m, int64_t n, int64_t k) {
 }  // namespace
 
 qc_status int8_linear_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k, int64_t *bytes) {
-    const Arguments arguments = check_sizes(device, Arguments::Starts::nothing, dtype, m, n, k);
+    const Arguments arguments = check_sizes("workspace", device, Arguments::Starts::nothing, dtype, m, n, k);
     if (arguments.ok()) {
         *bytes = workspace_bytes_of(device, m, n, k);
     }
@@ -74,7 +75,7 @@ qc_status int8_linear(int32_t device, uintptr_t stream, int32_t dtype, int64_t m
                       uintptr_t b, uintptr_t col_stats, float threshold, int32_t bias_dtype, uintptr_t bias,
                       uintptr_t out, uintptr_t outliers, uintptr_t workspace, int64_t workspace_bytes) {
     return guarded(kOp, [&] {
-        Arguments arguments = check_sizes(device, Arguments::Starts::kernels, dtype, m, n, k);
+        Arguments arguments = check_sizes(kOp, device, Arguments::Starts::kernels, dtype, m, n, k);
         arguments.array("a", a, elements(m, k), dtype_size(dtype)).array("b", b, elements(n, k), 1);
         arguments.array("col_stats", col_stats, n, sizeof(float)).threshold("threshold", threshold);
         arguments.bias(bias_dtype, bias, dtype, n).array("out", out, elements(m, n), dtype_size(dtype));

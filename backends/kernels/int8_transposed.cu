@@ -346,8 +346,9 @@ struct Int8Transposed {
     }
 };
 
-Arguments check_sizes(int32_t device, Arguments::Starts starts, int32_t dtype, int64_t m, int64_t n, int64_t k) {
-    Arguments arguments(kOp, device, starts);
+Arguments check_sizes(const char *op, int32_t device, Arguments::Starts starts, int32_t dtype, int64_t m, int64_t n,
+                      int64_t k) {
+    Arguments arguments(op, device, starts);
     arguments.dtype("dtype", dtype).count("m", m).count("n", n).count("k", k);
     arguments.extent("m, n", m, n).extent("n, k", n, k).extent("m, k", m, k);
     return arguments;
@@ -357,7 +358,7 @@ Arguments check_sizes(int32_t device, Arguments::Starts starts, int32_t dtype, i
 
 qc_status int8_linear_transposed_workspace(int32_t device, int32_t dtype, int64_t m, int64_t n, int64_t k,
                                            int64_t *bytes) {
-    const Arguments arguments = check_sizes(device, Arguments::Starts::nothing, dtype, m, n, k);
+    const Arguments arguments = check_sizes("workspace", device, Arguments::Starts::nothing, dtype, m, n, k);
     if (arguments.ok()) {
         *bytes = m == 0 || k == 0 ? 0 : partial_bytes(m, k, parts_of(device, dtype, m, n, k));
     }
@@ -368,7 +369,7 @@ qc_status int8_linear_transposed(int32_t device, uintptr_t stream, int32_t dtype
                                  uintptr_t a, uintptr_t b, uintptr_t col_stats, uintptr_t out, uintptr_t workspace,
                                  int64_t workspace_bytes) {
     return guarded(kOp, [&] {
-        Arguments arguments = check_sizes(device, Arguments::Starts::kernels, dtype, m, n, k);
+        Arguments arguments = check_sizes(kOp, device, Arguments::Starts::kernels, dtype, m, n, k);
         arguments.array("a", a, elements(m, n), dtype_size(dtype)).array("b", b, elements(n, k), 1);
         arguments.array("col_stats", col_stats, n, sizeof(float));
         arguments.array("out", out, elements(m, k), dtype_size(dtype));
