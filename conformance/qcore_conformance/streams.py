@@ -66,6 +66,18 @@ def captured(call: Callable[[], None]) -> None:
     torch.cuda.synchronize()
 
 
+def current_device(device: torch.device) -> int | None:
+    """The calling thread's current device, by index; None where torch drives ``device`` by no runtime that has one."""
+    return torch.cuda.current_device() if device.type == "cuda" else None
+
+
+def leave_device(device: torch.device) -> None:
+    """Make a device other than ``device`` current in the calling thread, if there is one."""
+    if device.type == "cuda":
+        others = [index for index in range(torch.cuda.device_count()) if index != (device.index or 0)]
+        torch.cuda.set_device(others[0] if others else device.index or 0)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device, or on this host within the limit of its control group."""
     if device.type == "cuda":

@@ -10,6 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from qcore.backend import OPS
+from qcore.backend.abi import constants as QC
+from qcore.backend.abi import ffi
 from qcore.errors import InvalidArgument
 from qcore_conformance.cases import select
 from qcore_conformance.cli import main
@@ -139,3 +141,29 @@ def test_a_careless_library_is_caught_through_the_c_abi() -> None:
     assert [(row.mutant, row.outcome) for row in matrix.rows] == [(names[0], "failed"), (names[1], "crashed")]
     assert {control.backend for control in matrix.controls} == {"cpu"}
     assert matrix.exit_code == 0
+
+
+def test_only_what_is_marked_spoils_the_memory_functions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = native.Careless("abi-null-accepted", "contract", "QC-NUM-006", "It is wrong.", Outcome.FAILED)
+    marked = next(row for row in native.TABLE if row.name == "memory-full-writes")
+    monkeypatch.setattr(native, "TABLE", (row, marked))
+    made = native.native_mutants(tmp_path)
+    assert [mutant.control for mutant in made] == ["", str(tmp_path / f"{native.MEMORY_CONTROL}.so")]
+    libraries = [ffi.dlopen(mutant.spec) for mutant in made]
+    tables = [library.qcore_backend_open(QC.QC_ABI_MAJOR) for library in libraries]
+    assert [table.memory_free != ffi.NULL for table in tables] == [False, True]
+
+
+def test_a_memory_mutant_says_what_failed_last(tmp_path: Path) -> None:
+    (mutant,) = native.native_mutants(tmp_path, ("memory-full-writes",))
+    library = ffi.dlopen(mutant.control)  # as long as its table is in use
+    api = library.qcore_backend_open(QC.QC_ABI_MAJOR)
+
+    def said() -> str:
+        return ffi.string(api.last_error()).decode()
+
+    for _ in range(2):  # the same errors again
+        assert api.memory_kind(7, ffi.NULL) != 0
+        assert said().startswith("memory_kind: device")
+        assert api.describe(0, ffi.NULL) != 0
+        assert said().startswith("describe: ")

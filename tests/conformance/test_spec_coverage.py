@@ -197,9 +197,9 @@ def test_every_mutant_breaks_a_known_clause_and_op() -> None:
         assert mutant.clause in clauses, mutant.name
         assert mutant.ops, mutant.name
         assert set(mutant.ops) <= set(OPS), mutant.name
-    for name, op, clause, *_ in native.TABLE:
-        assert clause in clauses, name
-        assert op in (*OPS, "contract"), name
+    for row in native.TABLE:
+        assert row.clause in clauses, row.name
+        assert row.op in (*OPS, "contract"), row.name
 
 
 def test_every_op_has_mutants() -> None:

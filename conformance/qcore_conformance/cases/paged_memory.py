@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qcore_conformance import generators
+from qcore_conformance import generators, streams
 from qcore_conformance.model import Case, NotRun
 from qcore_conformance.session import Session
 
@@ -59,16 +59,22 @@ class Memory:
         self.good("memory_prefetch", self.stream, kind, address, size, to_host)
 
     def free_elsewhere(self, kind: int, address: int) -> None:
-        """On a thread that has not called anything yet."""
+        """On a thread that has not called anything yet, while another device is current there."""
         said: list[tuple[int, str]] = []
+        current: list[int | None] = []
 
         def free() -> None:
+            streams.leave_device(self.session.device)
+            current.append(streams.current_device(self.session.device))
             said.append((int(self.library.api.memory_free(self.index, kind, address)), self.library.last_error()))
+            current.append(streams.current_device(self.session.device))
 
         thread = threading.Thread(target=free)
         thread.start()
         thread.join()
         assert said[0][0] == 0, f"memory_free on another thread: status {said[0][0]}: {said[0][1]}"
+        before, after = current
+        assert after == before, f"memory_free left device {after} current, not {before} as it was"
 
     def tensor(self, address: int, size: int) -> torch.Tensor:
         """The device's view."""

@@ -92,6 +92,9 @@ const qc_api *qcore_backend_open(uint32_t abi_major) {
 #else
     (void)memory_prefetch;
 #endif
+#if defined(MUTANT_MEMORY_OP_DIFFERS)
+    table.dequantize_blockwise = dequantize_blockwise;
+#endif
 #elif defined(MUTANT_MESSAGE_MISSING)
     table.last_error = no_message;
 #elif defined(MUTANT_DEVICE_IGNORED)

@@ -36,8 +36,8 @@ def mutants(
 
         for mutant in all_mutants():
             click.echo(f"{mutant.name} [{mutant.clause}] {mutant.says} ({', '.join(mutant.ops)})")
-        for name, op, clause, says, _ in TABLE:
-            click.echo(f"{name} [{clause}] {says} ({op}, behind the C ABI)")
+        for row in TABLE:
+            click.echo(f"{row.name} [{row.clause}] {row.says} ({row.op}, behind the C ABI)")
         return
     try:
         matrix = _run_with_progress(names, ops, seed, jobs)

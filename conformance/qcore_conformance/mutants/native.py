@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,21 @@ from qcore_conformance.mutants.mutant import Mutant
 
 _SOURCE = Path(__file__).with_name("abi_mutants.c")
 _Q, _D = "quantize_4bit", "dequantize_4bit"
-TABLE: tuple[tuple[str, str, str, str, Outcome], ...] = (
+MEMORY_CONTROL = "memory-right"
+
+
+class Careless(NamedTuple):
+    """A library with one careless function; ``control``: the right one that it spoils, where that is not cpu's own."""
+
+    name: str
+    op: str
+    clause: str
+    says: str
+    expects: Outcome
+    control: str = ""
+
+
+_OPS: tuple[tuple[str, str, str, str, Outcome], ...] = (
     ("abi-blocksize-unchecked", _Q, "QC-NUM-005", "A blocksize that is not allowed is taken for 4096.", Outcome.FAILED),
     ("abi-count-unsigned", _Q, "QC-NUM-006", "A negative count is taken for no elements.", Outcome.FAILED),
     ("abi-null-accepted", _Q, "QC-NUM-006", "A null address returns success.", Outcome.FAILED),
@@ -57,6 +72,7 @@ MEMORY: tuple[tuple[str, str, str, Outcome], ...] = (
     ("memory-kind-not-served", _M1, "The kind that suits the device is refused.", Outcome.FAILED),
     ("memory-misaligned", _M2, "Pieces begin at multiples of 16.", Outcome.FAILED),
     ("memory-handed-out-twice", _M2, "A piece lies in one that was not given back.", Outcome.FAILED),
+    ("memory-op-differs", _M2, "An op rounds otherwise where its output is such memory.", Outcome.FAILED),
     ("memory-full-untyped", _M2, "No room is a defect of the library.", Outcome.FAILED),
     ("memory-full-writes", _M2, "No room writes address 0.", Outcome.FAILED),
     ("memory-prefetch-drops", _M3, "The last byte of what goes to the device is lost.", Outcome.FAILED),
@@ -70,8 +86,10 @@ MEMORY: tuple[tuple[str, str, str, Outcome], ...] = (
     ("memory-address-unchecked", _M5, "A prefetch of bytes at address 0 returns success.", Outcome.FAILED),
     ("memory-message-missing", _M5, "A refusal leaves no message.", Outcome.FAILED),
 )
-TABLE += tuple((name, "contract", clause, says, expects) for name, clause, says, expects in MEMORY)
-MEMORY_CONTROL = "memory-right"
+TABLE: tuple[Careless, ...] = (
+    *(Careless(*row) for row in _OPS),
+    *(Careless(name, "contract", clause, says, expects, MEMORY_CONTROL) for name, clause, says, expects in MEMORY),
+)
 
 
 def native_mutants(directory: Path, names: tuple[str, ...] = ()) -> list[Mutant]:
@@ -91,25 +109,34 @@ def native_mutants(directory: Path, names: tuple[str, ...] = ()) -> list[Mutant]
         raise BackendUnavailable(f"mutants of the C ABI spoil the cpu backend, which cannot be had: {error}") from error
     include = Path(qcore.__file__).parent / "include"
 
-    def compiled(name: str) -> str:
+    def compiled(name: str, control: str) -> str:
         library = directory / f"{name}.so"
         defines = ["-DMUTANT_" + name.removeprefix("abi-").upper().replace("-", "_"), f'-DREAL="{real}"']
-        defines += ["-DMEMORY"] if name.startswith("memory-") else []
+        defines += ["-DMEMORY"] if control == MEMORY_CONTROL else []
         command = [compiler, "-shared", "-fPIC", "-O1", *defines, f"-I{include}", "-o", str(library), str(_SOURCE)]
         done = subprocess.run([*command, "-ldl"], capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackendUnavailable(f"mutants of the C ABI: {compiler} failed on {_SOURCE.name}: {done.stderr}")
         return str(library)
 
-    chosen = [row for row in TABLE if not names or row[0] in names]
-    right = compiled(MEMORY_CONTROL) if any(op == "contract" for _, op, *_ in chosen) else ""
-    made = []
-    for name, op, clause, says, expects in chosen:
-        control = right if op == "contract" else ""
-        made.append(Mutant(name, says, clause, (op,), compiled(name), expects, native=True, control=control))
-    return made
+    chosen = [row for row in TABLE if not names or row.name in names]
+    controls = {row.control for row in chosen if row.control}
+    right = {"": "", **{name: compiled(name, name) for name in sorted(controls)}}
+    return [
+        Mutant(
+            row.name,
+            row.says,
+            row.clause,
+            (row.op,),
+            compiled(row.name, row.control),
+            row.expects,
+            native=True,
+            control=right[row.control],
+        )
+        for row in chosen
+    ]
 
 
 def names() -> list[str]:
     """The names of the native mutants."""
-    return [name for name, *_ in TABLE]
+    return [row.name for row in TABLE]
