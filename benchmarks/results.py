@@ -1,12 +1,12 @@
 """The figures of docs/results: gathered into JSON, and from there into the tables of its README.
 
     python benchmarks/results.py conformance build/reports    # what `make test` left there -> conformance.json
-    python benchmarks/results.py tables                       # demo.json, conformance.json -> README.md
+    python benchmarks/results.py tables                       # the JSON files -> README.md
     python benchmarks/results.py tables --check               # exit 1 if README.md says anything else
 
-``demo.json`` is written by ``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by
-``benchmarks/transformers_models.py``, ``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by
-``examples/qlora.py``.
+``cpu.json`` is written by ``qcore bench cpu``, ``demo.json`` by ``make demo ARGS="--json docs/results/demo.json"``,
+``transformers.json`` by ``benchmarks/transformers_models.py``, ``int4.json`` by ``benchmarks/int4_perplexity.py``,
+``qlora.json`` by ``examples/qlora.py``.
 """
 
 from __future__ import annotations
@@ -70,6 +70,49 @@ def conformance_table(tree: dict[str, Any]) -> str:
     killed = f"{m['mutants'] - m['survived']} of {m['mutants']}"
     right = f"{m['right_cases']} cases on {m['right_backends']} right backends"
     lines += ["", f"Mutants: {killed} killed, {m['false_alarms']} false alarms in {right}."]
+    return "\n".join(lines)
+
+
+def cpu_tables(tree: dict[str, Any]) -> str:
+    """Of `qcore bench cpu`: layers beside torch and bitsandbytes, products and the other ops beside the floor."""
+    said = tree["machine"]
+    disturbed = f"{said['others_cpu_share']:.0%} of the processor in the hands of other programs meanwhile"
+    ended = "" if tree["complete"] else "; ended before its last workload"
+    machine = f"{said['processor']}, {said['threads']} threads, {said['isa']}, {tree['started'][:10]}"
+    lines = [f"{machine}, {disturbed}{ended}."]
+    results = [row for row in tree["results"] if row["dtype"] in ("bf16", "int8") or row["m"] is None]
+    counts = sorted({row["m"] for row in results if row["op"] == "linear4bit"})
+    by_rows: dict[str, dict[tuple[str, str], dict[int, str]]] = {"layers": {}, "products": {}}
+    for row in results:
+        if row["m"] not in counts or row["op"] in ("host_cost", "alternate"):
+            continue
+        line = f"`{row['op']}` {row['variant']}", "x".join(map(str, row["shape"]))
+        layer = row["op"].startswith("linear")
+        over = "/".join(_times(row["ratios"], peer) for peer in ("torch bf16", "bitsandbytes"))
+        cell = over if layer else f"{row['timings']['qcore']['median'] * 1e3:.2f} ms, {row['floor']['over']:.1f}"
+        by_rows["layers" if layer else "products"].setdefault(line, {})[row["m"]] = cell
+    heads = {
+        "layers": "layers, speed over bfloat16 `nn.Linear` / over bitsandbytes",
+        "products": "ops in bfloat16 or int8, time and times the floor",
+    }
+    for kind, table in by_rows.items():
+        lines += ["", f"| {heads[kind]} | weight | {' | '.join(f'M={m}' for m in counts)} |"]
+        lines.append("|---|---|" + "---|" * len(counts))
+        for (op, shape), cells in table.items():
+            lines.append(f"| {op} | {shape} | {' | '.join(cells.get(m, '') for m in counts)} |")
+    lines += ["", "| op at 4096x4096 | dtype | ms | times the floor | over bitsandbytes |", "|---|---|---|---|---|"]
+    for row in results:
+        if row["m"] is None and row["shape"] == [4096, 4096]:
+            figures = f"{row['timings']['qcore']['median'] * 1e3:.2f}", f"{row['floor']['over']:.1f}"
+            peer = _times(row["ratios"], "bitsandbytes")
+            lines.append(f"| `{row['op']}` {row['variant']} | {row['dtype']} | {' | '.join(figures)} | {peer} |")
+    lines += ["", "| `Linear4bit` 64x64, one row, one thread | us | times `nn.Linear` | over bitsandbytes |"]
+    lines.append("|---|---|---|---|")
+    for row in results:
+        if row["op"] == "host_cost":
+            slower = f"{1 / row['ratios']['torch bf16']:.2f}"
+            peer = _times(row["ratios"], "bitsandbytes")
+            lines.append(f"| {row['variant']} | {row['timings']['qcore']['median'] * 1e6:.1f} | {slower} | {peer} |")
     return "\n".join(lines)
 
 
@@ -193,6 +236,7 @@ def training_table(tree: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "cpu": cpu_tables,
     "conformance": conformance_table,
     "demo": demo_table,
     "optimizers": optimizers_table,
