@@ -114,19 +114,6 @@ def templates(session: nox.Session) -> None:
     _conformance(session, "python_backend:TemplateBackend", "template-python", PYTHONPATH=str(folder))
 
 
-# Ops of the suite that reach every kernel file and the checks at the ABI, in a minute; the rest is `nox -s sanitizers`.
-LEAN_SANITIZERS = (
-    "quantize_4bit",
-    "quantize_blockwise",
-    "gemm_4bit",
-    "gemm_4bit_transposed",
-    "int8_linear_transposed",
-    "int8_quantize_rows",
-    "int8_scaled_gemm",
-    "optimizer_step",
-)
-
-
 def _sanitized(session: nox.Session) -> tuple[str, dict[str, str]]:
     """A build of cpu with AddressSanitizer and UndefinedBehaviorSanitizer, and what its process needs around it."""
     folder = ROOT / "build" / "sanitizers"
@@ -145,7 +132,8 @@ def _asan(session: nox.Session) -> dict[str, str]:
         session.run("g++", f"-print-file-name={name}", external=True, silent=True).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    return {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    # A case asks for more memory than there is: that is to be refused, not to end the process.
+    return {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
 
 
 @nox.session
@@ -172,10 +160,9 @@ def sanitizers(session: nox.Session) -> None:
 
 @nox.session
 def sanitizers_lean(session: nox.Session) -> None:
-    """Run the contract and the exact cases of a few ops on a build of cpu with ASan and UBSan, on its best path."""
+    """Run the suite on a build of cpu with ASan and UBSan, on its best path alone: what CI has time for."""
     library, env = _sanitized(session)
-    chosen = [word for op in LEAN_SANITIZERS for word in ("--op", op)]
-    _conformance(session, library, "sanitizers-lean", *chosen, "--level", "L0", "--level", "L1", **env)
+    _conformance(session, library, "sanitizers-lean", **env)
 
 
 @nox.session

@@ -74,11 +74,7 @@ struct RowsOfCodes {
     QC_DEVICE void fetch(Vector16 &to, int slot, int64_t first_row, int64_t at) const {
         const bool there = first_row + slot < n;
         const uint8_t *bytes = there ? w.bytes(first_row + slot, at) : w.bytes(0, 0);
-        if constexpr (Aligned) {
-            copy16_async(&to, bytes, there);
-        } else {
-            to = gather_sixteen_bytes(bytes, there ? 16 : 0);
-        }
+        fetch_piece<Aligned>(to, bytes, there ? 16 : 0);
     }
     template <int Threads>
     QC_DEVICE Carry begin(int thread, int64_t first_row, int64_t at, int64_t end) const {

@@ -43,11 +43,7 @@ struct ColumnsOfCodes {
         const int64_t column = first_column + slot % kSegments * kSegment;
         const bool there = column < w.k;
         const uint8_t *bytes = w.bytes(there ? at + slot / kSegments : 0, there ? column : 0);
-        if constexpr (Aligned) {
-            copy16_async(&to, bytes, there);
-        } else {
-            to = gather_sixteen_bytes(bytes, there ? 16 : 0);
-        }
+        fetch_piece<Aligned>(to, bytes, there ? 16 : 0);
     }
     template <int Threads>
     QC_DEVICE Carry begin(int thread, int64_t first_column, int64_t at, int64_t end) const {

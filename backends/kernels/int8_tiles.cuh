@@ -41,11 +41,7 @@ QC_DEVICE void fetch_int8(TilePieces<Rows> &to, const int8_t *matrix, int64_t fi
             const int64_t depth = at + 16 * p;
             const bool there = first + row < rows && depth < end;
             const int8_t *from = matrix + (there ? (first + row) * k + depth : 0);
-            if constexpr (Aligned) {
-                copy16_async(&to.at(row, p), from, there);
-            } else {
-                to.at(row, p) = gather_sixteen_bytes(from, there ? end - depth : 0);
-            }
+            fetch_piece<Aligned>(to.at(row, p), from, there ? end - depth : 0);
         }
     }
 }

@@ -89,11 +89,7 @@ struct TilesOfColumns {
         const int64_t column = first_column + slot % kPiecesAcross * 16;
         const bool there = column < w.k;
         const int8_t *codes = w.at(there ? at + slot / kPiecesAcross : 0, there ? column : 0);
-        if constexpr (Aligned) {
-            copy16_async(&to, codes, there);
-        } else {
-            to = gather_sixteen_bytes(codes, there ? 16 : 0);
-        }
+        fetch_piece<Aligned>(to, codes, there ? 16 : 0);
     }
     template <int Threads>
     QC_DEVICE Carry begin(int thread, int64_t, int64_t at, int64_t end) const {

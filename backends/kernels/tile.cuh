@@ -29,6 +29,17 @@ struct TilePieces {
     QC_DEVICE const Vector16 &at(int row, int p) const { return piece[row][place(row, p)]; }
 };
 
+// Brings the elements at `from` to a place in shared memory, where they are after the next wait_for_copies. Aligned:
+// all 16 bytes, or zeros if count is zero. Else count elements and zeros past them.
+template <bool Aligned, class T>
+QC_DEVICE void fetch_piece(Vector16 &to, const T *from, int64_t count) {
+    if constexpr (Aligned) {
+        copy16_async(&to, from, count > 0);
+    } else {
+        to = gather_sixteen_bytes(from, count);
+    }
+}
+
 // Sums of a tile on their way out, as many of its columns as there is room for. Four more of a row than it has: then a
 // wave's writes of 2 x 4 columns by 8 rows take each bank once.
 template <class Sum, int Rows>

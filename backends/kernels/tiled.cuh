@@ -69,11 +69,7 @@ QC_DEVICE void multiply_tile(const Weights &weights, const Activations<T> &x, in
                 if (Rows * kTilePieces % kThreads == 0 || i < Rows * kTilePieces) {
                     const bool there = first_column + row < x.m;
                     const T *from = x.x + (there ? (first_column + row) * x.k + at + 8 * p : 0);
-                    if constexpr (Aligned) {
-                        copy16_async(&held.x[stage].at(row, p), from, there);
-                    } else {
-                        held.x[stage].at(row, p) = gather_sixteen_bytes(from, there ? 8 : 0);
-                    }
+                    fetch_piece<Aligned>(held.x[stage].at(row, p), from, there ? 8 : 0);
                 }
             }
         }

@@ -241,18 +241,28 @@ class CffiBackend(Backend):
         self.prepare_gemm_4bit_transposed(weight)(A, out)
 
     def prepare_gemm_4bit_transposed(self, weight: Weight4bit) -> PreparedTransposed:
-        if self._functions["gemm_4bit_transposed"] is None:
-            raise self._unsupported("gemm_4bit_transposed")
-        packed = pack_4bit(weight)
-        n, k = weight.shape
+        packed = (pack_4bit(weight),)
+        return self._prepare_transposed("gemm_4bit_transposed", QC.QC_OP_GEMM_4BIT_TRANSPOSED, weight, packed)
+
+    def _prepare_transposed(
+        self, name: str, op: int, weight: Weight4bit | Weight8bit, packed: tuple[Any, ...]
+    ) -> PreparedTransposed:
+        """``packed`` is the weight as the function ``name`` takes it."""
+        function = self._functions[name]
+        if function is None:
+            raise self._unsupported(name)
+        n, k = weight.codes.shape if isinstance(weight, Weight8bit) else weight.shape
+        where, workspace_of, check, host = self._where, self._workspace, self._check, self._host
+        on_device = partial(_on_device, function)
 
         def gemm(A: Tensor, out: Tensor) -> None:
-            device, stream = self._where(A)
+            device, stream = where(A)
             dtype, m = DTYPES[A.dtype], out.numel() // k if k else 0
-            sizes = (m, n, k)
-            _scratch, *workspace = self._workspace(QC.QC_OP_GEMM_4BIT_TRANSPOSED, device, stream, dtype, *sizes, A)
-            pointers = (address(A), packed, address(out))
-            self._call("gemm_4bit_transposed", device, stream, dtype, *sizes, *pointers, *workspace)
+            _scratch, address, size = workspace_of(op, device, stream, dtype, m, n, k, A)
+            run = function if host or device == torch._C._cuda_getDevice() else on_device
+            status = run(device, stream, dtype, m, n, k, A.data_ptr(), *packed, out.data_ptr(), address, size)
+            if status:
+                check(status)
 
         # As in prepare_gemm_4bit: only addresses are held.
         gemm.weight = weight  # type: ignore[attr-defined]
@@ -323,12 +333,11 @@ class CffiBackend(Backend):
         return linear
 
     def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
-        device, stream = self._where(A)
-        dtype, (n, k) = DTYPES[A.dtype], W.codes.shape
-        sizes = (out.shape[0], n, k)
-        _scratch, *workspace = self._workspace(QC.QC_OP_INT8_LINEAR_TRANSPOSED, device, stream, dtype, *sizes, A)
-        pointers = (address(A), address(W.codes), address(W.scales), address(out))
-        self._call("int8_linear_transposed", device, stream, dtype, *sizes, *pointers, *workspace)
+        self.prepare_int8_linear_transposed(W)(A, out)
+
+    def prepare_int8_linear_transposed(self, W: Weight8bit) -> PreparedTransposed:
+        packed = (W.codes.data_ptr(), W.scales.data_ptr())
+        return self._prepare_transposed("int8_linear_transposed", QC.QC_OP_INT8_LINEAR_TRANSPOSED, W, packed)
 
     def int8_dequantize_rows(self, A: Tensor, row_stats: Tensor, *, out: Tensor) -> None:
         where = (*self._where(A), DTYPES[out.dtype])

@@ -58,7 +58,7 @@ class Description:
 
 # (A[M,K], bias[N] or None, out[M,N]) -> None; everything about the weight was checked and packed when it was made.
 PreparedGemm = Callable[[Tensor, "Tensor | None", Tensor], None]
-PreparedTransposed = Callable[[Tensor, Tensor], None]  # (A[M,N], out[M,K]), likewise
+PreparedTransposed = Callable[[Tensor, Tensor], None]  # (A[...,N], out[...,K]), likewise
 PreparedInt8 = Callable[[Tensor, float, "Tensor | None", Tensor, "Tensor | None"], None]
 
 
@@ -147,6 +147,10 @@ class Backend(ABC):
 
     def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
         raise self._unsupported("int8_linear_transposed")
+
+    def prepare_int8_linear_transposed(self, W: Weight8bit) -> PreparedTransposed:
+        """As :meth:`prepare_gemm_4bit`."""
+        return lambda A, out: self.int8_linear_transposed(A, W, out=out)
 
     def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
         raise self._unsupported("gemm_int4")

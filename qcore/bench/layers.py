@@ -103,7 +103,9 @@ def _backward(s: Shared, dtype: str, m: int, layers: Mapping[str, torch.nn.Modul
 
 
 def _gradient(layer: torch.nn.Module, x: Tensor) -> Call:
-    """The backward pass of a forward pass that took place once."""
+    """The backward pass of a forward pass that took place once, of a layer that had been called with such an input."""
+    for _ in range(2):  # the first call makes a handle, the second what the handle keeps
+        layer(x)
     x.requires_grad_()
     with torch.enable_grad():
         y = layer(x)

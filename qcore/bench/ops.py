@@ -15,9 +15,10 @@ from qcore.bench.measure import Call
 from qcore.bench.workload import BLOCKSIZE, BLOCKSIZE_8BIT, DTYPES, Build, Shared, Spec, Workload, nbytes
 from qcore.functional.codemaps import dynamic_code
 from qcore.ops import int8
-from qcore.ops.fourbit import dequantize_absmax, gemm_4bit_transposed, prepare_gemm_4bit, quantize_absmax
-from qcore.ops.int8_linear import int8_linear, int8_linear_transposed
+from qcore.ops.fourbit import dequantize_absmax, prepare_gemm_4bit, quantize_absmax
+from qcore.ops.int8_linear import int8_linear
 from qcore.ops.prepared_int4 import prepare_int4
+from qcore.ops.prepared_int8 import int8_back
 
 QUANT_TYPES = ("nf4", "fp4")
 GROUP_SIZE = 64  # of gemm_int4
@@ -162,8 +163,8 @@ def _gemm_4bit_transposed(dtype: str, m: int) -> Build:
         packed, state = s.once(
             "plain 4-bit", "nf4", make=lambda: F.quantize_4bit(s.weight("f32"), quant_type="nf4", blocksize=BLOCKSIZE)
         )
-        weight = state.weight(packed)
-        calls: dict[str, Call] = {"qcore": lambda: gemm_4bit_transposed(y, weight)}
+        handle = s.once("handle", "nf4", make=lambda: prepare_gemm_4bit(state.weight(packed)))
+        calls: dict[str, Call] = {"qcore": lambda: handle.transposed(y)}
         _with_plain_product(s, calls, y)
         return Workload(calls, nbytes(packed, state.absmax, y), m * k * y.element_size(), 2 * m * n * k, dtype)
 
@@ -280,7 +281,8 @@ def _int8_linear(dtype: str, m: int) -> Build:
 def _int8_linear_transposed(dtype: str, m: int) -> Build:
     def build(s: Shared) -> Workload:
         (n, k), (weight, rows), y = s.shape, s.codes(), s.normal(m, s.shape[0], dtype)
-        calls: dict[str, Call] = {"qcore": lambda: int8_linear_transposed(y, weight, rows)}
+        back = s.once("back", make=lambda: int8_back(weight, rows))
+        calls: dict[str, Call] = {"qcore": lambda: back(y)}
         _with_plain_product(s, calls, y)
         return Workload(calls, nbytes(weight, rows, y), m * k * y.element_size(), 2 * m * n * k, dtype)
 

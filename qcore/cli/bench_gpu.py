@@ -68,6 +68,11 @@ def gpu_command(
 
 def _print(chosen: Gpu, works: list[Work], measured: dict[Work, Measured | str], here: str | None) -> None:
     out = console(log_width=_WIDTH)
+    if here is None:
+        out.print(
+            f"This PyTorch ({torch.__version__}) sees no GPU: what follows is predicted, for another.",
+            soft_wrap=True,
+        )
     out.print(
         f"{chosen.name} ({chosen.arch}): {chosen.bandwidth / 1e12:.2f} TB/s, {chosen.f16 / 1e12:.0f} TFLOP/s in 16 "
         f"bits, {chosen.int8 / 1e12:.0f} TOP/s in int8; {' '.join(chosen.sources)}",

@@ -204,6 +204,27 @@ def default_skips(model: Any) -> list[str]:
     return sorted(get_keys_to_not_convert(model))
 
 
+def read_by_mixers(model: Any) -> list[str]:
+    """Small layers of Mamba's, Falcon Mamba's and Jamba's mixers, whose weight is multiplied without calling the layer.
+
+    ``dt_proj`` always, ``x_proj`` in the kernel of mamba_ssm that fuses a mixer in training on a GPU. That kernel, and
+    those of later models, read the large ``out_proj`` too: it is quantized, so they refuse it.
+    """
+    return [
+        f"{name}.{layer}"
+        for name, module in model.named_modules()
+        if hasattr(module, "A_log") and hasattr(module, "dt_proj")
+        for layer in ("dt_proj", "x_proj")
+    ]
+
+
+def is_in_a_list(model: torch.nn.Module, name: str) -> bool:
+    """Whether a module is inside a list of modules, as the layers of a model's blocks are."""
+    parts = name.split(".")
+    enclosing = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
+    return any(isinstance(module, torch.nn.ModuleList) for module in enclosing)
+
+
 def check_not_tied(model: Any, layers: Iterable[str]) -> None:
     """Refuse to quantize a layer that shares its weight with another module.
 

@@ -197,7 +197,8 @@ def _own_dtype(config: dict[str, Any]) -> str:
 
 
 def _skips(model: Any, options: Options) -> list[str]:
-    defaults = [] if options.quantize_head else architecture.default_skips(model)
+    head = [] if options.quantize_head else architecture.default_skips(model)
+    defaults = [*head, *architecture.read_by_mixers(model)]
     return sorted({*defaults, *architecture.resolve_skips(model, options.skip, defaults)})
 
 

@@ -79,9 +79,11 @@ def dequantized(weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
 def float_layer(layer: Quantized, dtype: torch.dtype, *, transposed: bool) -> nn.Module:
     """The ``nn.Linear``, or Transformers' ``Conv1D`` if ``transposed``, that computes what the dequantized layer does.
 
-    Parameters require gradients, as those of a model that was loaded in floating point do.
+    A weight that is not quantized is taken as it is. Parameters require gradients, as those of a model that was loaded
+    in floating point do.
     """
-    weight = dequantized(layer.weight, dtype)
+    coded = getattr(layer.weight, "is_coded", False)
+    weight = dequantized(layer.weight, dtype) if coded else layer.weight.data.to(dtype)
     new: Any
     if transposed:
         from transformers.pytorch_utils import Conv1D

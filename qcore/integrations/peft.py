@@ -1,26 +1,42 @@
 """LoRA on quantized layers: what PEFT builds for a :class:`~qcore.nn.Linear4bit` or :class:`~qcore.nn.Linear8bitLt`.
 
 PEFT takes a subclass of ``nn.Linear`` for one whose weight it may add to. ``import qcore`` puts a choice of its own
-before PEFT's, and lets PEFT's variants (DoRA) read a quantized weight; layers of other libraries go on as before.
+before PEFT's, and lets PEFT's variants (DoRA) read a quantized weight; layers of other libraries go on as before. Of
+PEFT's other methods it lets through what is known not to take codes for numbers: int8 codes have the weight's shape.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
-from typing import Any
+from functools import partial, wraps
+from importlib.util import find_spec
+from inspect import signature
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+)
 from peft.utils import integrations
 from torch import Tensor
 
 from qcore.errors import InvalidArgument, Unsupported
 from qcore.integrations.layers import dequantized
-from qcore.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from qcore.nn import Int8Params, Linear4bit, Linear8bitLt, LinearInt4, Params4bit
 from qcore.nn.coded import CodedParameter
+
+# Packages below peft.tuners whose layers call the quantized one and leave its weight alone, until they merge.
+_CALLING = (
+    "adalora", "beft", "boft", "c3a", "fourierft", "gralora", "ia3", "lily", "miss", "oft", "poly", "pvera", "randlora",
+    "road", "vblora", "vera", "waveft",
+)  # fmt: skip
 
 
 class LoraQuantizedLinear(Linear):  # type: ignore[misc]
@@ -122,9 +138,74 @@ def _dispatch(target: Any, adapter_name: str, config: Any, **options: Any) -> Lo
     return LoraQuantizedLinear(target, adapter_name, config=config, **options)
 
 
+def _quantized(module: Any) -> bool:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(layer, (Linear4bit, Linear8bitLt, LinearInt4))
+
+
+def _package(thing: Any) -> str:
+    """Where in ``peft.tuners`` the class of ``thing`` is, as in ``oft.layer``; the method's name stands first."""
+    return type(thing).__module__.removeprefix("peft.tuners.")
+
+
+def _check(tuner: BaseTuner, model: Any, config: Any, state: dict[str, Tensor] | None) -> None:
+    """Refuse a method of PEFT that would read or change codes as if they were a weight, before any layer is replaced.
+
+    Raises
+    ------
+    Unsupported
+        A method that is not known to leave the weight alone. Merging is refused when it is asked for.
+    """
+    method = _package(config).partition(".")[0]
+    bat = method == "miss" and config.init_weights == "bat"
+    if method == "lora" or (method in _CALLING and not bat):
+        return
+    # PEFT's own targets, found as inject_adapter finds them; a copy, since a program may use its configuration again.
+    config = tuner._prepare_adapter_config(copy.deepcopy(config), tuner.get_model_config(model))
+    config = _maybe_include_all_linear_layers(config, model)
+    for name, module in model.named_modules():
+        if not name or not _quantized(module):
+            continue
+        if state is None:
+            targeted = tuner._check_target_module_exists(config, name)
+        else:
+            targeted = any(key.startswith(f"{name}.") for key in state)
+        if not targeted or _decodes(method, module):
+            continue
+        why = "with init_weights='bat' reads" if bat else "is not known to leave alone"
+        raise Unsupported(
+            f"PEFT's {method} {why} the weight of {name}, which is quantized; dequantize() the model first, or use "
+            f"LoRA or one of {', '.join(_CALLING)}"
+        )
+
+
+def _decodes(method: str, module: Any) -> bool:
+    """Whether PEFT gives ``module`` its layer for bitsandbytes, which decodes: programs for bitsandbytes get those."""
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return _stands_in() and not isinstance(layer, LinearInt4) and find_spec(f"peft.tuners.{method}.bnb") is not None
+
+
+def _guard_merge(model: Any) -> None:
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer) or not _quantized(module):
+            continue
+        method, _, file = _package(module).partition(".")
+        # LoraQuantizedLinear and PEFT's layers for bitsandbytes decode the weight; PEFT's own LoRA is left as it is.
+        if method != "lora" and file != "bnb" and not isinstance(module, LoraQuantizedLinear):
+            module.merge = partial(_refuse_merge, method)
+
+
+def _refuse_merge(method: str, *arguments: Any, **options: Any) -> NoReturn:
+    raise Unsupported(
+        f"merge: PEFT's {method} would add to the codes of a quantized layer as if they were its weight; keep the "
+        "adapter beside it, or load the adapter on the dequantized model and merge there"
+    )
+
+
 def register() -> None:
     """Make PEFT choose :class:`LoraQuantizedLinear`; does nothing the second time."""
     theirs, dequantize = LoraModel._create_new_module, integrations.dequantize_bnb_weight
+    inject = BaseTuner.inject_adapter
     if getattr(theirs, "_knows_qcore", False):
         return
 
@@ -139,6 +220,14 @@ def register() -> None:
             return dequantize(weight, state=state)  # type: ignore[no-any-return]
         return dequantized(weight)
 
+    @wraps(inject)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *arguments: Any, **options: Any) -> None:
+        given = signature(inject).bind(self, model, adapter_name, *arguments, **options).arguments
+        _check(self, model, self.peft_config[adapter_name], given.get("state_dict"))
+        inject(self, model, adapter_name, *arguments, **options)
+        _guard_merge(model)
+
+    BaseTuner.inject_adapter = inject_adapter
     create._knows_qcore = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create)
     # By its name in the module: that is where PEFT's variants look it up.

@@ -67,7 +67,7 @@ def quantize_model(
     Unsupported
         Part of the model is offloaded.
     """
-    defaults = architecture.default_skips(model)
+    defaults = [*architecture.default_skips(model), *architecture.read_by_mixers(model)]
     skips = [*defaults, *skip_modules]
     names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
     architecture.check_patterns(names, skips[len(defaults) :], "quantize: skip_modules")

@@ -246,7 +246,7 @@ def gemm_4bit(A: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tens
     def run(A: Tensor, bias: Tensor | None) -> Tensor:
         return _gemm(A, weight, bias)
 
-    return product(A, bias, Factor(weight, run, gemm_4bit_transposed))
+    return product(A, bias, Factor(weight, run, lambda gradient: gemm_4bit_transposed(gradient, weight)))
 
 
 def gemm_4bit_transposed(A: Tensor, weight: Weight4bit) -> Tensor:
@@ -269,7 +269,7 @@ def gemm_4bit_transposed(A: Tensor, weight: Weight4bit) -> Tensor:
     def run(A: Tensor, _: Tensor | None) -> Tensor:
         return _gemm_transposed(A, weight)
 
-    return product(A, None, Factor(weight, run, gemm_4bit, transposed=True))
+    return product(A, None, Factor(weight, run, lambda gradient: gemm_4bit(gradient, weight), transposed=True))
 
 
 def prepare_gemm_4bit(

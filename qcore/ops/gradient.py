@@ -27,7 +27,7 @@ class Factor(NamedTuple):
 
     weight: Weight4bit
     multiply: Callable[[Tensor, Tensor | None], Tensor]
-    back: Callable[[Tensor, Weight4bit], Tensor]
+    back: Callable[[Tensor], Tensor]
     transposed: bool = False  # A W, without a bias, in place of A W^T
 
 
@@ -55,7 +55,7 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         wants_A, wants_bias, _ = ctx.needs_input_grad
         factor = ctx.factor
-        d_A = factor.back(gradient, factor.weight) if wants_A else None
+        d_A = factor.back(gradient) if wants_A else None
         d_bias = bias_gradient(gradient, ctx.bias_dtype) if wants_bias else None
         return d_A, d_bias, None
 

@@ -7,6 +7,7 @@ data; inside one op the shape of the result does not, so ``torch.compile`` sees 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,12 @@ from qcore.backend.interface import Weight8bit
 from qcore.backend.registry import backend_for
 from qcore.errors import InvalidArgument
 from qcore.ops import compose, validate
+from qcore.ops.gradient import bias_gradient
 from qcore.ops.int8 import int8_dequantize_rows, int8_quantize_rows
 from qcore.ops.library import register, register_autograd, traced
+
+Multiply = Callable[[Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+Gradient = Callable[[Tensor], Tensor]
 
 
 def int8_linear(
@@ -58,10 +63,63 @@ def int8_linear(
     wants_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (A, B, bias)
     )
-    if wants_gradient or traced(A, B, scales, bias):
+    if (wants_gradient and scales is None) or traced(A, B, scales, bias):
         out, outlier_cols = torch.ops.qcore.int8_linear(A, B, scales, bias, threshold)
         return out, outlier_cols
+    if wants_gradient and scales is not None:
+        codes, stats = B.detach(), scales
+
+        def multiply(A: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            return _forward(A, codes, stats, bias, threshold)
+
+        return record(
+            A, bias, multiply, lambda gradient: int8_linear_transposed(gradient, codes, stats), (codes, stats)
+        )
     return _forward(A, B, scales, bias, threshold)
+
+
+def _versions(parts: tuple[Tensor, Tensor]) -> list[int]:
+    """How often each was changed in place; tensors of inference mode do not count that."""
+    return [0 if part.is_inference() else part._version for part in parts]
+
+
+class Int8Product(torch.autograd.Function):
+    """``apply(A, bias, multiply, back, parts)``: ``multiply(A, bias)`` forward, ``back`` back.
+
+    ``parts`` are codes and scales of the weight. Every eager call with such a weight, prepared or not, so that all of
+    them save the same: nothing. Non-reentrant checkpoints count the saved tensors, and the second of two calls is a
+    prepared one. That the weight has not changed meanwhile, which autograd checks of what is saved, is checked here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, bias: Tensor | None, multiply: Multiply, back: Gradient, parts: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.back, ctx.parts, ctx.versions = back, parts, _versions(parts)
+        if bias is not None:
+            ctx.bias_dtype = bias.dtype
+        out, outlier_cols = multiply(A, bias)
+        ctx.mark_non_differentiable(outlier_cols)
+        ctx.set_materialize_grads(False)
+        return out, outlier_cols
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if gradient is None:
+            return None, None, None, None, None
+        if _versions(ctx.parts) != ctx.versions:
+            raise RuntimeError(
+                "int8_linear: the int8 weight or its scales were changed in place after the forward pass, and the "
+                "gradient needs them as they were; call backward() first"
+            )
+        wants_A, wants_bias, *_ = ctx.needs_input_grad
+        d_A = ctx.back(gradient) if wants_A else None
+        d_bias = bias_gradient(gradient, ctx.bias_dtype) if wants_bias else None
+        return d_A, d_bias, None, None, None
+
+
+# As in gradient.py: without the search for functorch's wrappers, for plain tensors outside transforms.
+record: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, Int8Product).apply
 
 
 def _plan(A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from qcore.backend.interface import Backend, PreparedGemm, Weight4bit
 from qcore.backend.registry import backend_for, selection
 from qcore.ops import compose, validate
+from qcore.ops.back import Back
 from qcore.ops.gradient import Factor, product, record
 from qcore.ops.library import is_batched
 from qcore.ops.weight4bit import checked_weight_values, planned_product, require_matrix
@@ -46,37 +47,10 @@ class _Ready(NamedTuple):
     bias_address: int
 
 
-class _Back:
-    """``dY W`` for a handle's weight, packed once; what is not plain goes the general way."""
-
-    __slots__ = ("_addresses", "_call", "_columns", "_general", "_selected")
-
-    def __init__(self, backend: Backend, weight: Weight4bit, general: Callable[[Tensor, Weight4bit], Tensor]) -> None:
-        self._general, self._columns, self._selected = general, weight.shape[1], selection()
-        self._addresses = (weight.packed.data_ptr(), weight.absmax.data_ptr())
-        served = backend.supports("gemm_4bit_transposed")
-        self._call = backend.prepare_gemm_4bit_transposed(weight) if served else None
-
-    def __call__(self, gradient: Tensor, weight: Weight4bit) -> Tensor:
-        if (
-            self._call is None
-            or type(gradient) is not Tensor
-            or not gradient.is_contiguous()
-            or gradient.is_neg()
-            or (gradient.requires_grad and is_grad_enabled())
-            or selection() is not self._selected
-            or (weight.packed.data_ptr(), weight.absmax.data_ptr()) != self._addresses
-            or gradient.device != weight.packed.device
-            or gradient.shape[-1] != weight.shape[0]
-            or is_compiling()
-            or _len_torch_dispatch_stack()
-            or peek_interpreter_stack() is not None
-            or is_batched(gradient)
-        ):
-            return self._general(gradient, weight)
-        out = gradient.new_empty((*gradient.shape[:-1], self._columns))
-        self._call(gradient, out)
-        return out
+def _back(backend: Backend, weight: Weight4bit, general: Callable[[Tensor, Weight4bit], Tensor]) -> Back:
+    served = backend.supports("gemm_4bit_transposed")
+    call = backend.prepare_gemm_4bit_transposed(weight) if served else None
+    return Back(call, lambda gradient: general(gradient, weight), (weight.packed, weight.absmax), weight.shape)
 
 
 class PreparedGemm4bit:
@@ -125,7 +99,7 @@ class PreparedGemm4bit:
             backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
         )
         addresses = (self._packed_address(), self._state.absmax.data_ptr())
-        factor = Factor(weight, self._run_any, _Back(backend, weight, self._back))
+        factor = Factor(weight, self._run_any, _back(backend, weight, self._back))
         return _Ready(selected, backend, prepare(weight), *addresses, device, factor, None, None, (), None, 0)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -161,10 +135,19 @@ class PreparedGemm4bit:
 
     def _traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """A tracer has to see where the weight comes from, not the copy of its address that was prepared."""
-        return product(x, bias, Factor(self._load(), self._run_any, self._back))
+        weight = self._load()
+        return product(x, bias, Factor(weight, self._run_any, lambda gradient: self._back(gradient, weight)))
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """``y @ W``, ``(..., N)`` to ``(..., K)``: what the backward pass of a product with this handle calls."""
+        return self._current().factor.back(y)
 
     def _slow(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the short path leaves out: modes, transforms, other layouts, a changed weight or backend."""
+        return product(x, bias, self._current().factor._replace(multiply=self._run_any))
+
+    def _current(self) -> _Ready:
+        """What is ready, prepared again if weight or backend have changed."""
         ready, selected = self._ready, selection()
         if (
             backend_for(self._packed.device) is not ready.backend
@@ -174,7 +157,7 @@ class PreparedGemm4bit:
             self._ready = self._prepared(self._load())
         elif selected is not ready.selection:
             self._ready = ready._replace(selection=selected)
-        return product(x, bias, self._ready.factor._replace(multiply=self._run_any))
+        return self._ready
 
     def _run_any(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of plain tensors, checked; what was found to fit is remembered for the short path."""

@@ -13,7 +13,8 @@ from torch._C._functorch import peek_interpreter_stack
 
 from qcore.backend.interface import PreparedInt8, Weight8bit
 from qcore.backend.registry import backend_for, selection
-from qcore.ops.int8_linear import int8_linear
+from qcore.ops.back import Back
+from qcore.ops.int8_linear import int8_linear, int8_linear_transposed, record
 from qcore.ops.library import is_batched, traced
 
 _DATA_PTR = (Tensor.data_ptr, ())  # the function, and the types that would override it
@@ -33,13 +34,22 @@ class _Ready(NamedTuple):
     columns: int
     bias: Tensor | None
     bias_address: int
+    back: Back
+
+
+def _multiply(ready: _Ready, x: Tensor, bias: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+    """The product of arguments that were found to fit."""
+    out = x.new_empty(ready.out_shape)
+    outliers = x.new_empty(ready.columns if threshold > 0.0 else 0, dtype=torch.uint8)
+    ready.call(x, threshold, bias, out, outliers if threshold > 0.0 else None)
+    return out, outliers
 
 
 class PreparedInt8Linear:
     """``handle.eager(x, bias, threshold) -> (x @ W.T + bias, outlier columns)`` for one weight.
 
     Arguments and results are those of :func:`~qcore.ops.int8_linear.int8_linear`, which also takes what the short path
-    leaves out: gradients, modes, transforms, other layouts. Each call compares the chosen backend, the weight's two
+    leaves out: modes, transforms, other layouts. Each call compares the chosen backend, the weight's two
     addresses and the device with those of the last one. It holds addresses, so a copy or a pickle of a handle is
     ``None``.
     """
@@ -57,7 +67,7 @@ class PreparedInt8Linear:
         ready = self._ready  # one read: another thread may replace it meanwhile
         if ready is None:
             return self._slow(x, bias, threshold)
-        selected, call, codes, scales, device, dtype, shape, out_shape, columns, known_bias, bias_address = ready
+        selected, _, codes, scales, device, dtype, shape, _, _, known_bias, bias_address, _ = ready
         if (
             type(x) is not Tensor
             or x.dtype is not dtype
@@ -73,17 +83,15 @@ class PreparedInt8Linear:
             or _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None
             or is_batched(x)
-            or (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         ):
             return self._slow(x, bias, threshold)
-        out = x.new_empty(out_shape)
-        outliers = x.new_empty(columns if threshold > 0.0 else 0, dtype=torch.uint8)
-        call(x, threshold, bias, out, outliers if threshold > 0.0 else None)
-        return out, outliers
+        if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return record(x, bias, partial(_multiply, ready, threshold=threshold), ready.back, ready.back.parts)
+        return _multiply(ready, x, bias, threshold)
 
     def _slow(self, x: Tensor, bias: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         out, outliers = int8_linear(x, self._codes, self._scales, bias, threshold)
-        if not out.requires_grad and not traced(x, self._codes, self._scales, bias):
+        if not traced(x, self._codes, self._scales, bias):
             self._ready = self._prepared(x, bias, out)
         return out, outliers
 
@@ -97,7 +105,32 @@ class PreparedInt8Linear:
         addresses = (self._codes_address(), scales.data_ptr())
         fits = bias is not None and bias.is_contiguous() and not bias.is_neg()
         known = (bias, bias.data_ptr()) if bias is not None and fits else (None, 0)
-        return _Ready(selection(), call, *addresses, x.device, x.dtype, x.shape, tuple(out.shape), x.shape[-1], *known)
+        known_bias, bias_address = known
+        return _Ready(
+            selection(),
+            call,
+            *addresses,
+            x.device,
+            x.dtype,
+            x.shape,
+            tuple(out.shape),
+            x.shape[-1],
+            known_bias,
+            bias_address,
+            int8_back(codes, scales),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def int8_back(codes: Tensor, scales: Tensor) -> Back:
+    """``dY W`` for one weight on the backend that serves it now; the arguments were checked."""
+    backend = backend_for(codes.device)
+    served = backend.supports("int8_linear_transposed")
+    call = backend.prepare_int8_linear_transposed(Weight8bit(codes, scales)) if served else None
+
+    def general(gradient: Tensor) -> Tensor:
+        return int8_linear_transposed(gradient, codes, scales)
+
+    return Back(call, general, (codes, scales), tuple(codes.shape))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
 
+from qcore.errors import InvalidArgument
 from qcore.optim.optimizer import Optimizer8bit
 from qcore.optim.settings import AllOptions
 from qcore.optim.state import UNSIGNED_FIRST, Moment
@@ -66,7 +67,7 @@ class Adagrad(Optimizer8bit):
 
 
 class Adagrad8bit(Adagrad):
-    """:class:`Adagrad` with 8-bit state."""
+    """:class:`Adagrad` with 8-bit state; ``optim_bits`` has to be 8, as in bitsandbytes."""
 
     bits = 8
 
@@ -83,6 +84,8 @@ class Adagrad8bit(Adagrad):
         min_8bit_size: int = 4096,
         **options: Unpack[AllOptions],
     ) -> None:
+        if optim_bits != 8:  # elsewhere 32 is the default of 8-bit classes too, and means nothing
+            raise InvalidArgument(f"{type(self).__name__}: optim_bits is {optim_bits}, this class keeps 8-bit state")
         super().__init__(
             params,
             lr,

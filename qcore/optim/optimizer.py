@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from qcore.ops.validate import FLOATS
 from qcore.optim import checkpoint
 from qcore.optim.batch import Batch, Member, check_gradient
 from qcore.optim.overrides import GlobalOptimManager
-from qcore.optim.settings import STRUCTURE, check_group, gather
+from qcore.optim.settings import ARGS, STRUCTURE, check_group, gather
 from qcore.optim.sharded import is_split, local, local_gradient, rank_of
 from qcore.optim.sharded_norms import limit_sharded
 from qcore.optim.state import Moment, State, bits_of, converted, fresh, is_signed
@@ -58,6 +59,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         settings["is_paged"] = settings["is_paged"] or self.paged
         self._begin()
         super().__init__(params, {**hyperparameters, **settings})
+
+    @property
+    def args(self) -> SimpleNamespace:
+        """The constructor's settings by bitsandbytes' names; a copy: parameter groups have those that count."""
+        return SimpleNamespace(**{name: self.defaults[name] for name in ARGS})
 
     def _begin(self) -> None:
         """What is not saved, copied or pickled: it is made again when it is needed."""

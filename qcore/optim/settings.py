@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from qcore.errors import InvalidArgument, Unsupported
+from qcore.errors import InvalidArgument
 
 
 class Options(TypedDict, total=False):
@@ -97,7 +97,8 @@ STRUCTURE = frozenset(
         *("optim_bits", "min_8bit_size"),
     }
 )
-_ARGS = ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros", "percentile_clipping", "block_wise")
+# What bitsandbytes' optimizers take, and show, as attributes of `args`.
+ARGS = ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros", "percentile_clipping")
 
 
 def gather(name: str, args: object, optim_bits: int, min_8bit_size: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,12 +108,14 @@ def gather(name: str, args: object, optim_bits: int, min_8bit_size: int, options
     take precedence.
     """
     given = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size, **options}
-    given.update({key: getattr(args, key) for key in _ARGS if hasattr(args, key)})
-    unknown = sorted(set(given) - {*DEFAULTS, *_ARGS})
+    given.update({key: getattr(args, key) for key in (*ARGS, "block_wise") if hasattr(args, key)})
+    unknown = sorted(set(given) - {*DEFAULTS, *ARGS, "block_wise"})
     if unknown:
         raise TypeError(f"{name}: unknown argument {', '.join(unknown)}; known options: {', '.join(sorted(DEFAULTS))}")
     if given.pop("block_wise", True) is not True:
-        raise Unsupported(f"{name}: block_wise=False is not supported: 8-bit state always has a scale a block of 256")
+        raise InvalidArgument(
+            f"{name}: block_wise=False is not supported: 8-bit state always has a scale a block of 256"
+        )
     return {**DEFAULTS, **given}
 
 
@@ -153,4 +156,4 @@ def parsed_betas(betas: Any) -> tuple[float, ...]:
 def refuse(name: str, argument: str, value: object, instead: str) -> None:
     """Raise if an argument that bitsandbytes takes and ignores was set."""
     if value:
-        raise Unsupported(f"{name}: {argument}={value!r} is not supported: {instead}")
+        raise InvalidArgument(f"{name}: {argument}={value!r} is not supported: {instead}")

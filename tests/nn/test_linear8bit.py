@@ -61,14 +61,27 @@ def test_the_state_names_codes_scales_and_outliers():
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_gradients_flow_to_input_and_bias(dtype, threshold):
     layer = quantized(threshold=threshold, dtype=dtype)
-    x, dy = activations(2, 5, 64, dtype=dtype).requires_grad_(), torch.randn(2, 5, 48).to(dtype)
-    layer(x).backward(dy)
     weight = f64(layer.weight.data) * f64(layer.weight.SCB)[:, None] / 127.0
-    gradient = f64(dy).reshape(-1, 48)
     unit = UNIT[dtype] if dtype != torch.float32 else 3 * 2.0**-24
-    total = np.abs(gradient) @ np.abs(weight)
-    assert_close(x.grad.reshape(-1, 64), gradient @ weight, total, 56, weight_unit=unit)
-    assert_close(layer.bias.grad, gradient.sum(0), np.abs(gradient).sum(0), 16)
+    for _ in range(3):  # the first call, one that prepares, and a prepared one
+        layer.bias.grad = None
+        x, dy = activations(2, 5, 64, dtype=dtype).requires_grad_(), torch.randn(2, 5, 48).to(dtype)
+        layer(x).backward(dy)
+        gradient = f64(dy).reshape(-1, 48)
+        total = np.abs(gradient) @ np.abs(weight)
+        assert_close(x.grad.reshape(-1, 64), gradient @ weight, total, 56, weight_unit=unit)
+        assert_close(layer.bias.grad, gradient.sum(0), np.abs(gradient).sum(0), 16)
+
+
+def test_a_gradient_of_a_prepared_call_has_a_gradient():
+    layer, x = quantized(bias=False), activations(3, 64).requires_grad_()
+    for _ in range(3):
+        dy = torch.randn(3, 48, requires_grad=True)
+        (d_x,) = torch.autograd.grad(layer(x), x, dy, create_graph=True)
+        upstream = torch.randn(3, 64)
+        (d_dy,) = torch.autograd.grad(d_x, dy, upstream)
+        weight = f64(layer.weight.data) * f64(layer.weight.SCB)[:, None] / 127.0
+        assert_close(d_dy, f64(upstream) @ weight.T, np.abs(f64(upstream)) @ np.abs(weight.T), 72)
 
 
 def test_training_goes_on_after_an_evaluation():
@@ -145,6 +158,18 @@ def test_a_changed_weight_is_noticed():
     assert torch.equal(layer(x), layer.bias.expand(3, 48))
     layer.weight = weight
     assert torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("part", ["weight", "scales"])
+def test_a_weight_that_changes_before_its_gradient_is_refused(calls, part):
+    layer, x = quantized(), activations(3, 64).requires_grad_()
+    for _ in range(calls):
+        y = layer(x)
+    with torch.no_grad():
+        (layer.weight if part == "weight" else layer.weight.SCB).zero_()
+    with pytest.raises(RuntimeError, match="changed in place after the forward pass"):
+        y.sum().backward()
 
 
 def fresh(layer, x):

@@ -15,7 +15,7 @@ from qcore.backend import Backend
 from qcore.backend.interface import Weight4bit
 from qcore.backend.registry import get_backend, use_backend
 from qcore.errors import InvalidArgument, InvalidDtype
-from qcore.ops.fourbit import PreparedGemm4bit, gemm_4bit, prepare_gemm_4bit
+from qcore.ops.fourbit import PreparedGemm4bit, gemm_4bit, gemm_4bit_transposed, prepare_gemm_4bit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -145,6 +145,13 @@ class TestPreparedHandle:
         expected = gemm_4bit(x, second)
         first.packed.data, first.absmax.data = second.packed.clone(), second.absmax.clone()
         assert torch.equal(handle(x), expected)
+
+    def test_moved_storage_of_the_gradients_weight(self, backend: Backend) -> None:
+        first, second = weight_of(8, 64), weight_of(8, 64, seed=1)
+        handle, y = prepare_gemm_4bit(first), random(2, 8)
+        handle.transposed(y)
+        first.packed.data, first.absmax.data = second.packed.clone(), second.absmax.clone()
+        assert torch.equal(handle.transposed(y), gemm_4bit_transposed(y, second))
 
     @pytest.mark.parametrize("replaced", ["packed", "absmax"])
     def test_a_live_owner(self, backend: Backend, replaced: str) -> None:

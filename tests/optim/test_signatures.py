@@ -75,6 +75,12 @@ def test_args_take_precedence() -> None:
     assert (defaults["max_unorm"], defaults["skip_zeros"]) == (0.5, True)
 
 
+def test_settings_can_be_read_as_bitsandbytes_has_them() -> None:
+    args = make("LAMB", max_unorm=0.5, optim_bits=8).args
+    assert (args.max_unorm, args.optim_bits, args.min_8bit_size) == (0.5, 8, 4096)
+    assert (args.skip_zeros, args.percentile_clipping) == (False, 100)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -94,11 +100,13 @@ def test_args_take_precedence() -> None:
         ("Adam", {"betas": (0.9,)}, "betas"),
         ("Adam", {"kahan": True, "stochastic_rounding": True}, "choose one"),
         ("Adam", {"seed": -1}, "seed is -1"),
+        ("Adagrad8bit", {"optim_bits": 32}, "Adagrad8bit: optim_bits is 32, this class keeps 8-bit state"),
     ],
     ids=str,
 )
 def test_what_cannot_be_honoured_is_refused(name: str, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises((InvalidArgument, Unsupported), match=message):
+    # bitsandbytes' exceptions: NotImplementedError where there would be no state, else ValueError.
+    with pytest.raises(Unsupported if "momentum is 0" in message else InvalidArgument, match=message):
         make(name, **arguments)
 
 

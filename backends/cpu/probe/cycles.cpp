@@ -7,9 +7,10 @@
 //
 // An instruction that takes twice as long beside one for port 0 needs port 0 itself, and the same for port 5. A cycle
 // is a third of a dependent multiplication of integers. The least of many short runs counts.
+#include "cycles.h"
+
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 
 #include "dispatch.h"
 #include "gemm_4bit_amx.h"
@@ -19,36 +20,6 @@ namespace qcore::cpu::QC_ISA {
 namespace {
 
 constexpr int kLoops = 2000;
-constexpr int kRuns = 1000;
-
-double seconds() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-template <class Function>
-double least_seconds(const Function &function) {
-    double least = 1;
-    for (int run = 0; run < kRuns; ++run) {
-        const double start = seconds();
-        function();
-        const double took = seconds() - start;
-        least = took < least ? took : least;
-    }
-    return least;
-}
-
-double cycle_seconds() {
-    long a = 1;
-    const long b = 3;
-    const double took = least_seconds([&] {
-        for (int i = 0; i < kLoops; ++i) {
-            asm volatile("imul %1, %0\nimul %1, %0\nimul %1, %0\nimul %1, %0" : "+r"(a) : "r"(b));
-        }
-    });
-    return took / kLoops / (4 * 3);
-}
 
 // Of one of eight independent pairs of instructions.
 #define QC_ONE(first, second, to) first " %[a], %[b], %%zmm" #to "\n" second
@@ -174,7 +145,7 @@ int main() {
         std::fprintf(stderr, "qcore_cpu_cycles: this processor has no AMX tiles\n");
         return 1;
     }
-    std::printf("%.2f GHz\n", 1e-9 / QC_ISA::cycle_seconds());
+    std::printf("%.2f GHz\n", 1e-9 / cycle_seconds());
     QC_ISA::print_instructions();
     QC_ISA::print_loops(16, 1024, "L1");
     QC_ISA::print_loops(256, 4096, "L2");

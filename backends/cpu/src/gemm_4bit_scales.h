@@ -15,6 +15,12 @@ namespace qcore::cpu::QC_ISA {
 //   load(n, rows, k0, count)   of elements k0 ... of the rows n ...; k0 and count are multiples of 64, count is at most
 //                              kScaleElements. Answers whether all blocks are regular.
 //   at(i)                      those of row n + i
+//   lies(n, rows)              where load() reads of all k elements of these rows, for fetching ahead
+struct Extent {
+    const char *first;
+    int64_t bytes;
+};
+
 template <class Weight, int kRows>
 class RowScales;
 
@@ -39,6 +45,13 @@ class RowScales<Gemm4Weight, kRows> {
         return regular;
     }
     typename Split<Gemm4Weight>::Scales at(int64_t i) const { return {values_ + i * stride_}; }
+    Extent lies(int64_t n, int64_t rows) const {
+        const int64_t first = n * w_.k >> w_.shift, count = rows * w_.k >> w_.shift;
+        if (w_.absmax != nullptr) {
+            return {reinterpret_cast<const char *>(w_.absmax + first), count * static_cast<int64_t>(sizeof(float))};
+        }
+        return {reinterpret_cast<const char *>(w_.codes + first), count};
+    }
 
    private:
     static void copy(const float *from, int64_t count, float *to) {
@@ -96,6 +109,10 @@ class RowScales<Int4Weight, kRows> {
         }
         const uint8_t *zero = w_.zeros != nullptr ? w_.zeros + (first_ + i) * w_.groups : kEights;
         return {made_.all + i * w_.groups, zero, 0, shift_, w_.groups};
+    }
+    Extent lies(int64_t n, int64_t rows) const {
+        const int64_t row = w_.groups * (w_.scale_dtype == QC_F32 ? 4 : 2);
+        return {static_cast<const char *>(w_.scales) + n * row, rows * row};
     }
 
    private:

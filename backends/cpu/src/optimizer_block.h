@@ -186,18 +186,21 @@ inline void decode_block(const StateBook &book, const Block &b, int s, float abs
     }
 }
 
+inline float compensation_of(float value, float rounded) {
+    const bool finite = (bits_of(rounded) & kMagnitude) < kInfinity;
+    return finite ? value - rounded : 0.0f;
+}
+
 // Writes b.moved back to parameter and compensation, except to kept elements (QC-OPT-004, -006).
 template <class T>
 inline void close_param(const Block &b, const Scratch &scratch, T *param, T *compensation) {
     for (int64_t i = 0; i < b.n; ++i) {
-        if (b.keeps && scratch.kept[i]) {
+        if (scratch.kept[i]) {
             continue;
         }
         param[i] = from_float<T>(b.moved[i]);
         if (compensation != nullptr) {
-            const float high = to_float(param[i]);
-            const bool finite = (bits_of(high) & kMagnitude) < kInfinity;
-            compensation[i] = from_float<T>(finite ? b.moved[i] - high : 0.0f);
+            compensation[i] = from_float<T>(compensation_of(b.moved[i], to_float(param[i])));
         }
     }
 }
@@ -214,14 +217,31 @@ inline void narrow(const float *from, int64_t n, T *to) {
     }
 }
 
+// The same with a compensation: what is not finite has none.
+template <class T>
+inline void narrow(const float *from, int64_t n, T *to, T *compensation) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Float value = load(from + i);
+        store(to + i, value);
+        store(compensation + i, finite_or_zero(value - load(to + i)));
+    }
+    for (; i < n; ++i) {
+        to[i] = from_float<T>(from[i]);
+        compensation[i] = from_float<T>(compensation_of(from[i], to_float(to[i])));
+    }
+}
+
 template <class T>
 inline void close_param_of(const Block &b, const Scratch &scratch, const OptimizerTensor &t) {
     T *param = static_cast<T *>(t.param) + b.start;
-    if (t.compensation == nullptr && !b.keeps) {
-        narrow(b.moved, b.n, param);
+    T *compensation = t.compensation == nullptr ? nullptr : static_cast<T *>(t.compensation) + b.start;
+    if (b.keeps) {
+        close_param(b, scratch, param, compensation);
+    } else if (compensation != nullptr) {
+        narrow(b.moved, b.n, param, compensation);
     } else {
-        T *compensation = static_cast<T *>(t.compensation);
-        close_param(b, scratch, param, compensation == nullptr ? nullptr : compensation + b.start);
+        narrow(b.moved, b.n, param);
     }
 }
 

@@ -3,8 +3,9 @@
 // Memory picture, fp32 parameters: one pass over the data, block by block of 256 elements, everything between reading
 // and writing in L1. Per element 8-bit Adam reads 4 (gradient) + 4 (parameter) + 2 (codes) bytes and writes 4 + 2: 16
 // bytes where 32-bit Adam moves 28. The floor is that traffic. Beside it stands, for 16 elements with AVX-512, work for
-// about 31 cycles of the two vector ports (benchmarks/port_counts.py): of some 62 operations 13 decode, 26 encode, 23
-// are the rule's. The divider takes 22 of these cycles for a square root and a quotient; IEEE results leave no room for
+// about 32 cycles of the two vector ports (benchmarks/port_counts.py): of some 62 operations 13 decode, 26 encode, 23
+// are the rule's. The divider takes 22 cycles for a square root and a quotient, which overlap with the rest only in
+// part (probe/step_cycles.cpp): 40 to 54 cycles in all, more than the traffic takes. IEEE results leave no room for
 // approximations.
 //
 // A block takes two loops: the first goes from old states and gradient to new states, the second to the parameter, and

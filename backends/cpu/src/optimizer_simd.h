@@ -5,6 +5,7 @@
 //   minimum(a, b), add(a, b)    signed integers, by lane
 //   bits(x)                     the bits of a Float
 //   maximum_unsigned(a, b), highest_unsigned(a)  by lane and over all lanes
+//   finite_or_zero(x)           0 in place of infinities and NaN
 //   TableDecoder, SymmetricDecoder  objects: kGroup codes -> 4 vectors table[code]
 //   StateCodes(codes, lines)    object: encode<kFloored>(kGroup values, their scale, codes) (QC-Q8-004, QC-OPT-021)
 #ifndef QCORE_CPU_OPTIMIZER_SIMD_H
@@ -34,6 +35,9 @@ inline Int bits(Float x) { return _mm512_castps_si512(x); }
 inline Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline Int maximum_unsigned(Int a, Int b) { return _mm512_max_epu32(a, b); }
 inline uint32_t highest_unsigned(Int a) { return _mm512_reduce_max_epu32(a); }
+inline Float finite_or_zero(Float x) {
+    return _mm512_maskz_mov_ps(_mm512_cmplt_epi32_mask(magnitude(x), _mm512_set1_epi32(kInfinity)), x);
+}
 
 #elif defined(__AVX2__)
 
@@ -48,6 +52,10 @@ inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
 inline Int bits(Float x) { return _mm256_castps_si256(x); }
 inline Int broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
 inline Int maximum_unsigned(Int a, Int b) { return _mm256_max_epu32(a, b); }
+inline Float finite_or_zero(Float x) {
+    const Int finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(kInfinity), magnitude(x));
+    return _mm256_and_ps(_mm256_castsi256_ps(finite), x);
+}
 
 #else
 
@@ -69,6 +77,10 @@ inline Int broadcast_int(int32_t x) { return Int{x, x, x, x}; }
 inline Int maximum_unsigned(Int a, Int b) {
     typedef uint32_t Unsigned __attribute__((vector_size(16)));
     return reinterpret_cast<Unsigned>(a) > reinterpret_cast<Unsigned>(b) ? a : b;
+}
+inline Float finite_or_zero(Float x) {
+    const Int finite = magnitude(x) < broadcast_int(kInfinity);  // a lane that compares true is -1
+    return reinterpret_cast<Float>(bits(x) & finite);
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <fstream>
@@ -18,18 +19,40 @@
 namespace qcore::cpu {
 namespace {
 
-// A team of any size works through the chunks: each thread takes the next one until there is none.
+// A team of any size works through the chunks, which are dealt out like cards: each thread takes the next one of its
+// own hand, then of the others', until there is none.
 struct Work {
+    static constexpr int64_t kMostHands = 16;
+    struct alignas(64) Hand {
+        std::atomic<int64_t> next{0};
+    };
+
     ChunkFunction function;
     const void *context;
     int64_t n_chunks;
-    std::atomic<int64_t> next{0};
+    int64_t most;  // members
+    int64_t hands;
+    pthread_t caller = pthread_self();
+    std::atomic<int64_t> members{1};  // the caller is number 0 in every call
+    Hand hand[kMostHands];
+
+    Work(ChunkFunction f, const void *c, int64_t n, int64_t max_threads)
+        : function(f), context(c), n_chunks(n), most(std::min(max_threads, n)), hands(std::min(most, kMostHands)) {}
 
     void run() {
         const IeeeArithmetic ieee;
-        for (int64_t chunk = next.fetch_add(1, std::memory_order_relaxed); chunk < n_chunks;
-             chunk = next.fetch_add(1, std::memory_order_relaxed)) {
-            function(context, chunk);
+        const bool first = pthread_equal(pthread_self(), caller) != 0;
+        const int64_t member = first ? 0 : members.fetch_add(1, std::memory_order_relaxed);
+        if (member >= most) {  // more than can do something, or than the caller has scratch for
+            return;
+        }
+        for (int64_t turn = 0; turn < hands; ++turn) {
+            const int64_t mine = (member + turn) % hands;
+            std::atomic<int64_t> &next = hand[mine].next;
+            for (int64_t chunk = mine + hands * next.fetch_add(1, std::memory_order_relaxed); chunk < n_chunks;
+                 chunk = mine + hands * next.fetch_add(1, std::memory_order_relaxed)) {
+                function(context, chunk, member);
+            }
         }
     }
     static void run_member(void *work) { static_cast<Work *>(work)->run(); }
@@ -142,11 +165,14 @@ int64_t thread_limit(uintptr_t stream) {
 }
 
 void run_chunks(int64_t n_chunks, int64_t max_threads, ChunkFunction function, const void *context) {
-    Work work{function, context, n_chunks};
     if (n_chunks <= 1 || max_threads <= 1) {
-        work.run();
+        const IeeeArithmetic ieee;
+        for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+            function(context, chunk, 0);
+        }
         return;
     }
+    Work work(function, context, n_chunks, max_threads);
     const OpenMp &omp = openmp();
     if (omp.parallel != nullptr && !fork_state.happened.load(std::memory_order_relaxed)) {
         // Always the full team, even for two chunks: libgomp ends the threads that a smaller region leaves out, and

@@ -18,21 +18,36 @@ namespace qcore::cpu {
 // this big.
 inline constexpr int64_t kMinChunkNanoseconds = 10000;
 
-using ChunkFunction = void (*)(const void *context, int64_t chunk);
+// `member`: which thread of the call this is, less than max_threads and n_chunks; no two have the same.
+using ChunkFunction = void (*)(const void *context, int64_t chunk, int64_t member);
 
 // The number of threads that a call may use: `stream` as qcore_backend.h defines it for a host.
 int64_t thread_limit(uintptr_t stream);
 
-// Calls function(context, chunk) once for each chunk from 0 to n_chunks - 1, in any order, on at most max_threads
-// threads, and returns when all are done. Each runs under IEEE arithmetic: nearest even, denormals kept, whatever the
-// caller's control register says (torch.set_flush_denormal; QC-NUM-001). The function must not throw.
+// Calls function(context, chunk, member) once for each chunk from 0 to n_chunks - 1, in any order, on at most
+// max_threads threads, and returns when all are done. A thread prefers the chunks whose number is its own modulo the
+// threads, so that it finds what it read in the last such call in its own cache, then takes what others left. Each runs
+// under IEEE arithmetic: nearest even, denormals kept, whatever the caller's control register says
+// (torch.set_flush_denormal; QC-NUM-001). The function must not throw.
 void run_chunks(int64_t n_chunks, int64_t max_threads, ChunkFunction function, const void *context);
 
 template <class Function>
 void parallel_for(int64_t n_chunks, int64_t max_threads, const Function &function) {
     run_chunks(
         n_chunks, max_threads,
-        [](const void *context, int64_t chunk) { (*static_cast<const Function *>(context))(chunk); }, &function);
+        [](const void *context, int64_t chunk, int64_t) { (*static_cast<const Function *>(context))(chunk); },
+        &function);
+}
+
+// The same with function(chunk, member).
+template <class Function>
+void parallel_for_members(int64_t n_chunks, int64_t max_threads, const Function &function) {
+    run_chunks(
+        n_chunks, max_threads,
+        [](const void *context, int64_t chunk, int64_t member) {
+            (*static_cast<const Function *>(context))(chunk, member);
+        },
+        &function);
 }
 
 // A blockwise op over n elements: function(first, last) for runs of whole blocks, about kChunkElements each. Threads

@@ -15,6 +15,7 @@
 namespace qcore::cpu {
 
 constexpr int64_t kScratchAlign = 64;
+constexpr int64_t kApart = 2048;  // between what two threads write: a processor fetches the next lines too
 // A call that needs no more than this takes it from its stack: a 4-bit product of 64 columns, K = 384 and 16 rows does.
 // To bring a workspace costs a caller in Python as much time as such a product itself takes.
 constexpr int64_t kScratchOnStack = 128 << 10;
@@ -24,11 +25,12 @@ inline int64_t round_up(int64_t x, int64_t unit) { return ceil_div(x, unit) * un
 // Of a 4-bit weight: to decode it, and to multiply it by each row.
 inline double nanoseconds_of_4bits(int64_t rows) { return 0.1 + 0.02 * static_cast<double>(rows); }
 
-// Scratch: the packed X, then a part for each range of columns.
+// Scratch: the packed X, then a part for each thread, which computes one range of columns after the other in it.
 struct ProductPlan {
     int64_t rows;     // of X at a time
     int64_t columns;  // of a range
     int64_t ranges;
+    int64_t parts;  // ranges that are computed at a time, at most
     int64_t packed_bytes;
     int64_t range_bytes;
 
@@ -39,11 +41,12 @@ struct ProductPlan {
         const double work = static_cast<double>(p.k + 1) * nanoseconds(rows);
         columns = range_length(p.n, Kernels::kColumns, work, threads);
         ranges = ceil_div(p.n, columns);
+        parts = ranges < threads ? ranges : threads;
         packed_bytes = round_up(kernels.packed_bytes(p, rows), kScratchAlign);
-        range_bytes = round_up(kernels.scratch_bytes(p, rows, columns), kScratchAlign);
+        range_bytes = round_up(kernels.scratch_bytes(p, rows, columns), kScratchAlign) + kApart;
     }
 
-    int64_t bytes() const { return packed_bytes + ranges * range_bytes; }
+    int64_t bytes() const { return packed_bytes + parts * range_bytes; }
     // What the caller has to bring.
     int64_t workspace_bytes() const { return bytes() <= kScratchOnStack ? 0 : bytes() + kScratchAlign; }
 };
@@ -51,7 +54,7 @@ struct ProductPlan {
 template <class Problem, class Kernels>
 void run_product(const Problem &p, const Kernels &kernels, const ProductPlan &plan, int64_t threads, char *scratch) {
     constexpr double kPackNanoseconds = 0.1;
-    char *ranges = scratch + plan.packed_bytes;
+    char *parts = scratch + plan.packed_bytes;
     for (int64_t row0 = 0; row0 < p.m; row0 += plan.rows) {
         const int64_t rows = row0 + plan.rows < p.m ? plan.rows : p.m - row0;
         if (plan.packed_bytes > 0) {
@@ -62,10 +65,10 @@ void run_product(const Problem &p, const Kernels &kernels, const ProductPlan &pl
                 }
             });
         }
-        parallel_for(plan.ranges, threads, [&](int64_t range) {
+        parallel_for_members(plan.ranges, threads, [&](int64_t range, int64_t member) {
             const int64_t n0 = range * plan.columns;
             const int64_t n1 = n0 + plan.columns < p.n ? n0 + plan.columns : p.n;
-            kernels.multiply(p, row0, rows, n0, n1, scratch, ranges + range * plan.range_bytes);
+            kernels.multiply(p, row0, rows, n0, n1, scratch, parts + member * plan.range_bytes);
         });
     }
 }

@@ -3,9 +3,9 @@
 // A tile of X is sixteen of its rows by 64 bytes, as they lie in memory; a tile of W sixteen pairs of its rows by
 // sixteen columns (gemm_4bit_pairs.h, int8_pairs.h). Regular rows and panels only, as in gemm_4bit_amx.h.
 //
-// Memory picture: a panel, 64 columns of 512 rows of W or fewer, is decoded into 64 KiB of scratch (L2), a pair of its
+// Memory picture: a panel, 64 columns of 288 rows of W or fewer, is decoded into 36 KiB of scratch (L2), a pair of its
 // tile columns at a time is held in L1 and meets every tile of X of that span, two tiles of sums in registers
-// (tiles.h). Meanwhile, a few pairs of rows between two tile products, the next panel is decoded into other 64 KiB: the
+// (tiles.h). Meanwhile, a few pairs of rows between two tile products, the next panel is decoded into other 36 KiB: the
 // tile unit keeps its pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in
 // scratch between spans (L2), so that X is read once for a slice, and a line of W is used up while it is in L2.
 #ifndef QCORE_CPU_TRANSPOSED_AMX_H
@@ -18,9 +18,7 @@
 
 namespace qcore::cpu::QC_ISA {
 
-constexpr int64_t kPairTile = 32;   // rows of W of a tile
-constexpr int64_t kMostSpan = 512;  // rows of W at a time, at most
-constexpr int64_t kPairPanelBytes = kMostSpan * kPairColumns * 2;
+constexpr int64_t kPairTile = 32;             // rows of W of a tile
 constexpr int64_t kPairSumBytes = 512 << 10;  // of a slice, about
 
 inline int64_t transposed_groups(int64_t rows) { return (rows + kTile - 1) / kTile; }
@@ -39,9 +37,23 @@ inline int64_t transposed_tile_bytes(int64_t rows, int64_t k) {
     return (k + kPairTile - 1) / kPairTile * transposed_groups(rows) * transposed_tile_rows(rows) * kTileRowBytes;
 }
 
+// Rows of W at a time.
 template <class Weight>
-inline int64_t transposed_scratch_bytes(int64_t rows, int64_t columns) {
-    return 2 * kPairPanelBytes + kMostSpan * PairDecoder<Weight>::kScales * static_cast<int64_t>(sizeof(float)) +
+inline int64_t transposed_span(int64_t rows, int64_t columns, int64_t k) {
+    return even_span(k, PairDecoder<Weight>::span(rows, columns), kPairTile);
+}
+
+inline int64_t transposed_panel_bytes(int64_t span) { return span * kPairColumns * 2; }
+
+template <class Weight>
+inline int64_t transposed_scale_bytes(int64_t span) {
+    return span * PairDecoder<Weight>::kScales * static_cast<int64_t>(sizeof(float));
+}
+
+template <class Weight>
+inline int64_t transposed_scratch_bytes(const TransposedProduct<Weight> &p, int64_t rows, int64_t columns) {
+    const int64_t span = transposed_span<Weight>(rows, p.n, p.k);
+    return 2 * transposed_panel_bytes(span) + transposed_scale_bytes<Weight>(span) +
            transposed_slice(rows, columns) / kTile * transposed_groups(rows) * kTileBytes;
 }
 
@@ -59,11 +71,12 @@ inline int64_t transposed_span_tiles(int64_t k, int64_t k0, int64_t span) {
 
 // Packs group `group` of the `rows` rows from `x` on, k elements each.
 template <class Weight>
-inline void pack_transposed_x(const Weight &w, const Bfloat *x, int64_t rows, int64_t k, int64_t group,
+inline void pack_transposed_x(const TransposedProduct<Weight> &p, const Bfloat *x, int64_t rows, int64_t group,
                               uint8_t *tiles) {
+    const int64_t k = p.k;
     const int64_t groups = transposed_groups(rows);
     const int64_t height = transposed_tile_rows(rows);
-    const int64_t span = PairDecoder<Weight>::span(rows);
+    const int64_t span = transposed_span<Weight>(rows, p.n, k);
     for (int64_t k0 = 0; k0 < k; k0 += span) {
         const int64_t count = transposed_span_tiles(k, k0, span);
         uint8_t *out = tiles + transposed_x_tile(k0, groups, height, group, count);
@@ -73,7 +86,7 @@ inline void pack_transposed_x(const Weight &w, const Bfloat *x, int64_t rows, in
                 const int64_t first = k0 + t * kPairTile;
                 const int64_t left = row >= rows ? 0 : k - first;
                 const auto valid = static_cast<__mmask32>(left >= kPairTile ? 0xffffffffu : (1u << left) - 1);
-                const __m512i v = TransposedWeight<Weight>::x_pairs(w, x + row * k + first, first, valid);
+                const __m512i v = TransposedWeight<Weight>::x_pairs(p.w, x + row * k + first, first, valid);
                 _mm512_storeu_si512(out + (t * height + i) * kTileRowBytes, v);
             }
         }
@@ -118,13 +131,13 @@ class TransposedTiles {
           rows_(rows),
           n0_(n0),
           n1_(n1),
-          span_(PairDecoder<Weight>::span(rows)),
+          span_(transposed_span<Weight>(rows, p.n, p.k)),
           groups_(transposed_groups(rows)),
           height_(transposed_tile_rows(rows)),
           x_(x),
           panels_(static_cast<uint8_t *>(scratch)),
-          scales_(reinterpret_cast<float *>(panels_ + 2 * kPairPanelBytes)),
-          sums_(reinterpret_cast<uint8_t *>(scales_ + kMostSpan * PairDecoder<Weight>::kScales)),
+          scales_(reinterpret_cast<float *>(panels_ + 2 * transposed_panel_bytes(span_))),
+          sums_(reinterpret_cast<uint8_t *>(scales_) + transposed_scale_bytes<Weight>(span_)),
           decoder_(p) {}
 
     template <class OddPanel>
@@ -170,7 +183,7 @@ class TransposedTiles {
         target_.n = first_ + panel * kPairColumns;
         target_.row = 0;
         target_.end = transposed_span_tiles(p_.k, target_.k0, span_) * kPairTile;
-        target_.out = panels_ + (item & 1) * kPairPanelBytes;
+        target_.out = panels_ + (item & 1) * transposed_panel_bytes(span_);
         const int64_t rows = p_.k - target_.k0 < span_ ? p_.k - target_.k0 : span_;
         if (panel == 0) {
             odd_ |= decoder_.prepare(target_.k0, rows, first_, end_, scales_);
@@ -182,24 +195,25 @@ class TransposedTiles {
     }
 
     void decode_pairs(int64_t pairs) {
+        if (target_.row >= target_.end) {
+            return;
+        }
         // Copies, which the compiler keeps in registers: a store to scratch might change any member.
         const PairDecoder<Weight> decoder = decoder_;
         const Target target = target_;
-        const int64_t k = p_.k;
         const int64_t panel = (target.n - first_) / kPairColumns;
         const int64_t end = target.row + 2 * pairs < target.end ? target.row + 2 * pairs : target.end;
         const int64_t stride = column_bytes();
-        bool regular = true;
-        for (int64_t row = target.row; row < end; row += 2) {
-            uint8_t *out = target.out + row / 2 * kTileRowBytes;
-            __m512i v[kPairVectors] = {};
-            if (target.k0 + row < k) {
-                regular &= decoder.decode(target.k0 + row, target.n, panel, target.ahead, v);
-            }
+        uint8_t *out = target.out + target.row / 2 * kTileRowBytes;
+        const auto put = [&](int64_t i, const __m512i *v) {
+            uint8_t *to = out + i * kTileRowBytes;
+#pragma GCC unroll 4
             for (int j = 0; j < kPairVectors; ++j) {
-                _mm512_store_si512(out + j * stride, v[j]);
+                _mm512_store_si512(to + j * stride, v[j]);
             }
-        }
+        };
+        const bool regular =
+            decoder.decode(target.k0 + target.row, (end - target.row) / 2, target.n, panel, target.ahead, put);
         odd_ |= static_cast<uint32_t>(!regular) << panel;
         target_.row = end;
     }
@@ -213,7 +227,7 @@ class TransposedTiles {
         for (int64_t item = 0; item < items; ++item) {
             const int64_t k0 = item / panels * span_;
             const int64_t count = transposed_span_tiles(p_.k, k0, span_);
-            const uint8_t *w = panels_ + (item & 1) * kPairPanelBytes;
+            const uint8_t *w = panels_ + (item & 1) * transposed_panel_bytes(span_);
             int64_t pairs = 0;  // of the next panel, a step
             if (item + 1 < items) {
                 begin(item + 1, panels);

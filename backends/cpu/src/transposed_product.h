@@ -1,9 +1,8 @@
 // X W: which of the ways to compute it this instruction set takes for a shape. Only the kernel files of its ops include
 // it, after the header of their weight.
 //  - transposed_rows.h: sums of rows in float32; every instruction set, every dtype, every value.
-//  - the same with bfloat16 products, and transposed_amx.h (tiles): bfloat16 only, and only where no denormal can
-//  arise.
-//    Rows and columns where one can are computed again in float32.
+//  - the same with bfloat16 products, transposed_few.h (in registers) and transposed_amx.h (tiles): bfloat16 only, and
+//    only where no denormal can arise. Rows and columns where one can are computed again in float32.
 //  - one row of X, where the weight has a way of its own for it: in float32 for every dtype.
 #ifndef QCORE_CPU_TRANSPOSED_PRODUCT_H
 #define QCORE_CPU_TRANSPOSED_PRODUCT_H
@@ -11,6 +10,7 @@
 #include "irregular_rows.h"
 #include "qcore_backend.h"
 #include "transposed_amx.h"
+#include "transposed_few.h"
 #include "transposed_rows.h"
 
 namespace qcore::cpu::QC_ISA {
@@ -45,14 +45,21 @@ int64_t float_scratch_bytes(const TransposedProduct<Weight> &p, int64_t rows) {
 #if defined(__AVX512BF16__)
 
 template <class Weight>
+inline bool has_few_rows(const TransposedProduct<Weight> &p) {
+    return p.m <= kFewRows;
+}
+
+template <class Weight>
 int64_t packed_bytes(const TransposedProduct<Weight> &p, int64_t rows) {
     if (p.dtype != QC_BF16 || streams(p)) {
         return 0;
     }
+    if (has_few_rows(p)) {
+        return kFlagBytes + rows * few_row_bytes(p.k);
+    }
 #if defined(__AMX_BF16__)
     return kFlagBytes + transposed_tile_bytes(rows, p.k);
 #else
-    (void)rows;
     return kFlagBytes;
 #endif
 }
@@ -63,22 +70,31 @@ void pack(const TransposedProduct<Weight> &p, int64_t row0, int64_t rows, int64_
     auto *flags = static_cast<uint8_t *>(packed);
     flag_rows(x, rows, p.k, group, flags,
               [&](const Bfloat *row) { return TransposedWeight<Weight>::irregular_row(p.w, row, p.k); });
+    if (has_few_rows(p)) {
+        pack_few_rows(p.w, x, rows, p.k, flags + kFlagBytes);
+        return;
+    }
 #if defined(__AMX_BF16__)
-    pack_transposed_x(p.w, x, rows, p.k, group, flags + kFlagBytes);
+    pack_transposed_x(p, x, rows, group, flags + kFlagBytes);
 #endif
 }
 
 template <class Weight>
 int64_t scratch_bytes(const TransposedProduct<Weight> &p, int64_t rows, int64_t columns) {
     const int64_t exact = float_scratch_bytes(p, rows);
-#if defined(__AMX_BF16__)
-    if (p.dtype == QC_BF16 && !streams(p)) {
-        const int64_t tiles = transposed_scratch_bytes<Weight>(rows, columns);
-        return tiles > exact ? tiles : exact;
+    if (p.dtype != QC_BF16 || streams(p)) {
+        return exact;
     }
+    int64_t paired = 0;
+    if (has_few_rows(p)) {
+        paired = few_scratch_bytes<Weight>(rows);
+    } else {
+#if defined(__AMX_BF16__)
+        paired = transposed_scratch_bytes(p, rows, columns);
 #endif
+    }
     (void)columns;
-    return exact;
+    return paired > exact ? paired : exact;
 }
 
 template <class Weight>
@@ -92,8 +108,11 @@ void multiply_bf16(const TransposedProduct<Weight> &p, int64_t row0, int64_t row
     const auto odd_panel = [&](int64_t first, int64_t end) {
         multiply_in_float<Bfloat>(p, row0, rows, first, end, scratch);
     };
+    if (has_few_rows(p)) {
+        multiply_few_rows(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+    } else
 #if defined(__AMX_BF16__)
-    if (p.k > 0) {
+        if (p.k > 0) {
         TransposedTiles<Weight>(p, row0, rows, n0, n1, flags + kFlagBytes, scratch).run(odd_panel);
     } else
 #endif

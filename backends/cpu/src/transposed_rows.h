@@ -78,14 +78,12 @@ struct RowsInBf16 {
         if (decoder_.split()) {
             regular = decoder_.prepare(k0, count, n, n + width, scales_) == 0;
         }
-        for (int64_t i = 0; i < count; i += 2, out += kRowPanel) {
-            __m512i v[kPairVectors];
-            regular &= decoder_.decode(k0 + i, n, 0, ahead, v);
+        const bool decoded = decoder_.decode(k0, (count + 1) / 2, n, 0, ahead, [&](int64_t i, const __m512i *v) {
             for (int j = 0; j < kPairVectors; ++j) {
-                _mm512_storeu_si512(out + 16 * j, v[j]);
+                _mm512_storeu_si512(out + i * kRowPanel + 16 * j, v[j]);
             }
-        }
-        return regular;
+        });
+        return regular && decoded;
     }
     // A row of scratch has room for whole vectors.
     void convert(const Bfloat *x, int64_t k0, int64_t count, float *out) const {

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 # The C ABI by hand, for a process that starts at once: the entry's table has a name and then functions. With an
 # argument it calls an op on that device, at addresses that nothing reads.
 PROGRAM = """
-import ctypes, sys
+import ctypes, os, sys
 library = ctypes.CDLL(sys.argv[1])
 library.qcore_backend_open.restype = ctypes.POINTER(ctypes.c_void_p)
 table = library.qcore_backend_open(1)
@@ -35,6 +35,9 @@ if status == 0 and len(sys.argv) > 2:
     op = ctypes.CFUNCTYPE(ctypes.c_int32, *kinds)(table[11])  # dequantize_absmax
     status = op(device, 64, 4096, 4096, 4096, 4096, 1000, 256, 4096)
     print("status", status, last_error().decode() if status else "")
+    if os.environ.pop("FAKE_HIP_LAUNCH", None) and status:
+        print("left", ctypes.CDLL("libamdhip64.so.6").hipGetLastError())
+        print("again", op(device, 64, 4096, 4096, 4096, 4096, 1000, 256, 4096))
 """
 
 
@@ -104,9 +107,11 @@ def test_a_call_goes_to_the_kernels_of_the_devices_wave_size(runtime: Path, arch
     assert "2 512 stream 0x40" in text
 
 
-def test_an_error_of_a_launch_comes_back_as_text(runtime: Path) -> None:
+def test_an_error_of_a_launch_comes_back_as_text_and_stays_with_no_one(runtime: Path) -> None:
     text = said(runtime, "gfx1100:32", "0", FAKE_HIP_LAUNCH="9")
     assert "status 5 dequantize_absmax: hipErrorInvalidConfiguration: a fake error" in text
+    assert "left 0" in text
+    assert text.endswith("again 0")
 
 
 def test_another_current_device_is_refused(runtime: Path) -> None:
@@ -147,7 +152,7 @@ def test_a_device_that_reads_the_hosts_memory_takes_it(runtime: Path) -> None:
 
 def test_every_entry_of_the_table_leads_somewhere() -> None:
     program = """
-import ctypes, sys
+import ctypes, os, sys
 library = ctypes.CDLL(sys.argv[1])
 library.qcore_backend_open.restype = ctypes.POINTER(ctypes.c_void_p)
 table = library.qcore_backend_open(1)

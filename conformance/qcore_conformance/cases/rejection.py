@@ -92,7 +92,14 @@ def _call_with_workspace(library: Any, op: str, s: Session) -> CCall:
     """The first of several sizes for which the library asks for scratch."""
     from qcore_conformance import capi
 
-    for product in ((3, 5, 96), (1, 1024, 1024), (70, 130, 1000), (5, 2048, 2048), (1, 4096, 4096)):
+    for product in (
+        (3, 5, 96),
+        (1, 1024, 1024),
+        (70, 130, 1000),
+        (5, 2048, 2048),
+        (1, 4096, 4096),
+        (512, 5, 96),
+    ):
         call = capi.valid_call(op, s.rng, product=product)
         if library.workspace_bytes(call, capi.DTYPE_CODES["f16"]):
             return call

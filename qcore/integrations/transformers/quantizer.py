@@ -184,7 +184,9 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
         architecture.check_patterns(names, asked, "QcoreConfig: skip_modules")
         quantizes_head = config.quantize_head and not self.pre_quantized
-        return [*([] if quantizes_head else architecture.default_skips(model)), *asked]
+        head = [] if quantizes_head else architecture.default_skips(model)
+        # Another writer's folder without a list may have codes of what mixers multiply themselves.
+        return [*head, *([] if self.pre_quantized else architecture.read_by_mixers(model)), *asked]
 
     def _check_asked(self, model: Any, quantized: Iterable[str], files: list[str]) -> None:
         """Refuse a configuration passed along with a checkpoint that asks for other layers than those with codes."""
@@ -221,18 +223,35 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.broken:
             more = f" (and {len(self.broken) - 1} more)" if len(self.broken) > 1 else ""
             raise FormatError(f"the checkpoint does not fit: {self.broken[0]}{more}")
-        missing = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, _QUANTIZED) and not getattr(module.weight, "is_coded", False)
-        ]
-        if missing:
+        quantized = {name: module for name, module in model.named_modules() if isinstance(module, _QUANTIZED)}
+        missing = [name for name, module in quantized.items() if not getattr(module.weight, "is_coded", False)]
+        # A model of another class than the checkpoint's may have layers of its own: a head, which is to be trained. One
+        # of a list of blocks is none.
+        adds_layers = type(model).__name__ not in (model.config.architectures or [])
+        inside = any(architecture.is_in_a_list(model, name) for name in missing)
+        if missing and adds_layers and not inside and len(missing) < len(quantized):
+            self._keep_float(model, missing)
+        elif missing:
             raise FormatError(f"{len(missing)} layers have no quantized weight in the checkpoint: {missing[:4]}")
         self._keep_names(model)
         # What PEFT, Accelerate and the Trainer ask.
         model.is_loaded_in_4bit = self.quantization_config.format in ("nf4", "fp4")
         model.is_loaded_in_8bit = self.quantization_config.format == "int8"
         return model
+
+    def _keep_float(self, model: Any, names: list[str]) -> None:
+        """Leave layers that the checkpoint has no weight for as the model class begins with them."""
+        from accelerate.hooks import add_hook_to_module
+
+        for name in names:
+            layer = model.get_submodule(name)
+            new: nn.Module = layers.float_layer(layer, layer.weight.dtype, transposed=name in self.transposed)
+            if hasattr(layer, "_hf_hook"):
+                add_hook_to_module(new, layer._hf_hook)
+            model.set_submodule(name, new)
+        log.warning(f"qcore leaves {', '.join(names)} in floating point: the checkpoint has no weights for them")
+        config = self.quantization_config
+        config.settings = replace(config.settings, skip_modules=sorted({*(config.settings.skip_modules or ()), *names}))
 
     def take(self, model: Any, settings: QuantizationSettings, dtype: torch.dtype, transposed: set[str]) -> None:
         """Become the quantizer of a model in memory, whose layers have been exchanged.
