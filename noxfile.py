@@ -166,6 +166,36 @@ def sanitizers_lean(session: nox.Session) -> None:
     _conformance(session, library, "sanitizers-lean", **env)
 
 
+# The ops whose kernels have a path for a tile unit.
+PRODUCTS = (
+    "gemm_4bit",
+    "gemm_int4",
+    "gemm_4bit_transposed",
+    "int8_gemm",
+    "int8_scaled_gemm",
+    "int8_linear",
+    "int8_linear_transposed",
+)
+
+
+@nox.session
+def amx(session: nox.Session) -> None:
+    """Run the products on the path for AMX, with its tile instructions emulated, on a processor without them."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if "amx_bf16" in flags:
+        session.skip("this processor has AMX: the session `conformance` runs that path")
+    if "avx512_bf16" not in flags:
+        session.skip("this processor has no AVX512-BF16, which the emulation is made of")
+    folder = ROOT / "build" / "amx"
+    _tool(
+        session, "cmake", "-S", "backends/cpu", "-B", str(folder), "-G", "Ninja",
+        "-DQCORE_CPU_EMULATE_AMX=ON", "-DQCORE_CPU_PROBE=OFF",
+    )  # fmt: skip
+    _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
+    chosen = [word for op in PRODUCTS for word in ("--op", op)]
+    _conformance(session, str(folder / "libqcore_cpu.so"), "amx", *chosen, QCORE_CPU_ISA="amx")
+
+
 @nox.session
 def aarch64(session: nox.Session) -> None:
     """Cross-compile cpu for aarch64 and replay the suite's calls of all ops under emulation."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import qcore.optim
 from qcore import functional as F
+from qcore.backend.registry import backend_for
 from qcore.backend.weights import WeightInt4
 from qcore.bench import peers
 from qcore.bench.measure import Call
@@ -48,7 +51,9 @@ def specs(shape: tuple[int, int], dtypes: Sequence[str], rows: Sequence[int]) ->
                 yield Spec("gemm_4bit", kind, dtype, shape, m, _gemm_4bit(kind, dtype, m))
             yield Spec("gemm_4bit_transposed", "nf4", dtype, shape, m, _gemm_4bit_transposed(dtype, m))
             yield Spec("gemm_int4", f"groups of {GROUP_SIZE}", dtype, shape, m, _gemm_int4(dtype, m))
-            yield Spec("int8_quantize_rows", "threshold 6", dtype, shape, m, _quantize_rows(dtype, m))
+            for out in (False, True):
+                variant = "threshold 6 out=" if out else "threshold 6"
+                yield Spec("int8_quantize_rows", variant, dtype, shape, m, _quantize_rows(dtype, m, out))
         yield Spec("int8_gemm", "", "int8", shape, m, _int8_gemm(m))
         yield Spec("int8_linear", "", dtypes[0], shape, m, _int8_linear(dtypes[0], m))
         for dtype in dtypes:
@@ -195,11 +200,22 @@ def _integers(n: int, k: int) -> WeightInt4:
     return WeightInt4(packed, scales, None, GROUP_SIZE, (n, k))
 
 
-def _quantize_rows(dtype: str, m: int) -> Build:
+def _with_outliers(s: Shared, m: int, dtype: str) -> Tensor:
+    x = s.normal(m, s.shape[1], dtype)
+    x[:, :: max(1, s.shape[1] // 8)] *= 8  # some outlier columns, as activations have
+    return x
+
+
+def _quantize_rows(dtype: str, m: int, with_out: bool) -> Build:
+    """``with_out``: the backend's op, for which Python has no ``out=``."""
+
     def build(s: Shared) -> Workload:
-        x = s.normal(m, s.shape[1], dtype)
-        x[:, :: max(1, s.shape[1] // 8)] *= 8  # some outlier columns, as activations have
+        x = _with_outliers(s, m, dtype)
         calls: dict[str, Call] = {"qcore": lambda: F.int8_vectorwise_quant(x, 6.0)}
+        if with_out:
+            names = ("out", "row_stats", "outlier_cols")
+            held = torch.zeros(x.shape, dtype=torch.int8), torch.zeros(m), torch.zeros(s.shape[1], dtype=torch.uint8)
+            calls["qcore"] = partial(backend_for("cpu").int8_quantize_rows, x, 6.0, **dict(zip(names, held)))
         if s.bitsandbytes:
             B, theirs = peers.bitsandbytes().functional, x.half()  # its layers cast to float16 first
             calls["bitsandbytes"] = lambda: B.int8_vectorwise_quant(theirs, 6.0)

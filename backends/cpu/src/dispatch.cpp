@@ -15,6 +15,8 @@ constexpr const char *kNames[kIsaCount] = {"portable",    "avx2",        "avx_vn
 
 #ifdef __x86_64__
 
+#ifndef QC_EMULATE_AMX
+
 // Linux hands out the 8 KiB of tile state per process and on request; it refuses if a signal stack is too small.
 bool amx_permitted() {
 #ifdef __linux__
@@ -26,6 +28,7 @@ bool amx_permitted() {
 #endif
 }
 
+#endif
 #endif
 
 struct Machine {
@@ -49,8 +52,12 @@ Machine probe() {
     machine[Isa::avx512] = avx512;
     machine[Isa::avx512_vnni] = vnni;
     machine[Isa::avx512_bf16] = bf16;
+#ifdef QC_EMULATE_AMX
+    machine[Isa::amx] = bf16;
+#else
     machine[Isa::amx] = bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
                         __builtin_cpu_supports("amx-bf16") && amx_permitted();
+#endif
 #endif
     return machine;
 }

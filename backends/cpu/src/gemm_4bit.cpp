@@ -15,9 +15,11 @@ constexpr ProductOp<Gemm4> kOp("gemm_4bit", kernels, nanoseconds_of_4bits);
 
 // d(K) = ceil(K / lanes) + 8 covers every path of a level (QC-GEMM4-002): a vector of L lanes takes K / L steps, its
 // lanes and spans of K are then added; half of L leaves room for both. A tile adds 16 products in a row, then one sum
-// for each 32 elements.
+// for each 32 elements; where there is no tile unit, lanes are rows of X, and K is one chain.
 int declared_lanes() {
     switch (isa_choice().isa) {
+        case Isa::avx512_bf16:
+            return 1;
         case Isa::portable:
             return 2;
         case Isa::avx2:

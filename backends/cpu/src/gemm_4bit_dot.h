@@ -32,7 +32,7 @@ constexpr int64_t kFewRows = 6;
 constexpr int64_t kFewRows = 4;
 #endif
 
-inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+inline constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // How the elements of a product are held in scratch and multiplied.
 template <class T>

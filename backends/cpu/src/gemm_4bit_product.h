@@ -1,9 +1,10 @@
 // gemm_4bit and gemm_int4: which of the ways to compute a product this instruction set takes for a shape. Only the
 // kernel files of both include it.
 //  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
-//  - the same with bfloat16 products, gemm_4bit_short.h (a few rows of X, short ones of W), gemm_4bit_amx.h (tiles) or
-//    gemm_4bit_gemv.h (one row, where there are no tiles): bfloat16 only, and only where no denormal can arise, since
-//    those instructions flush them. Rows and columns where one can are computed again in float32.
+//  - the same with bfloat16 products, gemm_4bit_short.h (a few rows of X, short ones of W), gemm_4bit_tiles.h (tiles;
+//    gemm_4bit_amx.h where a tile unit multiplies them) or gemm_4bit_gemv.h (one row, where there is no tile unit):
+//    bfloat16 only, and only where no denormal can arise, since those instructions flush them. Rows and columns where
+//    one can are computed again in float32.
 #ifndef QCORE_CPU_GEMM_4BIT_PRODUCT_H
 #define QCORE_CPU_GEMM_4BIT_PRODUCT_H
 
@@ -37,13 +38,28 @@ void multiply_in_float(const Problem &p, int64_t row0, int64_t rows, int64_t n0,
 
 #if defined(__AVX512BF16__)
 
-#if defined(__AMX_BF16__)
-// One row only where it costs no more than decoding.
+// Rows of X up to which dot products take less time than sixteen lanes, most of them idle (on a Zen 4).
+constexpr int64_t kMostDotRows = 12;
+
 template <class Weight>
 inline bool by_tiles(const WeightProduct<Weight> &p) {
-    return p.dtype == QC_BF16 && p.k > 0 && (p.m > 1 || split_serves(p));
-}
+#if defined(__AMX_BF16__)
+    // One row only where it costs no more than decoding.
+    return p.k > 0 && (p.m > 1 || split_serves(p));
+#else
+    return p.k > 0 && p.m > kMostDotRows;
 #endif
+}
+
+template <class Problem>
+inline int64_t tile_columns(const Problem &p, int64_t rows) {
+#if defined(__AMX_BF16__)
+    return few_rows_columns(p, rows);
+#else
+    (void)p, (void)rows;
+    return kTile;
+#endif
+}
 
 template <class Problem>
 int64_t packed_bytes(const Problem &p, int64_t rows) {
@@ -51,11 +67,11 @@ int64_t packed_bytes(const Problem &p, int64_t rows) {
         return 0;
     }
 #if defined(__AMX_BF16__)
-    if (p.k > 0) {  // tiles of one row are one column wide
-        return kFlagBytes + bf16_x_tile_bytes(p, rows) / (p.m == 1 ? kTile : 1);
-    }
+    const int64_t columns = p.m == 1 ? 1 : kTile;
+#else
+    const int64_t columns = by_tiles(p) ? kTile : 0;
 #endif
-    return round_up(rows, 64);
+    return kFlagBytes + bf16_x_tile_bytes(p, rows) / kTile * columns;
 }
 
 template <class Problem>
@@ -63,11 +79,9 @@ void pack(const Problem &p, int64_t row0, int64_t rows, int64_t group, void *pac
     const Bfloat *x = static_cast<const Bfloat *>(p.x) + row0 * p.k;
     auto *flags = static_cast<uint8_t *>(packed);
     flag_rows(x, rows, p.k, group, flags, [&](const Bfloat *row) { return irregular_row(row, p.k); });
-#if defined(__AMX_BF16__)
     if (by_tiles(p) && !short_rows_serve(p, rows)) {
-        pack_bf16_x_tiles(p, x, rows, group, flags + kFlagBytes);
+        pack_bf16_x_tiles(p, x, rows, group, tile_columns(p, rows), flags + kFlagBytes);
     }
-#endif
 }
 
 template <class Weight>
@@ -82,8 +96,11 @@ int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t colu
         return max64(bytes, bf16_tile_scratch_bytes(rows, columns));
     }
     bytes = max64(bytes, static_cast<int64_t>(sizeof(FewRowsScratch)));
+#else
+    if (by_tiles(p)) {
+        return max64(bytes, tile_scratch_bytes(rows, columns));
+    }
 #endif
-    (void)columns;
     return max64(bytes, DotScratch<InBf16>::bytes(rows, p.k));
 }
 
@@ -91,12 +108,15 @@ int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t colu
 template <class Weight, class OddPanel>
 void multiply_long_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
                         const uint8_t *flags, void *scratch, const OddPanel &odd_panel) {
-#if defined(__AMX_BF16__)
     if (by_tiles(p)) {
+#if defined(__AMX_BF16__)
         multiply_bf16_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+#else
+        multiply_decoded<TileLanes<Bf16Lanes>>(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+#endif
         return;
     }
-#else
+#if !defined(__AMX_BF16__)
     if (p.m == 1 && split_serves(p) && flags[0] == 0) {
         auto *x = static_cast<Bfloat *>(scratch);
         const Split<Weight> decoder(p.w);

@@ -16,7 +16,7 @@
 namespace qcore::cpu::QC_ISA {
 
 constexpr int64_t kShortRows = 16;    // of W, whose results are finished together
-constexpr int64_t kShortRowsOfX = 4;  // at most
+constexpr int64_t kShortRowsOfX = 4;  // at a time
 
 // Elements of a row of W up to which this serves so many rows of X. Measured on one thread of a Xeon with AMX at 2 GHz,
 // in microseconds, the least of forty turns, tiles (gemm_4bit_amx.h) / this way, NF4 and then integers in groups of 64:
@@ -28,19 +28,24 @@ constexpr int64_t kShortRowsOfX = 4;  // at most
 //     256x384    9.8/10   14/13        10/12    15/17
 //     256x512    12/13    19/17        12/16    19/21
 //     1536x576   68/88    119/116      74/111   110/145
-// and with four rows of X tiles win at K = 64 (2.5/2.5, 2.6/3.1). Without tiles, rows one by one (gemm_4bit_gemv.h) or
-// panels (gemm_4bit_dot.h) / this way:
+// and with four rows of X tiles win at K = 64 (2.5/2.5, 2.6/3.1). Without a tile unit, rows one by one
+// (gemm_4bit_gemv.h) or panels (gemm_4bit_dot.h) / this way:
 //     64x64      2.5/1.3  4.2/1.6      3.4/1.7  3.5/2.1      4.2/2.1  4.1/2.5
 //     256x512    18/13    26/17        30/16    44/21        36/21    52/26
 //     576x1536   82/78    114/104      180/100  270/131      224/129  323/165
-inline bool short_row(int64_t k, int64_t rows) {
+// and, in milliseconds, panels / lanes (tile_lanes.h) / this way on two cores of a Zen 4, 4096x4096, NF4:
+//     M = 2 1.43/-/0.52   4 1.88/-/0.92   6 1.83/1.98/0.94   8 1.38/1.86/0.97   12 2.02/2.12/1.84   16 2.42/2.09/-
+// and at 1536x576 panels take 0.12, this way 0.14 for twelve rows: so up to eight.
 #if defined(__AMX_BF16__)
-    constexpr int64_t kShortRow[kShortRowsOfX] = {384, 128, 64, 0};
-#else
-    constexpr int64_t kShortRow[kShortRowsOfX] = {1536, 1536, 1536, 1536};
-#endif
-    return rows <= kShortRowsOfX && k > 0 && k <= kShortRow[rows - 1];
+constexpr int64_t kMostShortRows = 3;
+inline bool short_row(int64_t k, int64_t rows) {
+    constexpr int64_t kShortRow[kMostShortRows] = {384, 128, 64};
+    return rows <= kMostShortRows && k > 0 && k <= kShortRow[rows - 1];
 }
+#else
+constexpr int64_t kMostShortRows = 8;
+inline bool short_row(int64_t k, int64_t rows) { return rows <= kMostShortRows && k > 0 && (rows > 1 || k <= 1536); }
+#endif
 
 template <class Problem>
 inline bool short_rows_serve(const Problem &p, int64_t rows) {
@@ -52,17 +57,18 @@ inline int64_t short_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
     return short_row(p.k, rows) ? rows * split_length(p.k) * static_cast<int64_t>(sizeof(Bfloat)) : 0;
 }
 
-// sums[r][0 ... 3]: of the rows n + first ... + 3 of W with each row of X, `x` in split order.
+// sums[r][0 ... 3] += of the rows n + first ... + 3 of W with each row of X, `x` in split order: of `length` elements
+// from k0 on, a multiple of kGroup.
 template <int kRows, class Weight>
 inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &decoder,
                           const RowScales<Weight, kShortRows> &row_scales, int64_t n, int64_t first, int64_t count,
-                          const Bfloat *x, float *sums) {
+                          int64_t k0, int64_t length, const Bfloat *x, float *sums) {
     F32 sum[kRows][kStrip] = {};
     const uint8_t *bytes[kStrip];
     typename Split<Weight>::Scales scales[kStrip];
     for (int i = 0; i < kStrip; ++i) {  // beyond the last row, that one again
         const int64_t row = first + i < count ? first + i : count - 1;
-        bytes[i] = p.w.packed + (((n + row) * p.k) >> 1);
+        bytes[i] = p.w.packed + (((n + row) * p.k + k0) >> 1);
         scales[i] = row_scales.at(row);
     }
     const int64_t stride = split_length(p.k);
@@ -76,7 +82,8 @@ inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &d
             }
         }
     };
-    const int64_t whole = p.k / kGroup;
+    x += k0;
+    const int64_t whole = length / kGroup;
     for (int64_t g = 0; g < whole; ++g) {
 #pragma GCC unroll 4
         for (int i = 0; i < kStrip; ++i) {
@@ -86,7 +93,7 @@ inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &d
             add_products(g, i, plane);
         }
     }
-    if (p.k % kGroup != 0) {
+    if (length % kGroup != 0) {
 #pragma GCC unroll 4
         for (int i = 0; i < kStrip; ++i) {
             __m512i plane[4];
@@ -96,36 +103,27 @@ inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &d
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-        sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3], sums + r * kShortRows);
+        float total[kStrip];
+        sum_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3], total);
+        for (int i = 0; i < kStrip; ++i) {
+            sums[r * kShortRows + i] += total[i];
+        }
     }
 }
 
-template <int kRows, class Weight, class OddRows>
-inline void multiply_short_rows_by(const WeightProduct<Weight> &p, int64_t row0, int64_t n0, int64_t n1, Bfloat *x,
-                                   const OddRows &odd_rows) {
-    const Split<Weight> decoder(p.w);
-    RowScales<Weight, kShortRows> scales(p.w);
-    const auto split_x = [&] {
-        for (int64_t r = 0; r < kRows; ++r) {
-            split_row(static_cast<const Bfloat *>(p.x) + (row0 + r) * p.k, p.k, x + r * split_length(p.k));
-        }
-    };
-    split_x();
-    for (int64_t n = n0; n < n1; n += kShortRows) {
-        const int64_t count = n1 - n < kShortRows ? n1 - n : kShortRows;
-        if (!scales.load(n, count, 0, p.k)) {
-            odd_rows(n, n + count);
-            split_x();
-            continue;
-        }
-        float sums[kRows][kShortRows], bias[kShortRows];
-        for (int64_t i = 0; i < count; i += kStrip) {
-            sum_four_rows<kRows>(p, decoder, scales, n, i, count, x, sums[0] + i);
-        }
-        load_bias(p, n, count, bias);
-        for (int64_t r = 0; r < kRows; ++r) {
-            finish_row(p, sums[r], bias, count, static_cast<Bfloat *>(p.out) + (row0 + r) * p.n + n);
-        }
+template <class Weight>
+inline void sum_four_rows(int64_t rows, const WeightProduct<Weight> &p, const Split<Weight> &decoder,
+                          const RowScales<Weight, kShortRows> &row_scales, int64_t n, int64_t first, int64_t count,
+                          int64_t k0, int64_t length, const Bfloat *x, float *sums) {
+    switch (rows) {
+        case 1:
+            return sum_four_rows<1>(p, decoder, row_scales, n, first, count, k0, length, x, sums);
+        case 2:
+            return sum_four_rows<2>(p, decoder, row_scales, n, first, count, k0, length, x, sums);
+        case 3:
+            return sum_four_rows<3>(p, decoder, row_scales, n, first, count, k0, length, x, sums);
+        default:
+            return sum_four_rows<kShortRowsOfX>(p, decoder, row_scales, n, first, count, k0, length, x, sums);
     }
 }
 
@@ -135,15 +133,40 @@ template <class Weight, class OddRows>
 inline void multiply_short_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
                                 void *scratch, const OddRows &odd_rows) {
     auto *x = static_cast<Bfloat *>(scratch);
-    switch (rows) {
-        case 1:
-            return multiply_short_rows_by<1>(p, row0, n0, n1, x, odd_rows);
-        case 2:
-            return multiply_short_rows_by<2>(p, row0, n0, n1, x, odd_rows);
-        case 3:
-            return multiply_short_rows_by<3>(p, row0, n0, n1, x, odd_rows);
-        default:
-            return multiply_short_rows_by<kShortRowsOfX>(p, row0, n0, n1, x, odd_rows);
+    const Split<Weight> decoder(p.w);
+    RowScales<Weight, kShortRows> scales(p.w);
+    const int64_t stride = split_length(p.k);
+    const int64_t parts = (rows + kShortRowsOfX - 1) / kShortRowsOfX;
+    const int64_t together = (rows + parts - 1) / parts;
+    const auto split_x = [&] {
+        for (int64_t r = 0; r < rows; ++r) {
+            split_row(static_cast<const Bfloat *>(p.x) + (row0 + r) * p.k, p.k, x + r * stride);
+        }
+    };
+    split_x();
+    for (int64_t n = n0; n < n1; n += kShortRows) {
+        const int64_t count = n1 - n < kShortRows ? n1 - n : kShortRows;
+        float sums[round_up(kMostShortRows, kShortRowsOfX)][kShortRows] = {}, bias[kShortRows];
+        bool regular = true;
+        for (int64_t k0 = 0; k0 < p.k && regular; k0 += kScaleElements) {
+            const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
+            regular = scales.load(n, count, k0, length);
+            for (int64_t r = 0; r < rows && regular; r += together) {
+                const int64_t some = rows - r < together ? rows - r : together;
+                for (int64_t i = 0; i < count; i += kStrip) {
+                    sum_four_rows(some, p, decoder, scales, n, i, count, k0, length, x + r * stride, sums[r] + i);
+                }
+            }
+        }
+        if (!regular) {
+            odd_rows(n, n + count);
+            split_x();
+            continue;
+        }
+        load_bias(p, n, count, bias);
+        for (int64_t r = 0; r < rows; ++r) {
+            finish_row(p, sums[r], bias, count, static_cast<Bfloat *>(p.out) + (row0 + r) * p.n + n);
+        }
     }
 }
 

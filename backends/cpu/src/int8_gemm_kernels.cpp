@@ -2,13 +2,14 @@
 //  - AVX2: elements widened to 16 bits, pairs multiplied and added (no saturation: 2 * 128^2 fits).
 //  - VNNI multiplies unsigned by signed bytes: b + 128 (one exclusive or) takes the place of b, and 128 times the sum
 //    of a is taken away at the end. Sums may wrap on the way; the result does not (QC-INT8-005), so it is exact.
-//  - AMX multiplies signed by signed (tiles.h), more than four rows of A.
+//  - More than four rows of A go in tiles (tiles.h): AMX multiplies signed by signed, VNNI takes a + 128 there.
 //
 // Memory picture without tiles: a panel of rows of B of up to 256 KiB (L2) meets four rows of A at a time (L1), four
 // columns at a time, sixteen sums in registers; with few rows of A, B is read once, straight through.
 #include "int8_kernels.h"
 #include "int8_scale.h"
-#include "tiles.h"
+#include "tile_lanes.h"
+#include "tile_unit.h"
 
 namespace qcore::cpu::QC_ISA {
 namespace {
@@ -198,10 +199,15 @@ void multiply_by_dots(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0,
     }
 }
 
-#if defined(__AMX_INT8__)
+#if defined(__AVX512VNNI__)
 
-// Up to four rows are dot products: B is then read once either way, and not copied.
+// Up to four rows are dot products: B is then read once either way, and not copied. Lanes have to be in use: on a Zen 4
+// dot products take less time up to twelve rows.
+#if defined(__AMX_INT8__)
 bool by_tiles(int64_t rows) { return rows > kFewRows; }
+#else
+bool by_tiles(int64_t rows) { return rows > 3 * kFewRows; }
+#endif
 
 int64_t packed_bytes(const Int8Gemm &p, int64_t rows) { return by_tiles(rows) ? x_tile_bytes(rows, p.k) : 0; }
 
@@ -209,9 +215,23 @@ int64_t scratch_bytes(const Int8Gemm &, int64_t rows, int64_t columns) {
     return by_tiles(rows) ? tile_scratch_bytes(rows, columns) : 0;
 }
 
+#if defined(__AMX_INT8__)
+
+using Unit = TileUnit<Int8Tiles>;
+constexpr int8_t kOffsetOfA = 0;
+
+#else
+
+using Unit = TileLanes<Int8Lanes>;
+constexpr int8_t kOffsetOfA = -128;
+
+#endif
+
 void pack(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t group, void *packed) {
     if (by_tiles(rows)) {
-        pack_x_tiles(p.a + row0 * p.k, rows, p.k, group, static_cast<uint8_t *>(packed));
+        const int8_t *a = p.a + row0 * p.k;
+        const __m512i offset = _mm512_set1_epi8(kOffsetOfA);
+        pack_x_tiles(a, rows, p.k, group, offset, static_cast<uint8_t *>(packed));
     }
 }
 
@@ -219,31 +239,46 @@ void multiply_in_tiles(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0
                        void *scratch) {
     // The next of 32 rows side by side begins a new stream, which the processor notices late: what will be read of this
     // place's next turn is fetched into L2 meanwhile, along the row where only one panel waits, else of the next panel.
-    const bool one_panel = tile_slice(rows, n1 - n0) == kTilePanel;
+    const int64_t slice = tile_slice(rows, n1 - n0);
+    const bool one_panel = slice == kTilePanel;
+    alignas(64) int32_t sums_of_b[kTileSlice];  // the sums of the rows of B of a slice, where A has an offset
     const auto fill = [&](int64_t n, int64_t byte, int64_t bytes, uint8_t *out) {
         const int8_t *from = p.b + n * p.k + byte;
         const bool along = one_panel && byte + bytes < p.k;
         const int64_t ahead = along ? kTileSpan : kTilePanel * p.k - (one_panel ? byte : 0);
+        __m512i sum = _mm512_setzero_si512();
+        const auto put = [&](int64_t i, __mmask64 valid) {
+            const __m512i v = _mm512_maskz_loadu_epi8(valid, from + i);
+            _mm512_mask_storeu_epi8(out + i, valid, v);
+            if (kOffsetOfA != 0) {
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), v);
+            }
+        };
         int64_t i = 0;
         for (; i + 64 <= bytes; i += 64) {
             _mm_prefetch(from + i + ahead, _MM_HINT_T1);
-            _mm512_storeu_si512(out + i, _mm512_loadu_si512(from + i));
+            put(i, ~__mmask64{0});
         }
         if (i < bytes) {
-            const __mmask64 some = (__mmask64{1} << (bytes - i)) - 1;
-            _mm512_mask_storeu_epi8(out + i, some, _mm512_maskz_loadu_epi8(some, from + i));
+            put(i, (__mmask64{1} << (bytes - i)) - 1);
+        }
+        if (kOffsetOfA != 0) {
+            int32_t &to = sums_of_b[(n - n0) % slice];
+            to = total_of(sum) + (byte == 0 ? 0 : to);
         }
     };
     const auto finish = [&](int64_t n, int64_t count, int64_t group, const __m512i *v) {
         const int64_t some = rows - group * kTile < kTile ? rows - group * kTile : kTile;
+        const auto valid = static_cast<__mmask16>((1u << count) - 1);
+        const __m512i of_b = _mm512_maskz_loadu_epi32(valid, sums_of_b + (n - n0) % slice);
         for (int64_t i = 0; i < some; ++i) {
             int32_t sums[kTile];
-            _mm512_storeu_si512(sums, v[i]);
+            _mm512_storeu_si512(sums, kOffsetOfA != 0 ? _mm512_sub_epi32(v[i], _mm512_slli_epi32(of_b, 7)) : v[i]);
             put_row(p, sums, row0 + group * kTile + i, n, count);
         }
     };
-    multiply_by_tiles<Int8Tiles>(rows, n0, n1, p.k, static_cast<const uint8_t *>(packed), scratch, fill, finish,
-                                 [](int64_t, int64_t) {});
+    multiply_by_tiles<Unit>(rows, n0, n1, p.k, static_cast<const uint8_t *>(packed), scratch, fill, finish,
+                            [](int64_t, int64_t) {});
 }
 
 #else

@@ -43,10 +43,12 @@ void mark_outliers(const T *x, int64_t first, int64_t end, float threshold, uint
 }
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-// Whole vectors of a row with a threshold: the largest magnitude inside it, and the columns of what lies outside.
-// Returns the number of elements that it took.
-template <class T>
-int64_t row_stat_with_outliers(const T *x, int64_t k, float threshold, uint8_t *outlier_cols, float &most) {
+// Whole vectors of a row: the largest magnitude inside the threshold, and the columns of what lies outside. Returns the
+// number of elements that it took.
+int64_t row_stat_of_vectors(const float *x, int64_t k, float threshold, uint8_t *outlier_cols, float &most) {
+    if (!(threshold > 0.0f)) {
+        return 0;
+    }
     const __m512 limit = (__m512)splat(threshold);
     __m512 highest[2] = {};
     int64_t i = 0;
@@ -64,6 +66,45 @@ int64_t row_stat_with_outliers(const T *x, int64_t k, float threshold, uint8_t *
     most = _mm512_reduce_max_ps(_mm512_max_ps(highest[0], highest[1]));
     return i;
 }
+
+// The least magnitude of T that is not inside, as its 15 bits.
+uint16_t limit_bits(float threshold, const Bfloat *) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &threshold, sizeof bits);
+    return static_cast<uint16_t>(threshold > 0.0f ? (bits + 0xffff) >> 16 : 0x7f81);  // a NaN
+}
+uint16_t limit_bits(float threshold, const Half *) {
+    return threshold > 0.0f ? static_cast<uint16_t>(_cvtss_sh(threshold, _MM_FROUND_TO_POS_INF)) : 0x7c01;
+}
+
+// Values of 16 bits are in the order of their bits but for the sign, so none is converted.
+template <class T>
+int64_t row_stat_of_vectors(const T *x, int64_t k, float threshold, uint8_t *outlier_cols, float &most) {
+    constexpr int kStep = 32;
+    const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(limit_bits(threshold, x)));
+    const __m512i magnitude_of = _mm512_set1_epi16(0x7fff);
+    __m512i highest[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    int64_t i = 0;
+    for (; i + 2 * kStep <= k; i += 2 * kStep) {
+        for (int j = 0; j < 2; ++j) {
+            const int64_t at = i + j * kStep;
+            const __m512i a = _mm512_and_si512(_mm512_loadu_si512(x + at), magnitude_of);
+            const __mmask32 within = _mm512_cmplt_epu16_mask(a, limit);
+            highest[j] = _mm512_mask_max_epu16(highest[j], within, highest[j], a);
+            if (__builtin_expect(within != 0xFFFFFFFF && threshold > 0.0f, 0)) {  // other rows may be setting theirs
+                _mm256_mask_storeu_epi8(outlier_cols + at, static_cast<__mmask32>(~within), _mm256_set1_epi8(1));
+            }
+        }
+    }
+    const __m512i all = _mm512_max_epu16(highest[0], highest[1]);
+    const __m512i dwords =
+        _mm512_max_epu32(_mm512_srli_epi32(all, 16), _mm512_and_si512(all, _mm512_set1_epi32(0xffff)));
+    const auto bits = static_cast<uint16_t>(_mm512_reduce_max_epu32(dwords));
+    T value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    most = to_float(value);
+    return i;
+}
 #endif
 
 template <class T>
@@ -73,9 +114,7 @@ float row_stat_of(const T *x, int64_t k, float threshold, uint8_t *outlier_cols)
     float rest = 0.0f;
     int64_t done = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-    if (threshold > 0.0f) {
-        done = row_stat_with_outliers(x, k, threshold, outlier_cols, rest);
-    }
+    done = row_stat_of_vectors(x, k, threshold, outlier_cols, rest);
 #endif
     for (int64_t i0 = done; i0 < k; i0 += kChunk) {
         const int64_t end = i0 + kChunk < k ? i0 + kChunk : k;

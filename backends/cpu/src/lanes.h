@@ -52,9 +52,21 @@ inline F32 multiply_add(F32 a, F32 b, F32 c) {
 #endif
 }
 
+// kLanes words as integers. GCC 12 takes such a conversion apart: into halves, and a conversion from bytes into
+// elements.
+inline U32 load_unsigned(const Bfloat *p) {
+#if defined(__AVX512F__)
+    return (U32)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+#elif defined(__AVX2__)
+    return (U32)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#else
+    return __builtin_convertvector(load_vector<U16>(p), U32);
+#endif
+}
+
 // QC-NUM-002.
 inline F32 load(const float *p) { return load_vector<F32>(p); }
-inline F32 load(const Bfloat *p) { return (F32)(__builtin_convertvector(load_vector<U16>(p), U32) << 16); }
+inline F32 load(const Bfloat *p) { return (F32)(load_unsigned(p) << 16); }
 inline F32 load(const Half *p) {
 #if defined(__AVX512F__)
     return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
@@ -76,7 +88,7 @@ inline U32 bf16_bits(F32 x) {
     return x == x ? rounded : (u >> 16 | 0x40u);
 }
 
-// kLanes bytes as integers. GCC 12 takes a conversion of whole vectors from bytes apart, element by element.
+// kLanes bytes as integers.
 inline I32 load_signed(const int8_t *p) {
 #if defined(__AVX512F__)
     return (I32)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));

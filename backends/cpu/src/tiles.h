@@ -1,26 +1,20 @@
-// Matrix products on AMX tiles, for bfloat16 and int8: Y^T = W X^T. Only kernel files include it.
+// Matrix products of bfloat16 and int8 in tiles: Y^T = W X^T. Only kernel files include it.
 //
 // A tile of W is sixteen of its rows by 64 bytes of K, exactly as they lie in memory or are decoded; a tile of X holds
-// sixteen of its rows with groups of four bytes interleaved, as TDPBF16PS and TDPBSSD want their second operand, and is
-// made once (pack_x_tiles). So the weights, which are many, are never rearranged. A tile of sums has columns of Y down
-// and rows of Y across, and is turned when it is finished.
+// sixteen of its rows with groups of four bytes interleaved, and is made once (pack_x_tiles): what the tile unit wants
+// as its second operand (tile_unit.h), and what vectors multiply by four bytes of W that are broadcast (tile_lanes.h).
+// So the weights, which are many, are never rearranged. A tile of sums has columns of Y down and rows of Y across, and
+// is turned when it is finished.
 //
 // Memory picture: 32 rows of W, 1024 bytes at a time, are brought into 34 KiB of scratch (L1) and meet every tile of X
-// of that span, two tiles of sums in registers. With more than 32 rows of X the sums of kTileSlice columns wait in
-// scratch between spans (L2), so that a span of X is read once for all of them.
-//
-// Four tiles are in use, not the eight of the usual two by two sums. Both threads of a core rename from one pool of
-// tile registers, it seems: a processor at 2.05 GHz has two states, minutes long, in which a product with its loads
-// from L1 takes, in ns,
-//     two by two sums, eight tiles   7.3 or 31       two sums, four tiles   7.3 or 15
-//     one sum, three tiles           7.3 or 15       one sum, no loads      7.3 or 7.6
-// and loads alone take 3.8 or 4.9 into two tiles in turn, 3.8 or 13.6 into all eight.
+// of that span, their sums in registers. With more than 32 rows of X the sums of kTileSlice columns wait in scratch
+// between spans (L2), so that a span of X is read once for all of them.
 #ifndef QCORE_CPU_TILES_H
 #define QCORE_CPU_TILES_H
 
 #include "lanes.h"
 
-#if defined(__AMX_TILE__)
+#if defined(__AVX512VNNI__)
 
 namespace qcore::cpu::QC_ISA {
 
@@ -34,20 +28,6 @@ constexpr int64_t kTileSlice = 256;  // columns whose sums wait in scratch
 // Stride of rows of W: an odd number of cache lines spreads them over the sets.
 constexpr int64_t kTileStride = kTileSpan + 64;
 constexpr int64_t kTileWeightBytes = kTilePanel * kTileStride;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-inline void load_tile_config(const TileConfig &config) {
-    // The intrinsic tells the compiler that the first eight bytes are read; this, that all are.
-    asm volatile("" : : "m"(config));
-    _tile_loadconfig(&config);
-}
 
 // Lane j of v[i] <-> lane i of v[j].
 inline void transpose_16x16(__m512i *v) {
@@ -129,72 +109,32 @@ inline void pack_x_tiles(int64_t rows, int64_t k_bytes, int64_t group, int64_t c
     }
 }
 
-// The rows as they lie in memory, k_bytes each.
-inline void pack_x_tiles(const void *x_rows, int64_t rows, int64_t k_bytes, int64_t group, uint8_t *tiles) {
+// The rows as they lie in memory, k_bytes each, every byte of theirs under an exclusive or with `flip`.
+inline void pack_x_tiles(const void *x_rows, int64_t rows, int64_t k_bytes, int64_t group, __m512i flip,
+                         uint8_t *tiles) {
     const auto plain = [&](int64_t row, int64_t b, __m512i *v) {
         const __mmask64 valid = k_bytes - b >= kTileRowBytes ? ~__mmask64{0} : (__mmask64{1} << (k_bytes - b)) - 1;
-        *v = _mm512_maskz_loadu_epi8(valid, static_cast<const uint8_t *>(x_rows) + row * k_bytes + b);
+        const __m512i bytes = _mm512_maskz_loadu_epi8(valid, static_cast<const uint8_t *>(x_rows) + row * k_bytes + b);
+        *v = _mm512_xor_si512(bytes, flip);
     };
     pack_x_tiles<1>(rows, k_bytes, group, kTile, plain, tiles);
 }
 
-// sums += W tiles * X tiles over `count` tiles of K.
-template <class Product>
-inline void multiply_tiles(const uint8_t *w, const uint8_t *x, int64_t count, bool first, uint8_t *upper,
-                           uint8_t *lower) {
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-    } else {
-        _tile_loadd(0, upper, 64);
-        _tile_loadd(1, lower, 64);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-        for (int64_t line = 0; line < kTileBytes; line += 64) {  // a product takes as long as a line from L2
-            _mm_prefetch(x + (t + 1) * kTileBytes + line, _MM_HINT_T0);
-        }
-        _tile_loadd(3, x + t * kTileBytes, 64);
-        _tile_loadd(2, w + t * kTileRowBytes, kTileStride);
-        Product::template add<0>();
-        _tile_loadd(2, w + kTile * kTileStride + t * kTileRowBytes, kTileStride);
-        Product::template add<1>();
-    }
-    _tile_stored(0, upper, 64);
-    _tile_stored(1, lower, 64);
-}
-
-// Tile kSum, 0 or 1, += tile 2 * tile 3.
-struct Bf16Tiles {
-    template <int kSum>
-    static void add() {
-        if constexpr (kSum == 0) {
-            _tile_dpbf16ps(0, 2, 3);
-        } else {
-            _tile_dpbf16ps(1, 2, 3);
-        }
-    }
-};
-
-struct Int8Tiles {
-    template <int kSum>
-    static void add() {
-        if constexpr (kSum == 0) {
-            _tile_dpbssd(0, 2, 3);
-        } else {
-            _tile_dpbssd(1, 2, 3);
-        }
-    }
-};
-
-// Columns n0 ... n1 - 1 of `rows` rows, k_bytes > 0. The caller's functions:
+// Columns n0 ... n1 - 1 of `rows` rows, k_bytes > 0. What multiplies:
+//   Unit                                that unit for as long as the object lives
+//   Unit::groups(left)                  how many of these groups of sixteen rows of X it takes next
+//   Unit::multiply(w, x, groups, count, first, upper, lower)
+//                                       sums += 32 rows of W * so many groups of tiles of X, over `count` tiles of K;
+//                                       tiles of sums lie side by side, those of the upper 16 rows of W from `upper` on
+// and the caller's functions:
 //   fill(n, first byte, bytes, out)     brings part of row n of W into scratch
 //   finish(n, count, group, v)          takes finished sums: lane j of v[i] belongs to row 16 * group + i and column
 //                                       n + j, `count` columns
 //   slice_done(first column, end)
-template <class Product, class Fill, class Finish, class SliceDone>
+template <class Unit, class Fill, class Finish, class SliceDone>
 inline void multiply_by_tiles(int64_t rows, int64_t n0, int64_t n1, int64_t k_bytes, const uint8_t *x, void *scratch,
                               const Fill &fill, const Finish &finish, const SliceDone &slice_done) {
-    load_tile_config(TileConfig());
+    [[maybe_unused]] const Unit unit;
     auto *w = static_cast<uint8_t *>(scratch);
     uint8_t *sums = w + kTileWeightBytes;
     const int64_t groups = row_tiles(rows);
@@ -216,10 +156,11 @@ inline void multiply_by_tiles(int64_t rows, int64_t n0, int64_t n1, int64_t k_by
                     }
                 }
                 asm volatile("" ::: "memory");  // the tile loads do not tell the compiler what they read
-                for (int64_t group = 0; group < groups; ++group) {
+                for (int64_t group = 0, some; group < groups; group += some) {
+                    some = Unit::groups(groups - group);
                     uint8_t *upper = sums + ((n - first) / kTile * groups + group) * kTileBytes;
-                    multiply_tiles<Product>(w, x + x_tile(b / kTileSpan, groups, group), count, b == 0, upper,
-                                            upper + groups * kTileBytes);
+                    Unit::multiply(w, x + x_tile(b / kTileSpan, groups, group), some, count, b == 0, upper,
+                                   upper + groups * kTileBytes);
                 }
             }
         }
@@ -236,7 +177,6 @@ inline void multiply_by_tiles(int64_t rows, int64_t n0, int64_t n1, int64_t k_by
         }
         slice_done(first, end);
     }
-    _tile_release();
 }
 
 }  // namespace qcore::cpu::QC_ISA

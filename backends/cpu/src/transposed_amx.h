@@ -5,13 +5,13 @@
 //
 // Memory picture: a panel, 64 columns of 288 rows of W or fewer, is decoded into 36 KiB of scratch (L2), a pair of its
 // tile columns at a time is held in L1 and meets every tile of X of that span, two tiles of sums in registers
-// (tiles.h). Meanwhile, a few pairs of rows between two tile products, the next panel is decoded into other 36 KiB: the
-// tile unit keeps its pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in
+// (tile_unit.h). Meanwhile, a few pairs of rows between two tile products, the next panel is decoded into other 36 KiB:
+// the tile unit keeps its pace, and decoding is free from about 64 rows of X on. The sums of a slice of columns wait in
 // scratch between spans (L2), so that X is read once for a slice, and a line of W is used up while it is in L2.
 #ifndef QCORE_CPU_TRANSPOSED_AMX_H
 #define QCORE_CPU_TRANSPOSED_AMX_H
 
-#include "tiles.h"
+#include "tile_unit.h"
 #include "transposed_weight.h"
 
 #if defined(__AMX_BF16__)

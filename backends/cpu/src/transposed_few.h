@@ -21,20 +21,6 @@ constexpr int64_t kFewRows = 4;
 #endif
 constexpr int64_t kFewSpan = 512;  // rows of W at a time, at most
 
-// X as the products take it: rows of bfloat16 with zeros behind their end.
-inline int64_t few_row_bytes(int64_t k) { return (k + 31) / 32 * 64; }
-
-template <class Weight>
-inline void pack_few_rows(const Weight &w, const Bfloat *x, int64_t rows, int64_t k, uint8_t *packed) {
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < k; i += 32) {
-            const auto valid = static_cast<__mmask32>(k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1);
-            _mm512_storeu_si512(packed + r * few_row_bytes(k) + 2 * i,
-                                TransposedWeight<Weight>::x_pairs(w, x + r * k + i, i, valid));
-        }
-    }
-}
-
 // Scratch: scales of a span, then sums of kMostPanels panels.
 template <class Weight>
 inline int64_t few_scale_floats() {
@@ -87,7 +73,7 @@ inline void multiply_few_rows(const TransposedProduct<Weight> &p, int64_t row0, 
     PairDecoder<Weight> decoder(p);
     auto *scales = static_cast<float *>(scratch);
     float *sums = scales + few_scale_floats<Weight>();
-    const int64_t x_stride = few_row_bytes(p.k);
+    const int64_t x_stride = pair_row_bytes(p.k);
     const int64_t span = even_span(p.k, kFewSpan, 2);
     for (int64_t first = n0; first < n1; first += kMostPanels * kPairColumns) {
         const int64_t end = first + kMostPanels * kPairColumns < n1 ? first + kMostPanels * kPairColumns : n1;

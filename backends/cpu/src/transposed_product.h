@@ -29,7 +29,7 @@ void multiply_in_float(const TransposedProduct<Weight> &p, int64_t row0, int64_t
             return;
         }
     }
-    multiply_by_rows<RowsInFloat<Weight, T>>(p, row0, rows, n0, n1, scratch, [](int64_t, int64_t) {});
+    multiply_by_rows(RowsInFloat<Weight, T>(p, row0), p, row0, rows, n0, n1, scratch, [](int64_t, int64_t) {});
 }
 
 template <class Weight>
@@ -54,14 +54,12 @@ int64_t packed_bytes(const TransposedProduct<Weight> &p, int64_t rows) {
     if (p.dtype != QC_BF16 || streams(p)) {
         return 0;
     }
-    if (has_few_rows(p)) {
-        return kFlagBytes + rows * few_row_bytes(p.k);
-    }
 #if defined(__AMX_BF16__)
-    return kFlagBytes + transposed_tile_bytes(rows, p.k);
-#else
-    return kFlagBytes;
+    if (!has_few_rows(p)) {
+        return kFlagBytes + transposed_tile_bytes(rows, p.k);
+    }
 #endif
+    return kFlagBytes + rows * pair_row_bytes(p.k);
 }
 
 template <class Weight>
@@ -70,13 +68,14 @@ void pack(const TransposedProduct<Weight> &p, int64_t row0, int64_t rows, int64_
     auto *flags = static_cast<uint8_t *>(packed);
     flag_rows(x, rows, p.k, group, flags,
               [&](const Bfloat *row) { return TransposedWeight<Weight>::irregular_row(p.w, row, p.k); });
-    if (has_few_rows(p)) {
-        pack_few_rows(p.w, x, rows, p.k, flags + kFlagBytes);
+#if defined(__AMX_BF16__)
+    if (!has_few_rows(p)) {
+        pack_transposed_x(p, x, rows, group, flags + kFlagBytes);
         return;
     }
-#if defined(__AMX_BF16__)
-    pack_transposed_x(p, x, rows, group, flags + kFlagBytes);
 #endif
+    const int64_t end = (group + 1) * kPackedRows < rows ? (group + 1) * kPackedRows : rows;
+    pack_pairs(p.w, x, group * kPackedRows, end, p.k, flags + kFlagBytes);
 }
 
 template <class Weight>
@@ -116,7 +115,7 @@ void multiply_bf16(const TransposedProduct<Weight> &p, int64_t row0, int64_t row
         TransposedTiles<Weight>(p, row0, rows, n0, n1, flags + kFlagBytes, scratch).run(odd_panel);
     } else
 #endif
-        multiply_by_rows<RowsInBf16<Weight>>(p, row0, rows, n0, n1, scratch, odd_panel);
+        multiply_by_rows(RowsInBf16<Weight>(p, flags + kFlagBytes), p, row0, rows, n0, n1, scratch, odd_panel);
     for_irregular_rows(flags, rows, [&](int64_t first_row, int64_t some_rows) {
         multiply_in_float<Bfloat>(p, row0 + first_row, some_rows, n0, n1, scratch);
     });

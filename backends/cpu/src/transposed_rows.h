@@ -1,9 +1,9 @@
 // X W as sums of rows of W: any instruction set, any alignment of the rows, any value. Only kernel
 // files include it.
 //
-// Memory picture: a panel, 64 columns of kRowSpan rows of W, is decoded into scratch (32 KiB, L1), rows of X are
-// converted beside it, and kRowBlock of them meet it, their elements broadcast, all sums of kRowVectors vectors in
-// registers: 24 products for 10 loads on AVX-512.
+// Memory picture: a panel, 64 columns of kRowSpan rows of W, is decoded into scratch (32 KiB, L1), and kRowBlock rows
+// of X meet it, their elements broadcast, all sums of kRowVectors vectors in registers: 24 products for 10 loads on
+// AVX-512. X is converted to float32 beside each panel; pairs of bfloat16 values are made once a call (pack_pairs).
 //
 // Rounding: a product is added to a chain of at most kRowSpan, the chains of spans are then added: at most k in all.
 #ifndef QCORE_CPU_TRANSPOSED_ROWS_H
@@ -23,6 +23,12 @@ constexpr int kRowVectors = 2;
 constexpr int kRowBlock = 4;
 #endif
 
+// Rows of X, a dword for each dword of a column of W; `stride` of them from one row to the next.
+struct XSpan {
+    const float *x;
+    int64_t stride;
+};
+
 // How the elements of a product are held in scratch, a dword each, and multiplied.
 template <class Weight, class T>
 struct RowsInFloat {
@@ -30,7 +36,8 @@ struct RowsInFloat {
     using Of = TransposedWeight<Weight>;
     static constexpr int64_t kRowsOfDword = 1;
 
-    explicit RowsInFloat(const TransposedProduct<Weight> &p) : p_(p) {}
+    RowsInFloat(const TransposedProduct<Weight> &p, int64_t row0)
+        : p_(p), x_(static_cast<const T *>(p.x) + row0 * p.k) {}
 
     bool decode(int64_t k0, int64_t count, int64_t n, int64_t width, float *out) {
         for (int64_t i = 0; i < count; ++i, out += kRowPanel) {
@@ -39,14 +46,20 @@ struct RowsInFloat {
         }
         return true;
     }
-    void convert(const T *x, int64_t k0, int64_t count, float *out) const {
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) {
-            store(out + i, Of::x_lanes(p_.w, x + i, k0 + i));
+    // Elements k0 ... of `rows` rows of X, `row` after the first, as they are multiplied: kRowSpan apart, in `room`.
+    XSpan x_span(int64_t row, int64_t rows, int64_t k0, int64_t count, float *room) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            const T *from = x_ + (row + r) * p_.k + k0;
+            float *out = room + r * kRowSpan;
+            int64_t i = 0;
+            for (; i + kLanes <= count; i += kLanes) {
+                store(out + i, Of::x_lanes(p_.w, from + i, k0 + i));
+            }
+            for (; i < count; ++i) {
+                out[i] = Of::x(p_.w, from[i], k0 + i);
+            }
         }
-        for (; i < count; ++i) {
-            out[i] = Of::x(p_.w, x[i], k0 + i);
-        }
+        return {room, kRowSpan};
     }
     static F32 add_product(const float *x, F32 w, F32 sum) { return multiply_add(splat(*x), w, sum); }
     void finish(const float *sums, int64_t width, T *y) const {
@@ -61,6 +74,7 @@ struct RowsInFloat {
 
    private:
     const TransposedProduct<Weight> &p_;
+    const T *x_;
 };
 
 #if defined(__AVX512BF16__)
@@ -70,7 +84,9 @@ struct RowsInBf16 {
     using X = Bfloat;
     static constexpr int64_t kRowsOfDword = 2;
 
-    explicit RowsInBf16(const TransposedProduct<Weight> &p) : w_(p.w), decoder_(p) {}
+    // `x`: from pack_pairs.
+    RowsInBf16(const TransposedProduct<Weight> &p, const uint8_t *x)
+        : x_(reinterpret_cast<const float *>(x)), stride_(pair_row_bytes(p.k) / 4), decoder_(p) {}
 
     bool decode(int64_t k0, int64_t count, int64_t n, int64_t width, float *out) {
         bool regular = true;
@@ -85,12 +101,8 @@ struct RowsInBf16 {
         });
         return regular && decoded;
     }
-    // A row of scratch has room for whole vectors.
-    void convert(const Bfloat *x, int64_t k0, int64_t count, float *out) const {
-        for (int64_t i = 0; i < count; i += 32) {
-            const auto valid = static_cast<__mmask32>(count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1);
-            _mm512_storeu_si512(out + i / 2, TransposedWeight<Weight>::x_pairs(w_, x + i, k0 + i, valid));
-        }
+    XSpan x_span(int64_t row, int64_t, int64_t k0, int64_t, float *) const {
+        return {x_ + row * stride_ + k0 / 2, stride_};
     }
     static F32 add_product(const float *x, F32 w, F32 sum) {
         int32_t pair;
@@ -103,7 +115,8 @@ struct RowsInBf16 {
     }
 
    private:
-    const Weight &w_;
+    const float *x_;
+    int64_t stride_;
     PairDecoder<Weight> decoder_;
     float scales_[2 * kRowSpan * PairDecoder<Weight>::kScales + 1];
 };
@@ -111,7 +124,7 @@ struct RowsInBf16 {
 
 // sums[r][0 ... kRowPanel - 1] += the products of kRows rows of X with `count` dwords of the panel.
 template <class How, int kRows>
-inline void add_rows(const float *x, const float *w, int64_t count, float *sums) {
+inline void add_rows(XSpan x, const float *w, int64_t count, float *sums) {
     constexpr int kWidth = kRowVectors * kLanes;
     for (int c = 0; c < kRowPanel; c += kWidth) {
         F32 sum[kRows][kRowVectors] = {};
@@ -125,7 +138,7 @@ inline void add_rows(const float *x, const float *w, int64_t count, float *sums)
             for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
                 for (int j = 0; j < kRowVectors; ++j) {
-                    sum[r][j] = How::add_product(x + r * kRowSpan + i, v[j], sum[r][j]);
+                    sum[r][j] = How::add_product(x.x + r * x.stride + i, v[j], sum[r][j]);
                 }
             }
         }
@@ -151,13 +164,11 @@ struct RowScratch {
 // Columns n0 ... n1 - 1 of the rows row0 ... row0 + rows - 1. How::decode may answer false: then the panel is left out
 // and `odd_panel(first column, end)` is called for it.
 template <class How, class Weight, class OddPanel>
-inline void multiply_by_rows(const TransposedProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1,
-                             void *scratch_bytes, const OddPanel &odd_panel) {
+inline void multiply_by_rows(How how, const TransposedProduct<Weight> &p, int64_t row0, int64_t rows, int64_t n0,
+                             int64_t n1, void *scratch_bytes, const OddPanel &odd_panel) {
     using X = typename How::X;
     constexpr int64_t kSpanOfW = kRowSpan * How::kRowsOfDword;
     auto &scratch = *static_cast<RowScratch *>(scratch_bytes);
-    How how(p);
-    const X *x = static_cast<const X *>(p.x) + row0 * p.k;
     X *y = static_cast<X *>(p.out) + row0 * p.n;
     for (int64_t n = n0; n < n1; n += kRowPanel) {
         const int64_t width = n + kRowPanel < n1 ? kRowPanel : n1 - n;
@@ -169,28 +180,26 @@ inline void multiply_by_rows(const TransposedProduct<Weight> &p, int64_t row0, i
             served = how.decode(k0, span, n, width, scratch.w);
             for (int64_t r = 0; r < rows && served; r += kRowBlock) {
                 const int64_t some = r + kRowBlock < rows ? kRowBlock : rows - r;
-                for (int64_t i = 0; i < some; ++i) {
-                    how.convert(x + (r + i) * p.k + k0, k0, span, scratch.x + i * kRowSpan);
-                }
+                const XSpan x = how.x_span(r, some, k0, span, scratch.x);
                 float *sums = scratch.sums + r * kRowPanel;
                 switch (some) {
                     case 1:
-                        add_rows<How, 1>(scratch.x, scratch.w, count, sums);
+                        add_rows<How, 1>(x, scratch.w, count, sums);
                         break;
                     case 2:
-                        add_rows<How, 2>(scratch.x, scratch.w, count, sums);
+                        add_rows<How, 2>(x, scratch.w, count, sums);
                         break;
                     case 3:
-                        add_rows<How, 3>(scratch.x, scratch.w, count, sums);
+                        add_rows<How, 3>(x, scratch.w, count, sums);
                         break;
                     case 4:
-                        add_rows<How, 4>(scratch.x, scratch.w, count, sums);
+                        add_rows<How, 4>(x, scratch.w, count, sums);
                         break;
                     case 5:
-                        add_rows<How, 5 < kRowBlock ? 5 : kRowBlock>(scratch.x, scratch.w, count, sums);
+                        add_rows<How, 5 < kRowBlock ? 5 : kRowBlock>(x, scratch.w, count, sums);
                         break;
                     default:
-                        add_rows<How, kRowBlock>(scratch.x, scratch.w, count, sums);
+                        add_rows<How, kRowBlock>(x, scratch.w, count, sums);
                 }
             }
         }

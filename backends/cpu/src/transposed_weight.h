@@ -48,6 +48,21 @@ inline int64_t even_span(int64_t k, int64_t most, int64_t unit) {
     return span > 0 ? (span + unit - 1) / unit * unit : unit;
 }
 
+// X as VDPBF16PS takes it: rows of bfloat16 with zeros behind their end.
+inline int64_t pair_row_bytes(int64_t k) { return (k + 31) / 32 * 64; }
+
+// Rows first ... end - 1 of X.
+template <class Weight>
+inline void pack_pairs(const Weight &w, const Bfloat *x, int64_t first, int64_t end, int64_t k, uint8_t *packed) {
+    for (int64_t r = first; r < end; ++r) {
+        for (int64_t i = 0; i < k; i += 32) {
+            const auto valid = static_cast<__mmask32>(k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1);
+            _mm512_storeu_si512(packed + r * pair_row_bytes(k) + 2 * i,
+                                TransposedWeight<Weight>::x_pairs(w, x + r * k + i, i, valid));
+        }
+    }
+}
+
 // Columns 16 * j ... of a row of sums.
 inline __m512 pair_sums(bool split, const float *const *sums, int j) {
     if (!split) {

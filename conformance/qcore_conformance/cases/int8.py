@@ -42,6 +42,9 @@ _GEMM_SIZES = (
     (2, 130, 257),
     (17, 33, 336),
     (65, 130, 720),
+    # Several spans of a thousand bytes, and more groups of sixteen rows than three.
+    (20, 70, 2100),
+    (70, 40, 1100),
 )
 
 
@@ -149,10 +152,11 @@ def _gemm_extremes(k: int) -> Callable[[Session], None]:
     """Every product at the end of its range: a 16-bit, saturating or float32 accumulator shows."""
 
     def run(s: Session) -> None:
-        for p, q in ((-128, -128), (127, 127), (-128, 127), (127, -127)):
-            a, b = np.full((3, k), p, dtype=np.int8), np.full((5, k), q, dtype=np.int8)
-            a[1, ::2] = 1  # an odd sum, beyond 2^24 not a float32
-            expect_integers(f"out ({p} * {q}, K={k})", calls.int8_gemm(s, a, b), oracle.int8_gemm(a, b))
+        for m in (3, 20):  # a few rows and many may be multiplied in different ways
+            for p, q in ((-128, -128), (127, 127), (-128, 127), (127, -127)):
+                a, b = np.full((m, k), p, dtype=np.int8), np.full((5, k), q, dtype=np.int8)
+                a[1, ::2] = 1  # an odd sum, beyond 2^24 not a float32
+                expect_integers(f"out ({p} * {q}, M={m}, K={k})", calls.int8_gemm(s, a, b), oracle.int8_gemm(a, b))
 
     return run
 
