@@ -99,6 +99,18 @@ bool machine_has(Isa isa) {
     return machine.has[static_cast<int>(isa)];
 }
 
+bool prefetches_into_l2() {
+#ifdef __x86_64__
+    static const bool amd = [] {
+        __builtin_cpu_init();
+        return __builtin_cpu_is("amd") != 0;
+    }();
+    return amd;
+#else
+    return false;
+#endif
+}
+
 const IsaChoice &isa_choice() {
     static const IsaChoice choice = choose();
     return choice;

@@ -210,6 +210,7 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
             return status;
         }
         OptimizerJob job{&rule, {}};
+        job.into_l2 = prefetches_into_l2();
         for (int s = 0; s < state_count(rule.algorithm); ++s) {
             job.book[s] = book(holds_squares(rule.algorithm, s), (rule.flags & QC_OPT_SIGNED_STATE) != 0);
         }

@@ -67,8 +67,10 @@ inline void copy_bytes(const uint8_t *from, int64_t n, int64_t size, uint8_t fil
 }
 
 // Asks for what lies four blocks ahead, a group at a time: the loops over one block are too long for the hardware to
-// look past them, and all lines of a block at once would wait for each other. Always inlined: GCC takes a function that
-// only prefetches for one without effects, and drops its calls.
+// look past them, and all lines of a block at once would wait for each other. On a Zen 4 into L2: against prefetches
+// into L1, AdamW takes a tenth less time with 8-bit states and a third less with float32 ones, and without prefetches a
+// tenth more and a fifth less. Always inlined: GCC takes a function that only prefetches for one without effects, and
+// drops its calls.
 template <int kStates, bool kCoded>
 class Ahead {
     static constexpr int64_t kBlocks = 4;
@@ -80,6 +82,7 @@ class Ahead {
             return;
         }
         some_ = true;
+        into_l2_ = job.into_l2;
         grad_ = Stream(t.grad, start, job.rule->grad_dtype == QC_F32 ? 4 : 2);
         param_ = Stream(t.param, start, job.rule->param_dtype == QC_F32 ? 4 : 2);
         for (int s = 0; s < kStates; ++s) {
@@ -87,36 +90,45 @@ class Ahead {
         }
     }
     __attribute__((always_inline)) void group(int64_t at) const {
-        if (some_) {
-            grad_.group(at);
-            param_.group(at);
-            for (int s = 0; s < kStates; ++s) {
-                state_[s].group(at);
-            }
+        if (some_ && into_l2_) {
+            all<2>(at);
+        } else if (some_) {
+            all<3>(at);
         }
     }
 
    private:
+    // kLocality: 3 for all caches, 2 for all but L1.
+    template <int kLocality>
+    __attribute__((always_inline)) void all(int64_t at) const {
+        grad_.template group<kLocality>(at);
+        param_.template group<kLocality>(at);
+        for (int s = 0; s < kStates; ++s) {
+            state_[s].template group<kLocality>(at);
+        }
+    }
+
     struct Stream {
         Stream() = default;
         Stream(const void *array, int64_t start, int64_t size_of)
             : from(static_cast<const char *>(array) + start * size_of), size(size_of) {}
+        template <int kLocality>
         __attribute__((always_inline)) void group(int64_t at) const {  // 64 elements
             const char *line = from + at * size;
-            __builtin_prefetch(line);
+            __builtin_prefetch(line, 0, kLocality);
             if (size > 1) {
-                __builtin_prefetch(line + 64);
+                __builtin_prefetch(line + 64, 0, kLocality);
             }
             if (size > 2) {
-                __builtin_prefetch(line + 128);
-                __builtin_prefetch(line + 192);
+                __builtin_prefetch(line + 128, 0, kLocality);
+                __builtin_prefetch(line + 192, 0, kLocality);
             }
         }
         const char *from = nullptr;
         int64_t size = 0;
     };
 
-    bool some_ = false;
+    bool some_ = false, into_l2_ = false;
     Stream grad_, param_, state_[kStates];
 };
 

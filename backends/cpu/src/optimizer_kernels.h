@@ -25,6 +25,7 @@ struct StateBook {
 struct OptimizerJob {
     const qc_optimizer *rule;
     StateBook book[kMaxStates];
+    bool into_l2 = false;  // where prefetches go: best into L2 on this processor
 };
 
 // One tensor, its states by value: AdEMAMix's rows of state1 are two of them.
