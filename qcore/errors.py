@@ -12,7 +12,8 @@
     │   └── InternalError                 a defect of a backend
     ├── FormatError (ValueError)          a checkpoint or state dict is truncated, inconsistent or unknown
     ├── OutputError (OSError)             a result could not be written; what existed before still exists
-    └── NameTaken (ImportError)           another package holds the module name that qcore was asked to answer to
+    ├── NameTaken (ImportError)           another package holds the module name that qcore was asked to answer to
+    └── IncompatibleVersion (ImportError)   another library is too old, too new or not installed
 
 A message names the op, the argument, what was expected, what came and what to do.
 """
@@ -70,3 +71,7 @@ class OutputError(QcoreError, OSError):
 
 class NameTaken(QcoreError, ImportError):
     """Another package holds the module name that qcore was asked to answer to."""
+
+
+class IncompatibleVersion(QcoreError, ImportError):
+    """A library that a feature works with is too old, too new or not installed; names the one that is needed."""

@@ -24,6 +24,11 @@ from qcore.errors import FormatError, OutputError
 SCHEMA = 1
 KIND = "qcore bench cpu"
 
+# Whose versions decide what is measured; the benchmarks of models write this too.
+_DISTRIBUTIONS = (
+    "qcore-quant", "qcore-cpu", "torch", "bitsandbytes", "numpy", "transformers", "accelerate", "peft",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -140,7 +145,7 @@ def machine(threads: int) -> dict[str, Any]:
         "openmp": said.runtime.partition(" (")[0],
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("qcore-quant", "qcore-cpu", "torch", "bitsandbytes", "numpy")},
+            **{name: _version(name) for name in _DISTRIBUTIONS},
         },
     }
 

@@ -16,6 +16,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from qcore.integrations.versions import check
+
 # A pipe has no width; tables are made for a reader of the log.
 _WIDTH_OF_A_LOG = 110
 
@@ -51,7 +53,15 @@ def byte_progress() -> Progress:
 
 
 def quiet_transformers() -> None:
-    """Keep Transformers' bars and advice out of the commands' output; its errors still show."""
+    """Keep Transformers' bars and advice out of the commands' output; its errors still show.
+
+    Raises
+    ------
+    IncompatibleVersion
+        Transformers or Accelerate is too old or not installed.
+    """
+    for library in ("transformers", "accelerate"):
+        check(library, "this command")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

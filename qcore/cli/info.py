@@ -19,7 +19,10 @@ from qcore.backend.registry import VARIABLE, backend_for, backend_report
 from qcore.cli.console import console
 from qcore.errors import QcoreError
 
-_DISTRIBUTIONS = ("qcore-quant", "qcore-cpu", "torch", "numpy", "transformers", "safetensors", "gguf", "bitsandbytes")
+_DISTRIBUTIONS = (
+    "qcore-quant", "qcore-cpu", "torch", "numpy", "transformers", "accelerate", "peft", "safetensors", "gguf",
+    "bitsandbytes",
+)  # fmt: skip
 
 _EXACT = 1 << 62
 

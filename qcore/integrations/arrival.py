@@ -14,6 +14,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from qcore.errors import IncompatibleVersion
+
 # Module that has arrived -> module of ours that makes qcore known to it as it is imported.
 _WATCHED = {
     "transformers.quantizers.auto": "qcore.integrations.transformers",
@@ -66,8 +68,18 @@ def watch() -> None:
 
 def _follow(arrived: str, follower: str) -> None:
     """Import ours. Where it does not know the library's version, the library itself must go on working."""
+    library = arrived.partition(".")[0]
     try:
         import_module(follower)
+    except IncompatibleVersion as error:
+        if library == "peft":  # whose layers can be kept from quantized ones when that is tried
+            import_module("qcore.integrations.peft_refusal").install(error)
+        else:
+            warnings.warn(f"qcore cannot be used from {library}: {error}", stacklevel=2)
     except (ImportError, AttributeError) as error:
-        library = arrived.partition(".")[0]
         warnings.warn(f"qcore cannot be used from this {library}: {error}; upgrade one of them", stacklevel=2)
+
+
+def stands_in_for_bitsandbytes() -> bool:
+    """Whether ``import bitsandbytes`` means qcore in this process: a finder of :mod:`qcore.compat.alias` says so."""
+    return any(getattr(finder, "stands_in_for", None) == "bitsandbytes" for finder in sys.meta_path)

@@ -151,7 +151,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         inner = _project(self, first, expert, hidden_states[token])
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         outer = _project(self, "down_proj", expert, inner)
-        if self.has_post_expert_norm:
+        if getattr(self, "has_post_expert_norm", False):  # absent in older versions of Transformers
             outer = self.post_expert_norm(outer)
         total.index_add_(0, token, (outer * top_k_weights[token, position, None]).float())
     return total.to(hidden_states.dtype)

@@ -98,3 +98,11 @@ def float_layer(layer: Quantized, dtype: torch.dtype, *, transposed: bool) -> nn
         new.bias = nn.Parameter(layer.bias.detach().to(dtype))
     module: nn.Module = new
     return module.train(layer.training)
+
+
+def keep_hook(old: Any, new: nn.Module) -> None:
+    """Let ``new`` have what Accelerate has hooked to ``old``, in whose place it is put."""
+    if hasattr(old, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)

@@ -8,7 +8,6 @@ PEFT's other methods it lets through what is known not to take codes for numbers
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from functools import partial, wraps
 from importlib.util import find_spec
@@ -16,21 +15,35 @@ from inspect import signature
 from typing import Any, NoReturn
 
 import torch
-from peft.tuners.lora.layer import Linear
-from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_adapters_to_merge,
-)
-from peft.utils import integrations
 from torch import Tensor
 
 from qcore.errors import InvalidArgument, Unsupported
+from qcore.integrations.arrival import stands_in_for_bitsandbytes
 from qcore.integrations.layers import dequantized
+from qcore.integrations.versions import working_with
 from qcore.nn import Int8Params, Linear4bit, Linear8bitLt, LinearInt4, Params4bit
 from qcore.nn.coded import CodedParameter
+
+with working_with("peft", "PEFT on quantized layers"):
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import (
+        BaseTuner,
+        BaseTunerLayer,
+        _maybe_include_all_linear_layers,
+        check_adapters_to_merge,
+    )
+    from peft.utils import integrations
+
+    # Looked up later too, when a model is on its way through PEFT; one that is gone is to be named now.
+    _LOOKED_UP = (
+        BaseTuner.inject_adapter,
+        BaseTuner._prepare_adapter_config,
+        BaseTuner._check_target_module_exists,
+        BaseTuner.get_model_config,
+        LoraModel._create_new_module,
+        integrations.dequantize_bnb_weight,
+    )
 
 # Packages below peft.tuners whose layers call the quantized one and leave its weight alone, until they merge.
 _CALLING = (
@@ -105,11 +118,6 @@ class LoraQuantizedLinear(Linear):  # type: ignore[misc]
         self._caches.clear()
 
 
-def _stands_in() -> bool:
-    """Whether ``import bitsandbytes`` means qcore in this process: a finder of :mod:`qcore.compat.alias` says so."""
-    return any(getattr(finder, "stands_in_for", None) == "bitsandbytes" for finder in sys.meta_path)
-
-
 def _requantized(before: CodedParameter, weight: Tensor) -> CodedParameter:
     """``weight`` (out, in) in the format of ``before``."""
     new: CodedParameter
@@ -182,7 +190,9 @@ def _check(tuner: BaseTuner, model: Any, config: Any, state: dict[str, Tensor] |
 def _decodes(method: str, module: Any) -> bool:
     """Whether PEFT gives ``module`` its layer for bitsandbytes, which decodes: programs for bitsandbytes get those."""
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return _stands_in() and not isinstance(layer, LinearInt4) and find_spec(f"peft.tuners.{method}.bnb") is not None
+    if isinstance(layer, LinearInt4) or not stands_in_for_bitsandbytes():
+        return False
+    return find_spec(f"peft.tuners.{method}.bnb") is not None
 
 
 def _guard_merge(model: Any) -> None:
@@ -211,7 +221,7 @@ def register() -> None:
 
     def create(lora_config: Any, adapter_name: str, target: Any, **options: Any) -> Any:
         # Programs for bitsandbytes look for PEFT's own classes.
-        theirs_alone = lora_config._custom_modules or _stands_in()
+        theirs_alone = lora_config._custom_modules or stands_in_for_bitsandbytes()
         chosen = None if theirs_alone else _dispatch(target, adapter_name, lora_config, **options)
         return theirs(lora_config, adapter_name, target, **options) if chosen is None else chosen
 

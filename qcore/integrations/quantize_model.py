@@ -22,6 +22,7 @@ from qcore.formats.plan import Options
 from qcore.formats.quantization_config import QuantizationSettings, grouped_layout
 from qcore.integrations import experts
 from qcore.integrations.blocks import block_batches, block_inputs, float_weight, install, quantize_block
+from qcore.integrations.layers import keep_hook
 from qcore.integrations.transformers.config import QcoreConfig
 from qcore.integrations.transformers.quantizer import QcoreQuantizer
 from qcore.nn import LinearInt4
@@ -148,10 +149,7 @@ def _exchange(model: nn.Module, name: str, layer: LinearInt4) -> None:
     old: Any = model.get_submodule(name)
     layer.bias = old.bias
     layer.train(old.training)
-    if hasattr(old, "_hf_hook"):
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(layer, old._hf_hook)
+    keep_hook(old, layer)
     model.set_submodule(name, layer)
 
 

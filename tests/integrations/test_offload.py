@@ -55,9 +55,14 @@ def test_4bit_layers_on_the_disk(tmp_path: Path) -> None:
 def test_max_memory_sends_the_rest_to_the_disk(tmp_path: Path) -> None:
     source = save_model("llama", tmp_path / "float")
     expected = logits(load(source, QcoreConfig("nf4")))
-    memory, folder = {"cpu": 60_000}, tmp_path / "disk"
-    model = load(source, QcoreConfig("nf4"), device_map="auto", max_memory=memory, offload_folder=folder)
-    assert {"cpu", "disk"} <= set(model.hf_device_map.values())
+    places: set[str] = set()
+    for memory in (60_000, 100_000):  # versions of Transformers differ in what they count
+        folder = tmp_path / f"disk-{memory}"
+        model = load(source, QcoreConfig("nf4"), device_map="auto", max_memory={"cpu": memory}, offload_folder=folder)
+        places = set(getattr(model, "hf_device_map", {}).values())
+        if {"cpu", "disk"} <= places:
+            break
+    assert {"cpu", "disk"} <= places
     assert torch.equal(logits(model), expected)
 
 

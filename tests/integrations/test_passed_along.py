@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
-    ("nf4", "nf4", {"threshold": 3.0}, "threshold=3.0, which a checkpoint quantized to nf4 does not have"),
+    ("nf4", "nf4", {"threshold": 3.0}, "threshold=3.0, which nf4 does not have"),
     ("nf4", "nf4", {"quantize_head": True}, "quantize_head=True, but lm_head of the checkpoint is not quantized"),
     (
         "nf4",
@@ -50,18 +50,18 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
         {"quant_storage": torch.bfloat16},
         "quant_storage=torch.bfloat16, the checkpoint was quantized with",
     ),
-    ("int8", "int8", {"blocksize": 128}, "blocksize=128, which a checkpoint quantized to int8 does not have"),
-    ("int8", "int8", {"double_quant": False}, "double_quant=False, which a checkpoint quantized to int8 does not"),
+    ("int8", "int8", {"blocksize": 128}, "blocksize=128, which int8 does not have"),
+    ("int8", "int8", {"double_quant": False}, "double_quant=False, which int8 does not have"),
     ("int8", "int8", {"threshold": 3.0}, "threshold=3.0, the checkpoint was quantized with 6.0"),
-    ("int8", "int8", {"compute_dtype": "float32"}, "compute_dtype=torch.float32, which a checkpoint quantized to int8"),
+    ("int8", "int8", {"compute_dtype": "float32"}, "compute_dtype=torch.float32, which int8 does not have"),
     ("theirs", "int8", {"skip_modules": ["up_proj"]}, "but model.layers.0.mlp.up_proj of the checkpoint is quantized"),
     ("theirs", "int8", {"quantize_head": True}, "lm_head of the checkpoint is not quantized"),
-    ("gptq", "gptq", {"blocksize": 128}, "blocksize=128, which a checkpoint quantized to gptq does not have"),
-    ("gptq", "gptq", {"double_quant": False}, "double_quant=False, which a checkpoint quantized to gptq does not have"),
-    ("gptq", "gptq", {"threshold": 3.0}, "threshold=3.0, which a checkpoint quantized to gptq does not have"),
+    ("gptq", "gptq", {"blocksize": 128}, "blocksize=128, which gptq does not have"),
+    ("gptq", "gptq", {"double_quant": False}, "double_quant=False, which gptq does not have"),
+    ("gptq", "gptq", {"threshold": 3.0}, "threshold=3.0, which gptq does not have"),
     ("gptq", "gptq", {"quantize_head": True}, "lm_head of the checkpoint is not quantized"),
     ("gptq", "gptq", {"skip_modules": ["up_proj"]}, "up_proj"),
-    ("awq", "awq", {"quant_storage": torch.bfloat16}, "which a checkpoint quantized to awq does not have"),
+    ("awq", "awq", {"quant_storage": torch.bfloat16}, "which awq does not have"),
     ("awq", "awq", {"quantize_head": True}, "lm_head of the checkpoint is not quantized"),
 ]
 

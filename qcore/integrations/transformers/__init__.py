@@ -8,19 +8,19 @@ is not installed. In the same way Transformers' own ``GPTQConfig`` quantizes wit
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import copy
 from typing import Any
-
-if int(version("transformers").partition(".")[0]) < 5:
-    raise ImportError(f"qcore needs Transformers 5 or later, this is {version('transformers')}")
-
-from transformers.quantizers import auto
 
 from qcore.errors import InvalidArgument
 from qcore.formats.quantization_config import FORMATS, GROUPED
-from qcore.integrations.transformers.calibrating import CalibratingQuantizer, check_backend, has_gptqmodel
-from qcore.integrations.transformers.config import QcoreConfig
-from qcore.integrations.transformers.quantizer import QcoreQuantizer
+from qcore.integrations.versions import working_with
+
+with working_with("transformers", "QcoreConfig"):
+    from transformers.quantizers import auto
+
+    from qcore.integrations.transformers.calibrating import CalibratingQuantizer, check_backend, has_gptqmodel
+    from qcore.integrations.transformers.config import QcoreConfig
+    from qcore.integrations.transformers.quantizer import QcoreQuantizer
 
 __all__ = ["QcoreConfig", "QcoreQuantizer", "register"]
 
@@ -38,11 +38,18 @@ def register() -> None:
     def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         """Choose between the configuration in a checkpoint and the one passed along with it."""
         check_is_configuration(quantization_config_from_args)
-        if not is_ours(quantization_config, quantization_config_from_args):
-            return theirs(quantization_config, quantization_config_from_args)
+        passed = parsed(quantization_config_from_args)
+        if not is_ours(quantization_config, passed):
+            return theirs(quantization_config, passed)
+        placed = isinstance(quantization_config, QcoreConfig)
         if isinstance(quantization_config, dict):
+            # qcore writes a list of what stays in floating point into every checkpoint.
+            placed = "qcore" in quantization_config and parsed(quantization_config).settings.skip_modules is None
             quantization_config = QcoreConfig.from_dict(quantization_config)
-        passed = quantization_config_from_args
+        if placed:
+            chosen = copy.deepcopy(quantization_config if passed is None else passed)
+            chosen.placed = True
+            return chosen
         if not isinstance(passed, QcoreConfig):  # of what a GPTQConfig says, the checkpoint knows all but the kernel
             check_backend(passed)
             return quantization_config
@@ -54,7 +61,7 @@ def register() -> None:
     def from_config(cls: Any, /, quantization_config: Any, **options: Any) -> Any:
         """Their quantizer of a configuration; of anything else they would ask for attributes that it does not have."""
         check_is_configuration(quantization_config)
-        return theirs_of_config(quantization_config, **options)
+        return theirs_of_config(parsed(quantization_config), **options)
 
     auto.AutoHfQuantizer.from_config = classmethod(from_config)
     for method in GROUPED:
@@ -82,13 +89,24 @@ def check_is_configuration(passed: Any) -> None:
     raise InvalidArgument(f"from_pretrained: quantization_config is {passed!r}, expected a configuration: qcore.{fix}")
 
 
+def parsed(passed: Any) -> Any:
+    """``passed``, as a :class:`QcoreConfig` if it is what ``to_dict()`` of one gives.
+
+    Transformers would make bitsandbytes' configuration of it, whose section it is.
+    """
+    if isinstance(passed, dict) and ("qcore" in passed or passed.get("quant_method") == METHOD):
+        return QcoreConfig.from_dict(passed)
+    return passed
+
+
 def is_ours(stored: Any, passed: Any) -> bool:
     """Whether qcore loads a checkpoint whose section is ``stored``, for a caller who passed ``passed`` along."""
     section = stored if isinstance(stored, dict) else stored.to_dict()
     method = section.get("quant_method")
     if not isinstance(passed, (QcoreConfig, type(None))):
         # Another library was asked for by name; Transformers says so where that does not fit.
-        return method in GROUPED and method == passed.quant_method and not has_gptqmodel()
+        asked = passed.get("quant_method") if isinstance(passed, dict) else passed.quant_method
+        return method in GROUPED and method == asked and not has_gptqmodel()
     if isinstance(stored, QcoreConfig):
         return True
     if method in GROUPED:
@@ -105,4 +123,5 @@ def _has_bitsandbytes() -> bool:
     return bool(is_bitsandbytes_available())
 
 
-register()
+with working_with("transformers", "QcoreConfig"):
+    register()

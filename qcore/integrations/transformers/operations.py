@@ -29,12 +29,15 @@ PARTS = {
 
 
 def part_names(format: str) -> list[str]:
-    """Names, below a layer, of the tensors that make up its quantized weight."""
+    """Names, below a layer, of the tensors that make up its quantized weight.
+
+    The weight is last: some versions of Transformers give a tensor to the first of the names that occurs in its own.
+    """
     if format == "int8":
-        return ["weight", "SCB", "weight_format"]
+        return ["SCB", "weight_format", "weight"]
     if format in GROUPED:
         return list(awq_layers.NAMES if format == "awq" else gptq_layers.NAMES)
-    return ["weight", *(f"weight.{part}" for part in PARTS[format])]
+    return [*(f"weight.{part}" for part in PARTS[format]), "weight"]
 
 
 def _only(value: Any) -> Tensor:

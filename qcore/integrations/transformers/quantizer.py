@@ -121,7 +121,9 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         config, self.dtype = self.quantization_config, dtype or torch.get_default_dtype()
-        if not self.pre_quantized:
+        if config.placed:
+            self.pre_quantized = _first_codes(checkpoint_files or []) is not None
+        elif not self.pre_quantized:
             _refuse_codes(checkpoint_files or [])
         if config.format in GROUPED and not self.pre_quantized:
             raise Unsupported(
@@ -163,27 +165,30 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             left = experts.unreachable(model, skips)
             if left:
                 log.warning(f"qcore leaves {len(left)} fused expert weights in floating point, such as {left[0]}")
-        config.model_dtype = self.dtype
+        config.model_dtype, config.placed = self.dtype, False
         config.settings = replace(config.settings, skip_modules=sorted(set(skips)), experts=bool(fused))
         self.transposed = {name for name, layer in linear.items() if layer.transposed}
         layers.exchange(model, linear, config.settings)
         if self.pre_quantized:
             experts.exchange(model, fused, config.settings)
             # Saved with each list, so that nothing else takes the folder for a float checkpoint.
-            names = {rf"^{re.escape(name)}$" for name in fused}
-            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *names}
+            ignored = model._keys_to_ignore_on_load_unexpected
+            kind = set if isinstance(ignored, set) else list  # Transformers before 5.9 adds a list to it
+            names = [rf"^{re.escape(name)}$" for name in fused]
+            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *names])
         else:
             self.experts = fused
 
     def _skips(self, model: Any) -> list[str]:
         """Patterns of the modules that stay as they are: the checkpoint's, or the defaults and those asked for."""
         config = self.quantization_config
-        if self.pre_quantized and config.settings.skip_modules is not None:
-            return list(config.settings.skip_modules)
+        if config.settings.skip_modules is not None:  # of a checkpoint, or of a model whose configuration is used again
+            mixers = [] if self.pre_quantized else architecture.read_by_mixers(model)
+            return [*config.settings.skip_modules, *mixers]
         asked = config.skip_modules or []
         names = [*architecture.linear_layers(model, []), *experts.find(model, [])]
         architecture.check_patterns(names, asked, "QcoreConfig: skip_modules")
-        quantizes_head = config.quantize_head and not self.pre_quantized
+        quantizes_head = config.quantize_head and (config.placed or not self.pre_quantized)
         head = [] if quantizes_head else architecture.default_skips(model)
         # Another writer's folder without a list may have codes of what mixers multiply themselves.
         return [*head, *([] if self.pre_quantized else architecture.read_by_mixers(model)), *asked]
@@ -241,13 +246,10 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _keep_float(self, model: Any, names: list[str]) -> None:
         """Leave layers that the checkpoint has no weight for as the model class begins with them."""
-        from accelerate.hooks import add_hook_to_module
-
         for name in names:
             layer = model.get_submodule(name)
             new: nn.Module = layers.float_layer(layer, layer.weight.dtype, transposed=name in self.transposed)
-            if hasattr(layer, "_hf_hook"):
-                add_hook_to_module(new, layer._hf_hook)
+            layers.keep_hook(layer, new)
             model.set_submodule(name, new)
         log.warning(f"qcore leaves {', '.join(names)} in floating point: the checkpoint has no weights for them")
         config = self.quantization_config
@@ -288,8 +290,6 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        from accelerate.hooks import add_hook_to_module
-
         # Saving leaves a string in the model's configuration, which Transformers then passes here.
         dtype = dtype_of(dtype or self.dtype, "dtype")
         quantized = {name: module for name, module in model.named_modules() if isinstance(module, _QUANTIZED)}
@@ -306,8 +306,7 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
             if name.rpartition(".")[0] in fused:
                 continue
             new: nn.Module = layers.float_layer(layer, dtype, transposed=name in self.transposed)
-            if hasattr(layer, "_hf_hook"):
-                add_hook_to_module(new, layer._hf_hook)
+            layers.keep_hook(layer, new)
             model.set_submodule(name, new)
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
         return model.to(dtype) if dtype != self.dtype else model
@@ -327,13 +326,21 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _refuse_codes(files: list[str]) -> None:
     """Transformers would cast int8 codes to numbers before anything of ours sees them."""
-    for path in map(Path, files):
-        found = [name for name in _tensor_names(path) if _CODES.search(name)]
-        if found:
-            raise FormatError(
-                f"{path}: quantized already ({found[0]}), but the folder's config.json has no quantization_config; "
-                "put that section back, or name the float checkpoint"
-            )
+    found = _first_codes(files)
+    if found is not None:
+        raise FormatError(
+            f"{found[0]}: quantized already ({found[1]}), but the folder's config.json has no quantization_config; "
+            "put that section back, or name the float checkpoint"
+        )
+
+
+def _first_codes(files: list[str]) -> tuple[str, str] | None:
+    """The first file that has a tensor of a quantized layer, and its name."""
+    for path in files:
+        for name in _tensor_names(Path(path)):
+            if _CODES.search(name):
+                return path, name
+    return None
 
 
 def _tensor_names(path: Path) -> list[str]:
