@@ -50,7 +50,8 @@ def check_target(out: Path, source: Path, force: bool) -> None:
     if out_real == source_real or out_real in source_real.parents or source_real in out_real.parents:
         raise OutputError(f"{out}: is, contains or lies inside the source {source}; choose another output folder")
     if not out_real.parent.is_dir():
-        raise OutputError(f"{out}: the folder {out_real.parent} does not exist; make it first")
+        there = "is a file; choose another place" if out_real.parent.exists() else "does not exist; make it first"
+        raise OutputError(f"{out}: the folder {out_real.parent} {there}")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():

@@ -286,6 +286,9 @@ def test_the_source_is_not_overwritten(tmp_path: Path, source: Path, where: str)
 def test_a_parent_that_does_not_exist_is_named(tmp_path: Path, source: Path) -> None:
     with pytest.raises(OutputError, match="does not exist; make it first"):
         run(source, tmp_path / "no/such/out")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file is a file; choose another place"):
+        run(source, tmp_path / "file/out")
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(
