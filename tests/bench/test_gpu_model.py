@@ -24,7 +24,7 @@ def test_a_decode_step_on_an_h100_by_hand() -> None:
     assert work.operations == 33_554_432
     expected = model.predict(work, H100)
     assert expected.floor == pytest.approx(9_453_568 / 3.35e12) == pytest.approx(2.8220e-6, rel=1e-4)
-    # 6 instructions for each of 16,777,216 weights at 33.5e12 a second: 3.0049 us; memory 3.1355 us at 90 %.
+    # 6 instructions for each of 16,777,216 weights at 33.45e12 a second: 3.0094 us; memory 3.1355 us at 90 %.
     assert expected.predicted == pytest.approx(3.1355e-6 + 2e-6, rel=1e-4)
     assert expected.bound == "memory"
 
@@ -89,6 +89,26 @@ def test_no_prediction_beats_the_floor(known: devices.Gpu) -> None:
         expected = model.predict(work, known)
         assert not expected.predicted <= expected.floor, work.label
         assert expected.predicted < 100 * expected.floor + 10e-6, work.label
+
+
+# Units, and in a clock of each: operations of 16-bit and of 8-bit products, lanes; GHz for products and for lanes; bits
+# of the memory's bus and Gbit/s of each.
+MADE_OF = {
+    "h100": (132, 4096, 8192, 128, 1.83, 1.98, 5120, 5.23),
+    "rtx4090": (128, 512, 2048, 128, 2.52, 2.52, 384, 21),
+    "mi300x": (304, 2048, 4096, 64, 2.1, 2.1, 8192, 5.2),
+    "rx7900xtx": (96, 512, 512, 64, 2.5, 2.5, 384, 20),
+    "rx9070xt": (64, 1024, 2048, 64, 2.97, 2.97, 256, 20),
+}
+
+
+@pytest.mark.parametrize("known", devices.GPUS, ids=lambda known: known.key)
+def test_the_public_figures_are_what_units_and_clocks_make(known: devices.Gpu) -> None:
+    units, f16, int8, lanes, product_clock, clock, bits, rate = MADE_OF[known.key]
+    assert known.f16 == pytest.approx(units * f16 * product_clock * 1e9, rel=2e-3)
+    assert known.int8 == pytest.approx(units * int8 * product_clock * 1e9, rel=2e-3)
+    assert known.lanes == pytest.approx(units * lanes * clock * 1e9, rel=2e-3)
+    assert known.bandwidth == pytest.approx(bits * rate / 8 * 1e9, rel=6e-3)
 
 
 def test_every_figure_names_its_vendors_page() -> None:

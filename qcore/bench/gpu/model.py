@@ -112,7 +112,7 @@ def predict(work: Work, gpu: Gpu) -> Prediction:
     parts = {
         "memory": (moved + again) / (gpu.bandwidth * COPY_SHARE),
         "product": work.operations / (rate * PRODUCT_SHARE),
-        "decoding": work.instructions / (gpu.f32 / 2),
+        "decoding": work.instructions / gpu.lanes,
         "launch": work.launches * LAUNCH,
     }
     busy = max(parts["memory"], parts["product"], parts["decoding"])
