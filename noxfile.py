@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 
 import nox
@@ -269,61 +270,127 @@ def _hip_options(session: nox.Session) -> list[str]:
     return [f"-DQCORE_HIP_ROOT={folder}", "-DCMAKE_CXX_COMPILER=clang++-19"]
 
 
-def _gpu_library(session: nox.Session, backend: str, *options: str) -> Path:
-    """The library of backends/cuda or backends/hip, built in build/; a second run compiles what has changed."""
+def _gpu_build(session: nox.Session, backend: str, *options: str, only: Iterable[str] = ()) -> Path:
+    """Compile backends/cuda or backends/hip in build/, or of it these kernel files; again only what has changed."""
     folder = ROOT / "build" / backend
     _tool(session, "cmake", "-S", f"backends/{backend}", "-B", str(folder), "-G", "Ninja", *options)
-    _tool(session, "cmake", "--build", str(folder), "--parallel", "2")
-    return folder / f"libqcore_{backend}.so"
+    _compile(session, folder, only)
+    return folder
 
 
-def _cuobjdump(session: nox.Session) -> str:
-    """The folder of NVIDIA's tools that read machine code, out of the package index."""
-    folder = ROOT / "build" / "nvidia-tools"
-    if not folder.is_dir():
-        packages = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
-        _python(session, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages)
-    found = next(folder.rglob("cuobjdump"), None)
-    if found is None:
-        session.error(f"no cuobjdump under {folder}; remove the folder and try again")
-    return str(found.parent)
+def _compile(session: nox.Session, folder: Path, only: Iterable[str]) -> None:
+    """Build all of a configured folder, or the object files of these kernel files."""
+    commands = json.loads((folder / "compile_commands.json").read_text(encoding="utf-8"))
+    wanted = [entry["output"] for entry in commands if Path(entry["file"]).name in {f"{name}.cu" for name in only}]
+    targets = [os.path.relpath(folder / output, folder) for output in wanted]
+    _tool(session, "cmake", "--build", str(folder), "--parallel", "2", *(("--target", *targets) if targets else ()))
 
 
-def _hip_on_cuda(session: nox.Session) -> None:
+def _nvidia_tools(session: nox.Session) -> Path:
+    """A CUDA toolkit, as far as these sessions need one, out of the package index: the folder with its bin/."""
+    folder, wanted = ROOT / "build" / "nvidia-tools", ROOT / "requirements" / "nvcc.txt"
+    stamp = folder / "stamp"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted.read_text(encoding="utf-8"):
+        shutil.rmtree(folder, ignore_errors=True)
+        _python(session, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "-r", str(wanted))
+        root = next(folder.glob("nvidia/cu*"))
+        # nvcc and CMake look for these two, which the packages do not have.
+        (root / "lib64").symlink_to("lib")
+        runtime = next((root / "lib").glob("libcudart.so.*"))
+        (root / "lib" / "libcudart.so").symlink_to(runtime.name)
+        stamp.write_text(wanted.read_text(encoding="utf-8"), encoding="utf-8")
+    return next(folder.glob("nvidia/cu*"))
+
+
+def _nvcc(toolkit: Path) -> str:
+    """What CMake needs for that compiler."""
+    return f"-DCMAKE_CUDA_COMPILER={toolkit / 'bin' / 'nvcc'}"
+
+
+def _with_tools(toolkit: Path) -> str:
+    """The PATH with the toolkit's programs first."""
+    return f"{toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+def _hip_on_cuda(session: nox.Session, toolkit: Path) -> None:
     """Build the HIP backend by nvcc through its shim, for one target: tools/gpu_run.sh has no minutes to lose on it."""
     folder = str(ROOT / "build" / "hip-on-cuda")
     target = ("-DCMAKE_CUDA_ARCHITECTURES=90a-real", "-DQCORE_HIP_ARCH=sm_90")
-    _tool(session, "cmake", "-S", "backends/hip/shim", "-B", folder, "-G", "Ninja", *target)
+    _tool(session, "cmake", "-S", "backends/hip/shim", "-B", folder, "-G", "Ninja", *target, _nvcc(toolkit))
     _tool(session, "cmake", "--build", folder, "--parallel", "2")
 
 
 HIP_TARGETS = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201")
+# The one that CI compiles for: about a minute of two cores.
+LEAN_TARGET = "90"
 CUDA_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def _isa_request(session: nox.Session) -> tuple[list[str], list[str]]:
+    """(backends, kernel files) that the arguments of `isa` ask for; no kernel files: all, and the libraries."""
+    words = list(session.posargs)
+    only: list[str] = []
+    if "--changed" in words:
+        words.remove("--changed")
+        stale = session.run(sys.executable, "tools/gpu_isa_record.py", "--stale", external=True, silent=True)
+        only = str(stale).strip().split(",")
+        if only == [""]:
+            session.skip("every kernel file is as recorded")
+    if "--only" in words:
+        at = words.index("--only")
+        only += [name for name in "".join(words[at + 1 : at + 2]).split(",") if name]
+        del words[at : at + 2]
+        known = {path.stem for path in (ROOT / "backends" / "kernels").glob("*.cu")}
+        if not only or set(only) - known:
+            session.error(f"isa: --only {','.join(only)}: expected names out of {', '.join(sorted(known))}")
+    unknown = set(words) - {"cuda", "hip"}
+    if unknown:
+        session.error(f"isa: {', '.join(sorted(unknown))}: expected cuda, hip, --only NAME,... or --changed")
+    return words or ["hip", "cuda"], only
 
 
 @nox.session
 def isa(session: nox.Session) -> None:
-    """Build both GPU libraries, check their machine code, and that they load without a GPU; `-- hip`, `-- cuda` one."""
-    backends = session.posargs or ["hip", "cuda"]
-    libraries: dict[str, Path] = {}
-    path, root = os.environ["PATH"], ""
+    """Compile the GPU kernels for every target, check their machine code and record it in docs/results.
+
+    `-- cuda` or `-- hip`: for that backend's targets alone. `-- --only absmax,fourbit`: these kernel files alone;
+    `-- --changed`: those that are no longer as recorded. Without either, that the libraries load where there is no GPU.
+    """
+    backends, only = _isa_request(session)
+    builds: dict[str, Path] = {}
+    environment: dict[str, str] = {}
     if "hip" in backends:
         options = _hip_options(session)
-        libraries["hip"] = _gpu_library(session, "hip", *options)
-        root = options[0].partition("=")[2]
+        builds["hip"] = _gpu_build(session, "hip", *options, only=only)
+        environment["QCORE_HIP_ROOT"] = options[0].partition("=")[2]
+    path = os.environ["PATH"]
     if "cuda" in backends:
-        _require_nvcc(session)
-        libraries["cuda"] = _gpu_library(session, "cuda")
-        path = f"{_cuobjdump(session)}{os.pathsep}{path}"
+        toolkit = _nvidia_tools(session)
+        path = _with_tools(toolkit)
+        builds["cuda"] = _gpu_build(session, "cuda", _nvcc(toolkit), only=only)
+        if not only:
+            _hip_on_cuda(session, toolkit)
     expected = (*(HIP_TARGETS if "hip" in backends else ()), *(CUDA_TARGETS if "cuda" in backends else ()))
-    out = "docs/results" if len(libraries) == 2 else str(REPORTS / "isa")
-    if "cuda" in backends:
-        _hip_on_cuda(session)
-    chosen = [str(library) for library in libraries.values()]
-    _python(session, "tools/gpu_isa.py", *chosen, "--expect", ",".join(expected), "--out", out, PATH=path)
-    where = {f"QCORE_{backend.upper()}_LIBRARY": str(library) for backend, library in libraries.items()}
-    tests = [f"backends/{backend}/tests" for backend in libraries]
-    _pytest(session, "gpu-builds", *tests, QCORE_HIP_ROOT=root, **where)
+    read = [str(folder) for folder in builds.values()] + (["--only", ",".join(only)] if only else [])
+    _python(session, "tools/gpu_isa.py", *read, "--expect", ",".join(expected), "--out", "docs/results", PATH=path)
+    if not only:
+        for backend, folder in builds.items():
+            environment[f"QCORE_{backend.upper()}_LIBRARY"] = str(folder / f"libqcore_{backend}.so")
+        _pytest(session, "gpu-builds", *(f"backends/{backend}/tests" for backend in builds), **environment)
+
+
+@nox.session
+def isa_lean(session: nox.Session) -> None:
+    """Compile every kernel for one target: its machine code has to keep the rules, and be as recorded. CI's share."""
+    if not sys.platform.startswith("linux"):
+        session.skip("NVIDIA's packages of its compiler are taken for Linux alone: NO MACHINE CODE IS CHECKED HERE")
+    toolkit = _nvidia_tools(session)
+    folder = ROOT / "build" / "isa-lean"
+    target = f"-DCMAKE_CUDA_ARCHITECTURES={LEAN_TARGET}a-real"
+    _tool(session, "cmake", "-S", "backends/cuda", "-B", str(folder), "-G", "Ninja", target, _nvcc(toolkit))
+    _compile(session, folder, [path.stem for path in sorted((ROOT / "backends" / "kernels").glob("*.cu"))])
+    expected = ("--expect", f"sm_{LEAN_TARGET}", "--compare", "docs/results/gpu-isa.json")
+    _python(session, "tools/gpu_isa.py", str(folder), *expected, PATH=_with_tools(toolkit))
 
 
 @nox.session

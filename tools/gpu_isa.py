@@ -1,11 +1,13 @@
 """What the compilers made of the GPU kernels: registers, shared memory, occupancy, loads, matrix units; checked.
 
-    python tools/gpu_isa.py build/hip/libqcore_hip.so build/cuda/libqcore_cuda.so --out docs/results
-    python tools/gpu_isa.py build/hip/libqcore_hip.so --target gfx1100
+    python tools/gpu_isa.py build/hip build/cuda --out docs/results
+    python tools/gpu_isa.py build/cuda --only absmax,int8_gemm --out docs/results
+    python tools/gpu_isa.py build/hip --only blockwise --target gfx1100
 
-Reads the machine code in a library, of each kernel for each target: AMD's with llvm-readelf and llvm-objdump, NVIDIA's
-with cuobjdump and nvdisasm. No GPU is needed. ``--out`` writes gpu-isa.json and gpu-isa.md there. Exit status 1 if a
-kernel breaks a rule of ``gpu_isa_rules``.
+Reads the machine code in the object files of a build, of each kernel for each target: AMD's with llvm-readelf and
+llvm-objdump, NVIDIA's with cuobjdump and nvdisasm. No GPU is needed. ``--out`` writes gpu-isa.json and gpu-isa.md
+there, or puts what was read into those that are there; ``--compare`` asks that it is what a record says. Exit status 1
+if a kernel breaks a rule of ``gpu_isa_rules`` or is not as that record says.
 """
 
 from __future__ import annotations
@@ -13,61 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from gpu_isa_rules import TARGETS, breaches, summary
+from gpu_isa_record import Record, load, write
+from gpu_isa_rules import TARGETS, Kernel, breaches
+from gpu_isa_sources import backend_of, included, kernel_files
 
 LLVM = 19
 _MAGIC = b"__CLANG_OFFLOAD_BUNDLE__"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel for one target.
-
-    Attributes
-    ----------
-    threads : int
-        Of a block; 0 where the machine code does not say.
-    registers : int
-        Vector registers of a thread, accumulation registers included.
-    scalars, scalar_spills : int
-        Scalar registers of a wave; those that were parked in lanes of vector registers. AMD only.
-    spills, scratch : int
-        Vector registers that went to memory; bytes of it a thread.
-    shared : int
-        Bytes of a block.
-    waves : int
-        That one SIMD (AMD) or multiprocessor (NVIDIA) can hold at once, by registers and shared memory.
-    instructions, loads16, stores16, loads, copies, matrix, dots : int
-        In the code: all; loads and stores of global memory of 16 bytes; all loads of it, and those among them that go
-        to shared memory past the registers; matrix units; dot products.
-    """
-
-    name: str
-    target: str
-    threads: int
-    registers: int
-    scalars: int
-    scalar_spills: int
-    spills: int
-    scratch: int
-    shared: int
-    waves: int
-    instructions: int
-    loads16: int
-    stores16: int
-    loads: int
-    copies: int
-    matrix: int
-    dots: int
 
 
 def run(*command: str, **more: object) -> str:
@@ -94,11 +56,11 @@ def demangle(symbols: list[str]) -> dict[str, str]:
 # AMD
 
 
-def code_objects(library: Path) -> Iterator[tuple[str, bytes]]:
-    """(target, ELF) of every code object in the library's bundles."""
+def code_objects(compiled: Path) -> Iterator[tuple[str, bytes]]:
+    """(target, ELF) of every code object in the bundles of an object file."""
     with tempfile.TemporaryDirectory() as folder:
         section = Path(folder) / "fatbin"
-        run("objcopy", "-O", "binary", "--only-section=.hip_fatbin", str(library), str(section))
+        run("objcopy", "-O", "binary", "--only-section=.hip_fatbin", str(compiled), str(section))
         data = section.read_bytes()
     start = data.find(_MAGIC)
     while start >= 0:
@@ -112,16 +74,16 @@ def code_objects(library: Path) -> Iterator[tuple[str, bytes]]:
         start = data.find(_MAGIC, start + 1)
 
 
-def amd_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
-    for target, elf in code_objects(library):
+def amd_kernels(compiled: Path, only: str | None) -> Iterator[Kernel]:
+    for target, elf in code_objects(compiled):
         if only in (None, target):
             with tempfile.NamedTemporaryFile(suffix=".co") as file:
                 file.write(elf)
                 file.flush()
-                yield from _kernels_of_object(target, file.name)
+                yield from _kernels_of_object(_file_of(compiled), target, file.name)
 
 
-def _kernels_of_object(target: str, path: str) -> Iterator[Kernel]:
+def _kernels_of_object(file: str, target: str, path: str) -> Iterator[Kernel]:
     notes = run(f"llvm-readelf-{LLVM}", "--notes", path).partition("amdhsa.kernels:")[2].partition("amdhsa.target")[0]
     blocks = [
         dict(re.findall(r"^    \.(\w+): +(\S+)$", f"    {block}", re.M)) for block in re.split(r"(?m)^  - ", notes)[1:]
@@ -137,6 +99,7 @@ def _kernels_of_object(target: str, path: str) -> Iterator[Kernel]:
         shared = said["group_segment_fixed_size"]
         loads = [line for line in lines if re.match(r"(global|flat|buffer)_load", line)]
         yield Kernel(
+            file,
             names[block["name"]],
             target,
             threads,
@@ -173,10 +136,10 @@ def _disassembly(text: str) -> dict[str, list[str]]:
 # NVIDIA
 
 
-def nvidia_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
+def nvidia_kernels(compiled: Path, only: str | None) -> Iterator[Kernel]:
     chosen = ("--gpu-architecture", only) if only else ()
-    usage = run("cuobjdump", "--dump-resource-usage", *chosen, str(library))
-    code = _sass(run("cuobjdump", "--dump-sass", *chosen, str(library)))
+    usage = run("cuobjdump", "--dump-resource-usage", *chosen, str(compiled))
+    code = _sass(run("cuobjdump", "--dump-sass", *chosen, str(compiled)))
     target, symbol = "", ""
     found: list[tuple[str, str, dict[str, int]]] = []
     for line in usage.splitlines():
@@ -194,6 +157,7 @@ def nvidia_kernels(library: Path, only: str | None) -> Iterator[Kernel]:
         shared = max(0, said["SHARED"] - reserved)
         threads = _threads_of(names[symbol])
         yield Kernel(
+            _file_of(compiled),
             names[symbol],
             plain,
             threads,
@@ -235,51 +199,78 @@ def _sass(text: str) -> dict[tuple[str, str], list[str]]:
 # Both
 
 
-def kernels(library: Path, only: str | None) -> list[Kernel]:
-    """All kernels of a library, by target and name."""
-    sections = run("objdump", "--section-headers", str(library))
+def _file_of(compiled: Path) -> str:
+    return compiled.name.partition(".")[0]
+
+
+def objects(build: Path, only: list[str]) -> list[Path]:
+    """The object files of a build's kernel files."""
+    commands = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
+    wanted = [entry for entry in commands if Path(entry["file"]).suffix == ".cu" and Path(entry["file"]).stem in only]
+    found = [build / entry["output"] for entry in wanted]
+    missing = [str(path) for path in found if not path.is_file()]
+    if missing or not found:
+        raise SystemExit(f"{build}: {', '.join(missing) or 'no kernel file'} is not compiled")
+    return found
+
+
+def compiler(build: Path) -> str:
+    """The line of ``--version`` that says which compiler a build's kernel files go through."""
+    commands = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
+    command = next(entry["command"] for entry in commands if Path(entry["file"]).suffix == ".cu")
+    said = run(shlex.split(command)[0], "--version").splitlines()
+    return next(line for line in said if "version" in line or "release" in line).strip()
+
+
+def kernels(compiled: Path, only: str | None) -> list[Kernel]:
+    """All kernels of an object file, which is no older than what it was compiled from."""
+    sections = run("objdump", "--section-headers", str(compiled))
     if ".hip_fatbin" in sections:
-        found = amd_kernels(library, only)
+        found = list(amd_kernels(compiled, only))
     elif ".nv_fatbin" in sections:
-        found = nvidia_kernels(library, only)
+        found = list(nvidia_kernels(compiled, only))
     else:
-        raise SystemExit(f"{library}: holds no GPU code")
-    return sorted(found, key=lambda kernel: (kernel.target, kernel.name))
-
-
-def write(found: list[Kernel], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = [field.name for field in fields(Kernel)]
-    rows = [[asdict(kernel)[column] for column in columns] for kernel in found]
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    source = run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty").strip()
-    compilers = [run(name, "--version").splitlines() for name in ("clang++-19", "nvcc") if shutil.which(name)]
-    machine = {
-        "compilers": [next(line for line in said if "version" in line or "release" in line) for said in compilers]
-    }
-    about = {"schema": 1, "kind": "machine code", "machine": machine, "source": source, "columns": columns}
-    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
-    text = f'{{\n{head} "kernels": [\n{lines}\n ]\n}}\n'
-    (folder / "gpu-isa.json").write_text(text, encoding="utf-8")
-    (folder / "gpu-isa.md").write_text(summary(found), encoding="utf-8")
+        raise SystemExit(f"{compiled}: holds no GPU code")
+    for backend in {backend_of(kernel.target) for kernel in found}:
+        newest = max(included(_file_of(compiled), backend), key=lambda path: path.stat().st_mtime)
+        if newest.stat().st_mtime > compiled.stat().st_mtime:
+            raise SystemExit(f"{compiled}: is older than {newest.name}; compile it again")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("libraries", nargs="+", type=Path)
-    parser.add_argument("--target", help="only this one, such as gfx1100 or sm_90a")
+    parser.add_argument("builds", nargs="+", type=Path, help="folders with compile_commands.json")
+    parser.add_argument("--only", help="these kernel files, without .cu, with commas between")
+    parser.add_argument("--target", help="only this one, such as gfx1100 or sm_90")
     parser.add_argument("--expect", default="", help="targets that have to be there, with commas between")
+    parser.add_argument("--compare", type=Path, metavar="RECORD", help="a gpu-isa.json")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if shutil.which("c++filt") is None:
         raise SystemExit("c++filt was not found; it comes with binutils")
-    found = [kernel for library in options.libraries for kernel in kernels(library, options.target)]
+    only = options.only.split(",") if options.only else kernel_files()
+    unknown = sorted(set(only) - set(kernel_files()))
+    if unknown:
+        raise SystemExit(f"--only: {', '.join(unknown)}: expected some of {', '.join(kernel_files())}")
+    found: list[Kernel] = []
+    compilers: dict[str, str] = {}
+    for build in options.builds:
+        mine = [kernel for path in objects(build, only) for kernel in kernels(path, options.target)]
+        compilers |= dict.fromkeys((backend_of(kernel.target) for kernel in mine), compiler(build))
+        found += mine
+    print(f"{len(found)} kernels for {', '.join(sorted({kernel.target for kernel in found})) or 'nothing'}")
     targets = {kernel.target for kernel in found}
     wrong = [f"no code for {target}" for target in filter(None, options.expect.split(",")) if target not in targets]
     wrong += breaches(found)
+    if options.compare is not None:
+        wrong += load(options.compare).differences(found, compilers)
     if options.out is not None:
-        write(found, options.out)
-    print(f"{len(found)} kernels for {', '.join(sorted(targets)) or 'nothing'}: {len(wrong)} break a rule")
+        file = options.out / "gpu-isa.json"
+        whole = options.target is None and options.only is None and targets == set(TARGETS)
+        record = load(file) if file.is_file() and not whole else Record()
+        record.put(found, compilers)
+        write(record, options.out)
     if wrong or not found:
         sys.exit("\n".join(wrong) or "no kernel was found")
 

@@ -9,10 +9,51 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from gpu_isa import Kernel
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one target.
+
+    Attributes
+    ----------
+    file : str
+        The kernel file that it was compiled from, without .cu.
+    threads : int
+        Of a block; 0 where the machine code does not say.
+    registers : int
+        Vector registers of a thread, accumulation registers included.
+    scalars, scalar_spills : int
+        Scalar registers of a wave; those that were parked in lanes of vector registers. AMD only.
+    spills, scratch : int
+        Vector registers that went to memory; bytes of it a thread.
+    shared : int
+        Bytes of a block.
+    waves : int
+        That one SIMD (AMD) or multiprocessor (NVIDIA) can hold at once, by registers and shared memory.
+    instructions, loads16, stores16, loads, copies, matrix, dots : int
+        In the code: all; loads and stores of global memory of 16 bytes; all loads of it, and those among them that go
+        to shared memory past the registers; matrix units; dot products.
+    """
+
+    file: str
+    name: str
+    target: str
+    threads: int
+    registers: int
+    scalars: int
+    scalar_spills: int
+    spills: int
+    scratch: int
+    shared: int
+    waves: int
+    instructions: int
+    loads16: int
+    stores16: int
+    loads: int
+    copies: int
+    matrix: int
+    dots: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +212,7 @@ def _never_launched(kernel: Kernel) -> bool:
 
 
 _HEAD = (
-    "Made by `tools/gpu_isa.py` from the libraries that `nox -s isa` builds; [the figures of every instance]"
+    "Made by `tools/gpu_isa.py` from what `nox -s isa` compiles; [the figures of every instance]"
     "(gpu-isa.json). Compiled only: none of it is a measurement. Registers are of a thread; waves are how many a "
     "SIMD (AMD) or a multiprocessor (NVIDIA) can hold at once; loads and stores of 16 bytes, copies to shared memory "
     "past the registers (of 16 bytes too), and matrix instructions (dot products on gfx10) are counted in the code. "

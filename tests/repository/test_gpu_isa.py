@@ -1,48 +1,210 @@
-"""The committed record of the GPU kernels' machine code is whole, and within the rules of now."""
+"""The record of the GPU kernels' machine code is whole, of the sources that stand here, and within the rules."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import importlib
 import re
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RECORD = json.loads((ROOT / "docs" / "results" / "gpu-isa.json").read_text(encoding="utf-8"))
+KERNELS = ROOT / "backends" / "kernels"
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    spec = importlib.util.spec_from_file_location("gpu_isa", ROOT / "tools" / "gpu_isa.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_isa", module)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def records() -> Any:
+    return _tool("gpu_isa_record")
 
 
-def kernels(tool: Any) -> list[Any]:
-    return [tool.Kernel(**dict(zip(RECORD["columns"], row, strict=True))) for row in RECORD["kernels"]]
+@pytest.fixture(scope="module")
+def rules() -> Any:
+    return _tool("gpu_isa_rules")
 
 
-def test_no_recorded_kernel_breaks_a_rule(tool: Any) -> None:
-    assert tool.breaches(kernels(tool)) == []
+@pytest.fixture(scope="module")
+def sources() -> Any:
+    return _tool("gpu_isa_sources")
 
 
-def test_a_spilled_register_would_be_found(tool: Any) -> None:
-    one = kernels(tool)[0]
-    spilled = type(one)(**{**vars(one), "spills": 1})
-    assert len(tool.breaches([spilled])) == 1
+def _tool(name: str) -> ModuleType:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
-def test_every_kernel_of_the_source_is_recorded_for_every_target(tool: Any) -> None:
-    sources = [path for kind in ("*.cu", "*.cuh") for path in (ROOT / "backends" / "kernels").glob(kind)]
-    written = {name for path in sources for name in re.findall(r"\b(\w+_kernel)\s*\(", path.read_text("utf-8"))}
-    recorded = {(kernel.target, kernel.name.partition("<")[0]) for kernel in kernels(tool)}
-    assert recorded == {(target, name) for target in tool.TARGETS for name in written}, "run nox -s isa"
+def test_no_recorded_kernel_breaks_a_rule(records: Any, rules: Any) -> None:
+    assert rules.breaches(records.load().kernels) == []
+
+
+def test_a_spilled_register_would_be_found(records: Any, rules: Any) -> None:
+    spilled = replace(records.load().kernels[0], spills=1)
+    assert len(rules.breaches([spilled])) == 1
+
+
+def test_every_kernel_of_the_source_is_recorded_for_every_target(records: Any, rules: Any) -> None:
+    files = [path for kind in ("*.cu", "*.cuh") for path in KERNELS.glob(kind)]
+    written = {name for path in files for name in re.findall(r"\b(\w+_kernel)\s*\(", path.read_text("utf-8"))}
+    recorded = {(kernel.target, kernel.name.partition("<")[0]) for kernel in records.load().kernels}
+    assert recorded == {(target, name) for target in rules.TARGETS for name in written}, "run nox -s isa"
+
+
+def test_the_record_is_of_the_sources_that_stand_here(records: Any) -> None:
+    """A kernel that was changed may spill: nobody knows before it is compiled for every target."""
+    stale = sorted({file for file, _ in records.load().stale()})
+    names = ", ".join(f"backends/kernels/{file}.cu" for file in stale)
+    assert not stale, (
+        f"{names}, or what they include, changed since their machine code was recorded in docs/results/gpu-isa.json. "
+        f"Compile and record them again: nox -s isa -- --only {','.join(stale)}"
+    )
+
+
+EDITS = {
+    "comment": ("backends/kernels/reduce.cuh", "\n#include", "\n// Why.\n\n#include", ""),
+    "line-break": ("backends/kernels/reduce.cuh", " = 0.0f;", "\n            = 0.0f;", ""),
+    "header": (
+        "backends/kernels/reduce.cuh",
+        "block_barrier();",
+        "",
+        "absmax,blockwise,fourbit,int8_quantize,optimizer",
+    ),
+    "kernel": ("backends/kernels/fourbit.cu", "namespace qcore", "static int added;\nnamespace qcore", "fourbit"),
+    "abi": ("qcore/include/qcore_backend.h", "QC_F16 1", "QC_F16 9", "all"),
+    "flag": ("backends/cuda/CMakeLists.txt", "-fmad=false", "-fmad=true", "all"),
+    "targets": ("backends/cuda/CMakeLists.txt", "75-real 80-real", "75-real", ""),
+    "one-target": (
+        "backends/kernels/matrix_hip.cuh",
+        "namespace qcore",
+        "static int added;\nnamespace qcore",
+        "matrix",
+    ),
+    "emulation": ("backends/kernels/simt/device.h", "namespace qcore", "static int added;\nnamespace qcore", ""),
+    "host": ("backends/kernels/host/arguments.h", "namespace qcore", "int added();\nnamespace qcore", ""),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_a_change_makes_stale(edit: str, records: Any, sources: Any, tmp_path: Path) -> None:
+    """In a copy of the tree with one edit, the record is stale for the kernel files that see it, and no other."""
+    unwanted = shutil.ignore_patterns("build", "__pycache__", "tests", "*.so")
+    for folder in ("tools", "backends/kernels", "backends/common", "backends/cuda", "backends/hip", "qcore/include"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=unwanted)
+    record = records.load()
+    parts = [(file, target) for file in sources.kernel_files() for target in _tool("gpu_isa_rules").TARGETS]
+    record.fingerprints = {part: sources.fingerprint(*part) for part in parts}
+    records.write(record, tmp_path / "docs" / "results")
+    path, old, new, expected = EDITS[edit]
+    text = (tmp_path / path).read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / path).write_text(text.replace(old, new, 1), encoding="utf-8")
+    command = (sys.executable, str(tmp_path / "tools" / "gpu_isa_record.py"), "--stale")
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    matrix = [file for file in sources.kernel_files() if "gemm" in file or file == "int8_transposed"]
+    named = {"all": ",".join(sources.kernel_files()), "matrix": ",".join(matrix)}
+    assert said == named.get(expected, expected)
+
+
+@pytest.mark.parametrize("file", [path.stem for path in sorted(KERNELS.glob("*.cu"))])
+def test_a_fingerprint_is_of_all_that_the_compiler_reads(file: str, sources: Any) -> None:
+    """The compiler's own list of what it reads for the emulation, but for the few files where targets part."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    folders = [f"-I{folder}" for folder in (KERNELS, ROOT / "backends" / "common", ROOT / "qcore" / "include")]
+    command = (
+        compiler,
+        "-MM",
+        "-std=c++17",
+        "-DQC_TARGET_SIMT",
+        "-DQC_WAVE_SIZE=32",
+        "-x",
+        "c++",
+        *folders,
+        str(KERNELS / f"{file}.cu"),
+    )
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    read = {Path(word).resolve() for word in said.partition(":")[2].replace("\\\n", " ").split()}
+    emulation = {path for path in read if "simt" in path.parent.name}
+    assert len(emulation) >= 2
+    for backend in ("cuda", "hip"):
+        own = {path for path in sources.included(file, backend) if path.stem.endswith(f"_{backend}")}
+        shared = sources.included(file, backend) - own - {KERNELS / "host" / "runtime.h"}
+        assert {path.stem for path in own} >= {f"device_{backend}"}
+        assert shared == {path for path in read - emulation if path.name not in sources.HOST_ONLY}
+
+
+def test_headers_without_a_fingerprint_have_nothing_for_a_kernel(sources: Any) -> None:
+    for name in sources.HOST_ONLY:
+        text = (KERNELS / "host" / name).read_text(encoding="utf-8")
+        found = re.findall(
+            r"#define (?!QCORE_GPU_\w+_H\b)\w+|\bconstexpr\b|\bQC_(?:DEVICE|KERNEL|CONSTANT)\b|__device__", text
+        )
+        assert not found, f"host/{name}: {found}"
+        assert set(re.findall(r"#include \"([^\"]+)\"", text)) <= {"qcore_backend.h"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a + +b", "a ++b"),
+        ("#define A\nint b;", "#define A int b;"),
+        ('"a  b"', '"a b"'),
+        ("1'000 / 2", "1'000"),
+        ("f('\"'); // g", "f('\"'); g"),
+        ("a /* b */ c", "a b c"),
+    ],
+)
+def test_what_means_something_else_has_other_tokens(one: str, other: str, sources: Any) -> None:
+    assert list(sources.tokens(one)) != list(sources.tokens(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("int a; // b\n", "int a;"),
+        ("f(a,\n  b)", "f(a, /* c */ b)"),
+        ("#define A \\\n  1\n", "#define A 1\n"),
+        ("x = '\"'; // \"", "x  =  '\"';"),
+    ],
+)
+def test_what_means_the_same_has_the_same_tokens(one: str, other: str, sources: Any) -> None:
+    assert list(sources.tokens(one)) == list(sources.tokens(other))
+
+
+def test_a_part_is_recorded_again_without_the_rest(records: Any) -> None:
+    record = records.load()
+    before, count = list(record.kernels), len(record.kernels)
+    part = ("fourbit", "sm_80")
+    record.fingerprints[part] = "old"
+    assert record.stale() == [part]
+    again = [replace(one, registers=one.registers + 1) for one in before if (one.file, one.target) == part]
+    assert len(record.differences(again, record.compilers)) == 1
+    record.put(again, {"cuda": record.compilers["cuda"]})
+    assert record.stale() == []
+    assert record.differences(again, record.compilers) == []
+    assert len(record.kernels) == count
+    assert set(before) - set(record.kernels) == {one for one in before if (one.file, one.target) == part}
+
+
+def test_a_record_has_one_compiler_for_a_backend(records: Any) -> None:
+    record = records.load()
+    part = [one for one in record.kernels if (one.file, one.target) == ("fourbit", "sm_80")]
+    with pytest.raises(SystemExit, match=r"compiled by .*V13.*, these by nvcc 99: they do not mix"):
+        record.put(part, {"cuda": "nvcc 99"})
+    (wrong,) = record.differences(part, {"cuda": "nvcc 99"})
+    assert wrong.startswith("compiled by nvcc 99, the record by Cuda")
+
+
+def test_ci_compiles_with_the_compiler_of_the_record(records: Any) -> None:
+    pinned = re.search(r"^nvidia-cuda-nvcc==(\S+)$", (ROOT / "requirements/nvcc.txt").read_text("utf-8"), re.M)
+    assert pinned is not None
+    assert records.load().compilers["cuda"].endswith(f"V{pinned[1]}")
+    assert "isa_lean" in (ROOT / "Makefile").read_text(encoding="utf-8")
