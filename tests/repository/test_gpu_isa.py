@@ -62,7 +62,7 @@ def test_the_record_is_of_the_sources_that_stand_here(records: Any) -> None:
     stale = sorted({file for file, _ in records.load().stale()})
     names = ", ".join(f"backends/kernels/{file}.cu" for file in stale)
     assert not stale, (
-        f"{names}, or what they include, changed since their machine code was recorded in docs/results/gpu-isa.json. "
+        f"{names}, or what they include, changed after their machine code went into docs/results/gpu-isa.json. "
         f"Compile and record them again: nox -s isa -- --only {','.join(stale)}"
     )
 
