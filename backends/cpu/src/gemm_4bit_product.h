@@ -90,7 +90,8 @@ int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t colu
     if (p.dtype != QC_BF16) {
         return bytes;
     }
-    bytes = max64(bytes, short_scratch_bytes(p, rows));
+    const int64_t last = p.m % kProductRows;  // rows that are left for the end, where there are more than `rows`
+    bytes = max64(bytes, max64(short_scratch_bytes(p, rows), last > 0 ? short_scratch_bytes(p, last) : 0));
 #if defined(__AMX_BF16__)
     if (p.m > 1) {
         return max64(bytes, bf16_tile_scratch_bytes(rows, columns));

@@ -12,8 +12,9 @@ from qcore import codebooks
 from qcore.backend.weights import Weight4bit, WeightInt4
 
 N = 37  # two groups of sixteen rows and a strip that is not full
-# Rows of X and K, with whole and half steps: what short_row() in gemm_4bit_short.h gives to this way, and one more.
-SIZES = [(1, 192), (2, 128), (3, 64), (4, 64)]
+# Rows of X and K, with whole and half steps: what short_row() in gemm_4bit_short.h gives to this way where there is a
+# tile unit, and one more; then what it gives to it elsewhere, in two parts of X and of K.
+SIZES = [(1, 192), (2, 128), (3, 64), (4, 64), (7, 320), (8, 4160)]
 
 
 Make = Callable[[torch.Tensor, int], tuple[Weight4bit | WeightInt4, torch.Tensor]]

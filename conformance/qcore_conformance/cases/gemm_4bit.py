@@ -277,7 +277,7 @@ def cases() -> Iterator[Case]:
         _bounded("nf4", "bf16", ((1, 9, 8192), (4, 5, 4099), (4, 5, 8256)), 64, 0, None),
         _BOUNDED,
     )
-    # Many rows, and a K that is more than a few spans of any panel.
-    many = ((20, 70, 1600), (70, 40, 1090))
+    # Many rows, with a K of more than a few spans of any panel; and more than 512 rows.
+    many = ((20, 70, 1600), (70, 40, 1090), (520, 16, 320))
     yield case("L2", "nf4-bf16-deep-panels", _bounded("nf4", "bf16", many, 64, 0, None), _BOUNDED)
     yield from golden.cases(_OP, _BOUNDED)

@@ -45,6 +45,7 @@ _GEMM_SIZES = (
     # Several spans of a thousand bytes, and more groups of sixteen rows than three.
     (20, 70, 2100),
     (70, 40, 1100),
+    (517, 20, 70),
 )
 
 
