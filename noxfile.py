@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -410,38 +409,5 @@ def simt_asan(session: nox.Session) -> None:
 
 @nox.session
 def summary(session: nox.Session) -> None:
-    """Add up the JUnit reports of build/reports and name what failed, mutants too; fails if nothing ran."""
-    passed = failed = skipped = 0
-    names: list[str] = []
-    for path in sorted(REPORTS.rglob("*.xml")):
-        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
-        ran, bad, broken, left = (
-            sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-        )
-        bad += broken
-        good = ran - bad - left
-        where = path.relative_to(REPORTS)
-        session.log(f"{where}: {good} passed, {bad} failed, {left} skipped")
-        passed, failed, skipped = passed + good, failed + bad, skipped + left
-        cases = [case for suite in suites for case in suite.iter("testcase")]
-        wrong = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-        names += [f"{where}: {case.get('classname')}::{case.get('name')}" for case in wrong]
-    names += _mutants_failed(REPORTS / "mutants" / "mutants.json")
-    for name in names:
-        session.log(f"failed: {name}")
-    print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
-    if names or failed or not passed:
-        session.error("tests failed" if names or failed else "no test ran")
-
-
-def _mutants_failed(path: Path) -> list[str]:
-    """The mutants that survived and the right backends that did not pass, of the report of `nox -s mutants`."""
-    if not path.is_file():
-        return []
-    matrix = json.loads(path.read_text())
-    alive = [f"mutants: {row['mutant']} survived in {row['op']}" for row in matrix["rows"] if not row["case_id"]]
-    return alive + [
-        f"mutants: {control['backend']} is right, but {alarm}"
-        for control in matrix["controls"]
-        for alarm in control["alarms"]
-    ]
+    """Add up the reports of build/reports and name what failed; fails if nothing ran."""
+    _python(session, "tools/summary.py", str(REPORTS))
