@@ -31,6 +31,24 @@ CPU_PATHS = {"cpu": {}, "cpu-avx2": {"QCORE_CPU_ISA": "avx2"}, "cpu-portable": {
 CROWDED = {"OMP_WAIT_POLICY": "passive"}
 
 
+# The ops whose kernels have a path for a tile unit.
+PRODUCTS = (
+    "gemm_4bit",
+    "gemm_int4",
+    "gemm_4bit_transposed",
+    "int8_gemm",
+    "int8_scaled_gemm",
+    "int8_linear",
+    "int8_linear_transposed",
+)
+
+
+def _processor_flags() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def _python(session: nox.Session, *args: str, **env: str) -> None:
     session.run(sys.executable, *args, env=env, external=True)
 
@@ -96,6 +114,9 @@ def conformance(session: nox.Session) -> None:
     _conformance(session, "cpu_reference", "cpu_reference")
     for report, env in CPU_PATHS.items():
         _conformance(session, "cpu", report, **env)
+    if "amx_bf16" in _processor_flags():  # `cpu` is that path: the products of the one below are its own
+        chosen = [word for op in PRODUCTS for word in ("--op", op)]
+        _conformance(session, "cpu", "cpu-avx512-bf16", *chosen, QCORE_CPU_ISA="avx512_bf16")
 
 
 @nox.session
@@ -166,22 +187,10 @@ def sanitizers_lean(session: nox.Session) -> None:
     _conformance(session, library, "sanitizers-lean", **env)
 
 
-# The ops whose kernels have a path for a tile unit.
-PRODUCTS = (
-    "gemm_4bit",
-    "gemm_int4",
-    "gemm_4bit_transposed",
-    "int8_gemm",
-    "int8_scaled_gemm",
-    "int8_linear",
-    "int8_linear_transposed",
-)
-
-
 @nox.session
 def amx(session: nox.Session) -> None:
     """Run the products on the path for AMX, with its tile instructions emulated, on a processor without them."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    flags = _processor_flags()
     if "amx_bf16" in flags:
         session.skip("this processor has AMX: the session `conformance` runs that path")
     if "avx512_bf16" not in flags:

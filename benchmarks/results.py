@@ -4,9 +4,10 @@
     python benchmarks/results.py tables                       # the JSON files -> README.md
     python benchmarks/results.py tables --check               # exit 1 if README.md says anything else
 
-``cpu.json`` is written by ``qcore bench cpu``, ``demo.json`` by ``make demo ARGS="--json docs/results/demo.json"``,
-``transformers.json`` by ``benchmarks/transformers_models.py``, ``int4.json`` by ``benchmarks/int4_perplexity.py``,
-``qlora.json`` by ``examples/qlora.py``.
+``cpu.json`` and ``cpu-avx512.json`` are written by ``qcore bench cpu``, ``optimizers.json`` and
+``optimizers-avx512.json`` by ``benchmarks/optimizers.py``, ``demo.json`` by
+``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by ``benchmarks/transformers_models.py``,
+``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by ``examples/qlora.py``.
 """
 
 from __future__ import annotations
@@ -237,9 +238,11 @@ def training_table(tree: dict[str, Any]) -> str:
 
 TABLES = {
     "cpu": cpu_tables,
+    "cpu-avx512": cpu_tables,
     "conformance": conformance_table,
     "demo": demo_table,
     "optimizers": optimizers_table,
+    "optimizers-avx512": optimizers_table,
     "train-gpt": training_table,
     "transformers": models_table,
     "int4": int4_table,

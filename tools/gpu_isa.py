@@ -26,7 +26,7 @@ from pathlib import Path
 
 from gpu_isa_record import Record, load, write
 from gpu_isa_rules import TARGETS, Kernel, breaches
-from gpu_isa_sources import backend_of, included, kernel_files
+from gpu_isa_sources import ROOT, backend_of, included, kernel_files
 
 LLVM = 19
 _MAGIC = b"__CLANG_OFFLOAD_BUNDLE__"
@@ -232,7 +232,8 @@ def kernels(compiled: Path, only: str | None) -> list[Kernel]:
     else:
         raise SystemExit(f"{compiled}: holds no GPU code")
     for backend in {backend_of(kernel.target) for kernel in found}:
-        newest = max(included(_file_of(compiled), backend), key=lambda path: path.stat().st_mtime)
+        made_from = {*included(_file_of(compiled), backend), ROOT / "backends" / backend / "CMakeLists.txt"}
+        newest = max(made_from, key=lambda path: path.stat().st_mtime)
         if newest.stat().st_mtime > compiled.stat().st_mtime:
             raise SystemExit(f"{compiled}: is older than {newest.name}; compile it again")
     return found

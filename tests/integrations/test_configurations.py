@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import save_model
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from qcore import QcoreConfig
-from qcore.errors import FormatError, InvalidArgument
+from qcore.errors import FormatError, InvalidArgument, Unsupported
 from qcore.nn import Linear4bit, Linear8bitLt
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,33 @@ def test_what_is_on_the_models_configuration_quantizes_a_float_folder_and_loads_
     for found in (placed, model.config):
         assert layers(load(tmp_path / "saved", config=found)) == layers(argument)
     assert layers(load(tmp_path / "saved", quantization_config=spelling(config))) == layers(argument)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (QcoreConfig("nf4", blocksize=128), "blocksize=128, the checkpoint was quantized with 64"),
+        (QcoreConfig("nf4", double_quant=False), "double_quant=False, the checkpoint was quantized with True"),
+        (QcoreConfig("int8"), "the checkpoint is quantized to nf4, QcoreConfig asks for int8"),
+    ],
+)
+def test_what_is_on_the_models_configuration_has_to_fit_the_codes(
+    tmp_path: Path, source: Path, asked: QcoreConfig, message: str
+) -> None:
+    model = load(source, quantization_config=QcoreConfig("nf4"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgument, match=message):
+        load(tmp_path, config=configured(source, asked))
+    with pytest.raises(InvalidArgument, match=message):
+        load(tmp_path, config=model.config, quantization_config=asked)
+
+
+def test_a_gptq_configuration_does_not_replace_what_is_on_the_models_configuration() -> None:
+    merged = AutoHfQuantizer.merge_quantization_configs(QcoreConfig("gptq"), GPTQConfig(bits=4))
+    assert isinstance(merged, QcoreConfig)
+    assert merged.format == "gptq"
+    with pytest.raises(Unsupported, match="marlin"):
+        AutoHfQuantizer.merge_quantization_configs(QcoreConfig("gptq"), GPTQConfig(bits=4, backend="marlin"))
 
 
 def test_the_section_of_a_checkpoint_quantizes_another_one_the_same_way(tmp_path: Path, source: Path) -> None:

@@ -72,9 +72,9 @@ inline void store(int t, void *base, int64_t stride) {
     }
 }
 
-// Tile c += tile a * tile b, four bytes of a row of `a` with a row of `b` at a time.
-template <class Product>
-inline void multiply(int c, int a, int b, const Product &product) {
+// Tile c += tile a * tile b, four bytes of a row of `a` with a row of `b` at a time, each `Sum` from zero on.
+template <class Sum>
+inline void multiply(int c, int a, int b) {
     State &s = state();
     const auto &config = s.config;
     require(config.palette == 1 && c != a && c != b && a != b);
@@ -82,33 +82,48 @@ inline void multiply(int c, int a, int b, const Product &product) {
     require(config.row_bytes[a] == 4 * config.rows[b]);
     const auto lanes = static_cast<__mmask16>((1u << (config.row_bytes[c] / 4)) - 1);
     for (int r = 0; r < config.rows[c]; ++r) {
-        __m512i sum = _mm512_load_si512(s.tile[c][r]);
+        Sum sum;
         for (int k = 0; k < config.rows[b]; ++k) {
             int32_t four;
             std::memcpy(&four, s.tile[a][r] + 4 * k, sizeof four);
-            sum = product(sum, _mm512_set1_epi32(four), _mm512_load_si512(s.tile[b][k]));
+            sum.add(_mm512_set1_epi32(four), _mm512_load_si512(s.tile[b][k]));
         }
-        _mm512_store_si512(s.tile[c][r], _mm512_maskz_mov_epi32(lanes, sum));
+        const __m512i total = sum.added_to(_mm512_load_si512(s.tile[c][r]));
+        _mm512_store_si512(s.tile[c][r], _mm512_maskz_mov_epi32(lanes, total));
     }
     for (int r = config.rows[c]; r < 16; ++r) {
         std::memset(s.tile[c][r], 0, 64);
     }
 }
 
-inline void multiply_bf16(int c, int a, int b) {
-    multiply(c, a, b, [](__m512i sum, __m512i x, __m512i y) {
-        return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)x, (__m512bh)y));
-    });
-}
+// TDPBF16PS: even and odd elements have a sum each, which are added to each other and then to the tile.
+struct SumOfBf16 {
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
 
-// Signed by signed; the instruction of AVX-512 wants one of them unsigned.
-inline void multiply_int8(int c, int a, int b) {
-    multiply(c, a, b, [](__m512i sum, __m512i x, __m512i y) {
+    void add(__m512i x, __m512i y) {
+        const __m512i low = _mm512_set1_epi32(0xffff);
+        even = product(even, _mm512_and_si512(x, low), _mm512_and_si512(y, low));
+        odd = product(odd, _mm512_andnot_si512(low, x), _mm512_andnot_si512(low, y));
+    }
+    __m512i added_to(__m512i tile) const {
+        return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(tile), _mm512_add_ps(even, odd)));
+    }
+
+   private:
+    static __m512 product(__m512 sum, __m512i x, __m512i y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+};
+
+// TDPBSSD: signed by signed; the instruction of AVX-512 wants one of them unsigned.
+struct SumOfInt8 {
+    __m512i sum = _mm512_setzero_si512();
+
+    void add(__m512i x, __m512i y) {
         const __m512i flipped = _mm512_xor_si512(x, _mm512_set1_epi8(-128));
         const __m512i too_much = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), y);
-        return _mm512_sub_epi32(_mm512_dpbusd_epi32(sum, flipped, y), too_much);
-    });
-}
+        sum = _mm512_sub_epi32(_mm512_dpbusd_epi32(sum, flipped, y), too_much);
+    }
+    __m512i added_to(__m512i tile) const { return _mm512_add_epi32(tile, sum); }
+};
 
 }  // namespace qcore::cpu::amx::emulation
 
@@ -123,7 +138,7 @@ inline void multiply_int8(int c, int a, int b) {
 #define _tile_zero(t) qcore::cpu::amx::emulation::zero(t)
 #define _tile_loadd(t, base, stride) qcore::cpu::amx::emulation::load(t, base, stride)
 #define _tile_stored(t, base, stride) qcore::cpu::amx::emulation::store(t, base, stride)
-#define _tile_dpbf16ps(c, a, b) qcore::cpu::amx::emulation::multiply_bf16(c, a, b)
-#define _tile_dpbssd(c, a, b) qcore::cpu::amx::emulation::multiply_int8(c, a, b)
+#define _tile_dpbf16ps(c, a, b) qcore::cpu::amx::emulation::multiply<qcore::cpu::amx::emulation::SumOfBf16>(c, a, b)
+#define _tile_dpbssd(c, a, b) qcore::cpu::amx::emulation::multiply<qcore::cpu::amx::emulation::SumOfInt8>(c, a, b)
 
 #endif  // QCORE_CPU_EMULATION_AMX_H

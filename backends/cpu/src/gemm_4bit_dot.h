@@ -6,7 +6,7 @@
 // With few rows of X the panel is four rows of W (16 KiB, L1) and W is read once, at half a byte an element.
 //
 // Rounding: a lane takes one step per kLanes (bfloat16: 2 * kLanes, each two steps) elements, lanes and spans of 1024
-// are added at the end: fewer than K / 4 + 8 in all for 8 lanes and more (api.cpp declares it).
+// are added at the end: fewer than K / 4 + 8 in all for 8 lanes and more (gemm_4bit.cpp declares it).
 #ifndef QCORE_CPU_GEMM_4BIT_DOT_H
 #define QCORE_CPU_GEMM_4BIT_DOT_H
 

@@ -1,7 +1,7 @@
 // gemm_4bit and gemm_int4: which of the ways to compute a product this instruction set takes for a shape. Only the
 // kernel files of both include it.
 //  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
-//  - the same with bfloat16 products, gemm_4bit_short.h (a few rows of X, short ones of W), gemm_4bit_tiles.h (tiles;
+//  - the same with bfloat16 products, gemm_4bit_short.h (a few rows of X), gemm_4bit_tiles.h (tiles;
 //    gemm_4bit_amx.h where a tile unit multiplies them) or gemm_4bit_gemv.h (one row, where there is no tile unit):
 //    bfloat16 only, and only where no denormal can arise, since those instructions flush them. Rows and columns where
 //    one can are computed again in float32.
@@ -18,7 +18,7 @@ namespace qcore::cpu::QC_ISA {
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Bytes for multiply_in_float; float_gemv_serves also depends on the weight, which workspace() does not know. The same
-// goes for by_tiles() in scratch_bytes() and packed_bytes().
+// goes for by_tiles() in scratch_bytes() and packed_bytes() where there is a tile unit.
 inline int64_t float_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
     const int64_t row = p.m == 1 ? p.k * static_cast<int64_t>(sizeof(float)) : 0;
     return max64(DotScratch<InFloat<float>>::bytes(rows, p.k), row);

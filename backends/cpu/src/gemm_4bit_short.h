@@ -1,4 +1,5 @@
-// A few rows of X in bfloat16 and short rows of W: the sums of four rows of W at a time.
+// A few rows of X in bfloat16 and short rows of W, or any rows of W where there is no tile unit: the sums of four rows
+// of W at a time.
 //
 // gemm_4bit_gemv.h takes one row of W after the other, and spends on each row, whatever its length, some eighty cycles
 // beside its products: to look for its scales, to add sixteen lanes of four chains, to round and store one value. Tiles

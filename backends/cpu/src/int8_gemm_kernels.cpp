@@ -2,7 +2,7 @@
 //  - AVX2: elements widened to 16 bits, pairs multiplied and added (no saturation: 2 * 128^2 fits).
 //  - VNNI multiplies unsigned by signed bytes: b + 128 (one exclusive or) takes the place of b, and 128 times the sum
 //    of a is taken away at the end. Sums may wrap on the way; the result does not (QC-INT8-005), so it is exact.
-//  - More than four rows of A go in tiles (tiles.h): AMX multiplies signed by signed, VNNI takes a + 128 there.
+//  - Many rows of A go in tiles (tiles.h, by_tiles): AMX multiplies signed by signed, VNNI takes a + 128 there.
 //
 // Memory picture without tiles: a panel of rows of B of up to 256 KiB (L2) meets four rows of A at a time (L1), four
 // columns at a time, sixteen sums in registers; with few rows of A, B is read once, straight through.
@@ -201,8 +201,8 @@ void multiply_by_dots(const Int8Gemm &p, int64_t row0, int64_t rows, int64_t n0,
 
 #if defined(__AVX512VNNI__)
 
-// Up to four rows are dot products: B is then read once either way, and not copied. Lanes have to be in use: on a Zen 4
-// dot products take less time up to twelve rows.
+// Up to four rows are dot products: B is then read once either way, and not copied. Without a tile unit sixteen lanes
+// have to be worth their while: on a Zen 4 dot products take less time up to twelve rows.
 #if defined(__AMX_INT8__)
 bool by_tiles(int64_t rows) { return rows > kFewRows; }
 #else

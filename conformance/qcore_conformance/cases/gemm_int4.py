@@ -249,6 +249,7 @@ def cases() -> Iterator[Case]:
             (1, 64, 1024),
             (6, 24, 577),
             (70, 20, 129),
+            (40, 33, 1100),
         )
         for bias in (None, dtype) if dtype == "f32" else (dtype, "f32"):
             run = _bounded(dtype, sizes, 32, "bf16", bias, False)

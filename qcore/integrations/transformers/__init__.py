@@ -46,14 +46,14 @@ def register() -> None:
             # qcore writes a list of what stays in floating point into every checkpoint.
             placed = "qcore" in quantization_config and parsed(quantization_config).settings.skip_modules is None
             quantization_config = QcoreConfig.from_dict(quantization_config)
-        if placed:
+        if not isinstance(passed, QcoreConfig):  # of what a GPTQConfig says, the checkpoint knows all but the kernel
+            check_backend(passed)
+            passed = None
+        if placed:  # whether the files hold codes, and which, is known when they are there
             chosen = copy.deepcopy(quantization_config if passed is None else passed)
             chosen.placed = True
             return chosen
-        if not isinstance(passed, QcoreConfig):  # of what a GPTQConfig says, the checkpoint knows all but the kernel
-            check_backend(passed)
-            return quantization_config
-        return quantization_config.with_arguments(passed)
+        return quantization_config if passed is None else quantization_config.with_arguments(passed)
 
     auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge)
     theirs_of_config = auto.AutoHfQuantizer.from_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -123,6 +124,8 @@ class QcoreQuantizer(HfQuantizer):  # type: ignore[misc]
         config, self.dtype = self.quantization_config, dtype or torch.get_default_dtype()
         if config.placed:
             self.pre_quantized = _first_codes(checkpoint_files or []) is not None
+            if self.pre_quantized:
+                _take_stored(config, Path(checkpoint_files[0]).parent)  # type: ignore[index]
         elif not self.pre_quantized:
             _refuse_codes(checkpoint_files or [])
         if config.format in GROUPED and not self.pre_quantized:
@@ -341,6 +344,21 @@ def _first_codes(files: list[str]) -> tuple[str, str] | None:
             if _CODES.search(name):
                 return path, name
     return None
+
+
+def _take_stored(config: QcoreConfig, folder: Path) -> None:
+    """Let ``config`` be what the codes in ``folder`` were made with, as its section says.
+
+    Raises
+    ------
+    InvalidArgument
+        ``config`` asks for something else.
+    """
+    path = folder / "config.json"
+    section = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    if section is not None:
+        stored: Any = QcoreConfig.from_dict(section)
+        config.__dict__.update(vars(stored.with_arguments(config)))
 
 
 def _tensor_names(path: Path) -> list[str]:
