@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -56,4 +57,6 @@ def main(reports: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reports", type=Path, help="folder with JUnit reports, and mutants/mutants.json")
+    sys.exit(main(parser.parse_args().reports))

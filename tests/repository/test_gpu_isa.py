@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -117,7 +118,8 @@ def test_a_fingerprint_is_of_all_that_the_compiler_reads(file: str, sources: Any
     """The compiler's own list of what it reads for the emulation, but for the few files where targets part."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("needs g++")
+        assert os.environ.get("QCORE_REQUIRE_NATIVE") != "1", "no g++, which builds the native backend too"
+        pytest.skip("no g++, whose list of included files this compares with")
     folders = [f"-I{folder}" for folder in (KERNELS, ROOT / "backends" / "common", ROOT / "qcore" / "include")]
     command = (
         compiler,
