@@ -5,9 +5,10 @@
     python tools/gpu_isa.py build/hip --only blockwise --target gfx1100
 
 Reads the machine code in the object files of a build, of each kernel for each target: AMD's with llvm-readelf and
-llvm-objdump, NVIDIA's with cuobjdump and nvdisasm. No GPU is needed. ``--out`` writes gpu-isa.json and gpu-isa.md
-there, or puts what was read into those that are there; ``--compare`` asks that it is what a record says. Exit status 1
-if a kernel breaks a rule of ``gpu_isa_rules`` or is not as that record says.
+llvm-objdump, NVIDIA's with cuobjdump and nvdisasm. Where a build of AMD's kernels stopped at assembly (``-S``) it reads
+that, which says the same and needs no tool. No GPU is needed. ``--out`` writes gpu-isa.json and gpu-isa.md there, or
+puts what was read into those that are there; ``--compare`` asks that it is what a record says. Exit status 1 if a
+kernel breaks a rule of ``gpu_isa_rules`` or is not as that record says.
 """
 
 from __future__ import annotations
@@ -80,16 +81,33 @@ def amd_kernels(compiled: Path, only: str | None) -> Iterator[Kernel]:
             with tempfile.NamedTemporaryFile(suffix=".co") as file:
                 file.write(elf)
                 file.flush()
-                yield from _kernels_of_object(_file_of(compiled), target, file.name)
+                notes = run(f"llvm-readelf-{LLVM}", "--notes", file.name)
+                plain = ("--disassemble", "--no-show-raw-insn", "--no-leading-addr")
+                yield from _amd_kernels_of(compiled, target, notes, run(f"llvm-objdump-{LLVM}", *plain, file.name))
 
 
-def _kernels_of_object(file: str, target: str, path: str) -> Iterator[Kernel]:
-    notes = run(f"llvm-readelf-{LLVM}", "--notes", path).partition("amdhsa.kernels:")[2].partition("amdhsa.target")[0]
+def assembly_kernels(compiled: Path, only: str | None) -> Iterator[Kernel]:
+    """Of what the compiler wrote for one target, as assembly: the notes of a code object are at its end."""
+    text = compiled.read_text(encoding="utf-8")
+    target = re.search(r'^\t\.amdgcn_target "amdgcn-amd-amdhsa--(\w+)', text, re.M)
+    if target is None:
+        raise SystemExit(f"{compiled}: neither an object file nor assembly for one AMD target")
+    if only in (None, target[1]):
+        code, _, notes = text.rpartition("\t.amdgpu_metadata\n")
+        yield from _amd_kernels_of(compiled, target[1], notes, code)
+
+
+def _amd_kernels_of(compiled: Path, target: str, notes: str, text: str) -> Iterator[Kernel]:
+    """The kernels of one target: their notes, which are YAML, and their assembly."""
+    said_of = notes.partition("amdhsa.kernels:")[2].partition("amdhsa.target")[0]
     blocks = [
-        dict(re.findall(r"^    \.(\w+): +(\S+)$", f"    {block}", re.M)) for block in re.split(r"(?m)^  - ", notes)[1:]
+        dict(re.findall(r"^    \.(\w+): +(\S+)$", f"    {block}", re.M))
+        for block in re.split(r"(?m)^  - ", said_of)[1:]
     ]
+    if not blocks:
+        raise SystemExit(f"{compiled}: holds no kernel for {target}")
     names = demangle([block["name"] for block in blocks])
-    code = _disassembly(run(f"llvm-objdump-{LLVM}", "--disassemble", "--no-show-raw-insn", "--no-leading-addr", path))
+    code = _amd_instructions(text)
     for block in blocks:
         lines = code[block["name"]]
         said = {key: int(value) for key, value in block.items() if value.isdigit()}
@@ -99,7 +117,7 @@ def _kernels_of_object(file: str, target: str, path: str) -> Iterator[Kernel]:
         shared = said["group_segment_fixed_size"]
         loads = [line for line in lines if re.match(r"(global|flat|buffer)_load", line)]
         yield Kernel(
-            file,
+            _file_of(compiled),
             names[block["name"]],
             target,
             threads,
@@ -120,16 +138,21 @@ def _kernels_of_object(file: str, target: str, path: str) -> Iterator[Kernel]:
         )
 
 
-def _disassembly(text: str) -> dict[str, list[str]]:
-    """Instructions of each symbol."""
+def _amd_instructions(text: str) -> dict[str, list[str]]:
+    """Instructions of each symbol, in what the compiler writes and in what llvm-objdump does.
+
+    Without what an alignment puts there, which only the second has: s_nop, and all behind the last jump or end.
+    """
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
-        head = re.match(r"(?:[0-9a-f]+ )?<(.+)>:$", line)
-        if head:
+        if head := re.match(r"(?:[0-9a-f]+ )?<(.+)>:$", line) or re.match(r"(?!\.L)([\w.$]+):", line):
             lines = found.setdefault(head[1], [])
-        elif line.startswith(("\t", " ")) and line.strip() and not line.strip().startswith("s_code_end"):
+        elif re.match(r"[\t ]+(?!s_nop\b)[a-z]", line):
             lines.append(line.strip())
+    for lines in found.values():
+        while lines and not re.match(r"s_(endpgm|branch|setpc)", lines[-1]):
+            lines.pop()
     return found
 
 
@@ -215,17 +238,29 @@ def objects(build: Path, only: list[str]) -> list[Path]:
 
 
 def compiler(build: Path) -> str:
-    """The line of ``--version`` that says which compiler a build's kernel files go through."""
+    """Which compiler a build's kernel files go through, as ``version_line`` says it."""
     commands = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
     command = next(entry["command"] for entry in commands if Path(entry["file"]).suffix == ".cu")
-    said = run(shlex.split(command)[0], "--version").splitlines()
-    return next(line for line in said if "version" in line or "release" in line).strip()
+    return version_line(run(shlex.split(command)[0], "--version"))
+
+
+def version_line(said: str) -> str:
+    """The line with the version out of what ``--version`` says.
+
+    A release of LLVM makes the same code whoever built it, so that of clang it is the release alone. AMD's is another.
+    """
+    line = next(line for line in said.splitlines() if "version" in line or "release" in line).strip()
+    return re.sub(r"^(?:Debian |Ubuntu )?(clang version \d+\.\d+\.\d+)\b(?!git).*", r"\1", line)
 
 
 def kernels(compiled: Path, only: str | None) -> list[Kernel]:
-    """All kernels of an object file, which is no older than what it was compiled from."""
-    sections = run("objdump", "--section-headers", str(compiled))
-    if ".hip_fatbin" in sections:
+    """All kernels of a compiled file, which is no older than what it was compiled from."""
+    with compiled.open("rb") as file:
+        is_object = file.read(4) == b"\x7fELF"
+    sections = run("objdump", "--section-headers", str(compiled)) if is_object else ""
+    if not is_object:
+        found = list(assembly_kernels(compiled, only))
+    elif ".hip_fatbin" in sections:
         found = list(amd_kernels(compiled, only))
     elif ".nv_fatbin" in sections:
         found = list(nvidia_kernels(compiled, only))

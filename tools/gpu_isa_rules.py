@@ -32,8 +32,8 @@ class Kernel:
     waves : int
         That one SIMD (AMD) or multiprocessor (NVIDIA) can hold at once, by registers and shared memory.
     instructions, loads16, stores16, loads, copies, matrix, dots : int
-        In the code: all; loads and stores of global memory of 16 bytes; all loads of it, and those among them that go
-        to shared memory past the registers; matrix units; dot products.
+        In the code: all, on AMD but for s_nop; loads and stores of global memory of 16 bytes; all loads of it, and
+        those among them that go to shared memory past the registers; matrix units; dot products.
     """
 
     file: str

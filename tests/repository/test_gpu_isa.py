@@ -205,6 +205,101 @@ def test_a_record_has_one_compiler_for_a_backend(records: Any) -> None:
     assert wrong.startswith("compiled by nvcc 99, the record by Cuda")
 
 
+NOTES = """
+amdhsa.kernels:
+  - .agpr_count:     0
+    .args:
+      - .offset:         0
+        .size:           8
+    .group_segment_fixed_size: 64
+    .max_flat_workgroup_size: 256
+    .name:           gather_kernel
+    .private_segment_fixed_size: 0
+    .sgpr_count:     12
+    .sgpr_spill_count: 0
+    .vgpr_count:     8
+    .vgpr_spill_count: 3
+amdhsa.target:   amdgcn-amd-amdhsa--gfx1100
+"""
+ASSEMBLY = (
+    """
+\t.amdgcn_target "amdgcn-amd-amdhsa--gfx1100"
+\t.p2align\t8
+gather_kernel:                          ; @gather_kernel
+; %bb.0:
+\ts_load_b128 s[0:3], s[0:1], 0x0       ; a load of scalars
+\tglobal_load_b128 v[0:3], v0, s[0:1]
+\ts_nop 0
+\t.p2align\t6
+.LBB0_1:                                ; %loop
+\t;;#ASMSTART
+\tv_wmma_f32_16x16x16_f16 v[0:7], v[8:15], v[16:23], v[0:7]
+\t;;#ASMEND
+\tv_dual_mov_b32 v1, 0 :: v_dual_mov_b32 v2, 0
+\ts_cbranch_scc0 .LBB0_1
+\tglobal_store_b128 v0, v[0:3], s[2:3]
+\ts_endpgm
+.Lfunc_end0:
+\t.section\t.rodata
+\t.amdhsa_kernel gather_kernel
+\t\t.amdhsa_next_free_vgpr 8
+\t.end_amdhsa_kernel
+other:
+\ts_endpgm
+\t.amdgpu_metadata
+"""
+    + NOTES
+)
+DISASSEMBLY = """
+Disassembly of section .text:
+
+<gather_kernel>:
+\ts_load_b128 s[0:3], s[0:1], null
+\tglobal_load_b128 v[0:3], v0, s[0:1]
+\ts_nop 0
+\ts_nop 0
+\ts_nop 0
+\tv_wmma_f32_16x16x16_f16 v[0:7], v[8:15], v[16:23], v[0:7]
+\tv_dual_mov_b32 v1, 0 :: v_dual_mov_b32 v2, 0
+\ts_cbranch_scc0 65534
+\tglobal_store_b128 v0, v[0:3], s[2:3]
+\ts_endpgm
+\ts_code_end
+\tv_cndmask_b32_e32 v0, s0, v0, vcc_lo
+\t\t...
+
+<other>:
+\ts_endpgm
+"""
+
+
+def test_assembly_says_what_the_code_object_says(rules: Any, tmp_path: Path) -> None:
+    isa, compiled = _tool("gpu_isa"), tmp_path / "gather.cu.o"
+    compiled.write_text(ASSEMBLY, encoding="utf-8")
+    (kernel,) = isa.assembly_kernels(compiled, None)
+    assert list(isa._amd_kernels_of(compiled, "gfx1100", NOTES, DISASSEMBLY)) == [kernel]
+    assert (kernel.file, kernel.name, kernel.target) == ("gather", "gather_kernel", "gfx1100")
+    assert (kernel.threads, kernel.registers, kernel.scalars, kernel.shared) == (256, 8, 12, 64)
+    assert (kernel.instructions, kernel.loads, kernel.loads16, kernel.stores16, kernel.matrix) == (7, 1, 1, 1, 1)
+    assert rules.breaches([kernel]) == ["gfx1100 gather_kernel: 3 spilled registers, 0 bytes of scratch; expected none"]
+
+
+@pytest.mark.parametrize("text", ["", "\t.text\nf:\n\tret\n", ASSEMBLY.replace("  - .agpr_count", "    .agpr_count")])
+def test_a_file_without_kernels_is_not_passed_over(text: str, tmp_path: Path) -> None:
+    compiled = tmp_path / "gather.cu.o"
+    compiled.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"gather\.cu\.o: (neither|holds no kernel)"):
+        _tool("gpu_isa").kernels(compiled, None)
+
+
+def test_a_release_of_clang_is_one_compiler_whoever_built_it() -> None:
+    line = _tool("gpu_isa").version_line
+    assert line("Debian clang version 19.1.7 (3~deb12u1)\nTarget: x") == "clang version 19.1.7"
+    assert line("clang version 19.1.7 (https://example.org/llvm 00ff)\n") == "clang version 19.1.7"
+    for other in ("AMD clang version 19.0.0git (roc-6.4.0)", "clang version 20.0.0git (main)"):
+        assert line(other) == other
+
+
 def test_ci_compiles_with_the_compiler_of_the_record(records: Any) -> None:
     pinned = re.search(r"^nvidia-cuda-nvcc==(\S+)$", (ROOT / "requirements/nvcc.txt").read_text("utf-8"), re.M)
     assert pinned is not None
