@@ -4,7 +4,7 @@
 #
 #   make demo     quantize a real language model to int8, NF4 and FP4, and let it write
 #   make test     everything that CI runs: lint, types, tests, conformance, mutants, templates, sanitizers, the GPU
-#                 kernels emulated, and compiled for one GPU (needs a C++ compiler)
+#                 kernels emulated, and compiled for three GPUs (needs a C++ compiler)
 #   make lint     ruff, clang-format, mypy;  make format  mends what they can mend
 #   make bench    qcore bench cpu: every op and layer beside torch, bitsandbytes and this machine's limits
 #   make sanitizers   the whole suite under ASan and UBSan, on each path;  make aarch64  on an emulated aarch64

@@ -300,6 +300,14 @@ def test_a_release_of_clang_is_one_compiler_whoever_built_it() -> None:
         assert line(other) == other
 
 
+def test_ci_compiles_for_each_wave_size_and_kind_of_matrix_unit(rules: Any) -> None:
+    builds = _tool("gpu_builds")
+    assert {*builds.HIP_TARGETS, *builds.CUDA_TARGETS} == set(rules.TARGETS)
+    assert f"sm_{builds.LEAN_CUDA}" in builds.CUDA_TARGETS
+    assert sorted(rules.TARGETS[target].wave for target in builds.LEAN_HIP) == [32, 64]
+    assert all(rules.TARGETS[target].matrix for target in builds.LEAN_HIP)
+
+
 def test_ci_compiles_with_the_compiler_of_the_record(records: Any) -> None:
     pinned = re.search(r"^nvidia-cuda-nvcc==(\S+)$", (ROOT / "requirements/nvcc.txt").read_text("utf-8"), re.M)
     assert pinned is not None
