@@ -2,7 +2,7 @@
 //
 //     cmake -S backends/cpu -B build/cycles -DQCORE_CPU_CYCLES=ON
 //     cmake --build build/cycles
-//     build/cycles/qcore_cpu_step_cycles
+//     build/cycles/qcore_cpu_step_cycles_avx512_vnni, or ..._avx512_bf16, which is what runs on a Zen 4
 //
 // benchmarks/port_counts.py says what the ports allow. A loop that takes as long as its parts one after the other has
 // them wait for each other: the divider's turn against all else.
@@ -111,12 +111,12 @@ void print_parts() {
             encoding.group(i);
         }
     });
-    print("quotient, new parameter", [&] { move(rule, job, o.step_size, b, scratch, nothing); });
-    print("second loop: both", [&] { move(rule, job, o.step_size, b, scratch, encoding); });
+    print("quotient, new parameter", [&] { move<Adam, true>(rule, job, o.step_size, b, scratch, nothing); });
+    print("second loop: both", [&] { move<Adam, true>(rule, job, o.step_size, b, scratch, encoding); });
     print("a block: both loops, and what is beside them", [&] {
         first_loop();
         begin();
-        move(rule, job, o.step_size, b, scratch, encoding);
+        move<Adam, true>(rule, job, o.step_size, b, scratch, encoding);
         encoding.finish();
     });
 }
@@ -126,8 +126,8 @@ void print_parts() {
 
 int main() {
     using namespace qcore::cpu;
-    if (!machine_has(Isa::avx512_vnni)) {
-        std::fprintf(stderr, "qcore_cpu_step_cycles: this processor has no AVX-512 VNNI and VBMI\n");
+    if (!machine_has(Isa::QC_ISA)) {
+        std::fprintf(stderr, "qcore_cpu_step_cycles: this processor has no %s\n", isa_name(Isa::QC_ISA));
         return 1;
     }
     QC_ISA::print_parts();

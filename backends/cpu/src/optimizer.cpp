@@ -34,6 +34,8 @@ const OptimizerKernels &optimizer_kernels() {
         {Isa::avx2, &avx2::optimizer_kernels},
         {Isa::avx512, &avx512::optimizer_kernels},
         {Isa::avx512_vnni, &avx512_vnni::optimizer_kernels},
+        {Isa::avx512_bf16, &avx512_bf16::optimizer_kernels},
+        {Isa::amx, &avx512_vnni::optimizer_kernels},  // Intel's again (optimizer_simd.h)
 #endif
     });
     return kernels;

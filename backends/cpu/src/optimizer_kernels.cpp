@@ -67,10 +67,12 @@ __attribute__((always_inline)) inline void apply(const Rule &rule, const Optimiz
             for (int s = 0; s < kStates; ++s) {
                 state[s] = kCoded ? multiply(old[s][v], absmax[s]) : load(b.state[s] + at);
             }
-            const Part part = rule.begin(x, state);
-            store(scratch.above + at, part.above);
-            if constexpr (Rule::kRoot) {
-                store(scratch.root + at, part.root);
+            const Float above = rule.begin(x, state);
+            if constexpr (Rule::kAbove == kOther) {
+                store(scratch.above + at, above);
+            }
+            if constexpr (Rule::kRoot && !kLateRoots<kCoded>) {  // the divider is at work in both loops
+                store(scratch.root + at, square_root(state[kStates - 1]));
             }
             for (int s = 0; s < kStates; ++s) {
                 store(b.state[s] + at, state[s]);
@@ -86,14 +88,22 @@ __attribute__((always_inline)) inline void apply(const Rule &rule, const Optimiz
 }
 
 // The update of kLanes elements.
-template <class Rule>
-__attribute__((always_inline)) inline Float update(const Rule &rule, const Scratch &scratch, int64_t at) {
-    const Float above = load(scratch.above + at);
-    return rule.end({above, Rule::kRoot ? load(scratch.root + at) : above});
+template <class Rule, bool kCoded>
+__attribute__((always_inline)) inline Float update(const Rule &rule, const Block &b, const Scratch &scratch,
+                                                   int64_t at) {
+    const Float above = load((Rule::kAbove == kOther ? scratch.above : b.state[Rule::kAbove]) + at);
+    if constexpr (Rule::kRoot) {
+        static_assert(Rule::kSquares[Rule::kStates - 1]);
+        const Float root =
+            kLateRoots<kCoded> ? square_root(load(b.state[Rule::kStates - 1] + at)) : load(scratch.root + at);
+        return rule.end(above, root);
+    } else {
+        return above;
+    }
 }
 
 // The second loop (QC-OPT-004), and what is encoded beside it.
-template <class Rule, class Pending>
+template <class Rule, bool kCoded, class Pending>
 __attribute__((always_inline)) inline void move(const Rule &rule, const OptimizerJob &job, float step_size,
                                                 const Block &b, const Scratch &scratch, Pending &pending) {
     const Float decay = broadcast(job.rule->decay);
@@ -101,7 +111,7 @@ __attribute__((always_inline)) inline void move(const Rule &rule, const Optimize
     for (int64_t i = 0; i < b.size; i += kGroup) {
         pending.group(i);
         for (int64_t at = i; at < i + kGroup; at += kLanes) {
-            store(b.moved + at, load(b.param + at) * decay + update(rule, scratch, at) * size);
+            store(b.moved + at, load(b.param + at) * decay + update<Rule, kCoded>(rule, b, scratch, at) * size);
         }
     }
 }
@@ -182,7 +192,7 @@ struct Started {
         encoding.begin(t, index, block, largest);
     }
     void finish(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t) {
-        move(rule, job, t.step_size, block, scratch, encoding);
+        move<Rule, true>(rule, job, t.step_size, block, scratch, encoding);
         encoding.finish();
         if (block.moved == scratch.moved) {  // else the parameter is where it belongs
             close_block(job, t, block, scratch);
@@ -218,7 +228,7 @@ void step(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int6
         int32_t largest[Rule::kStates];
         for (int64_t index = first; index < last; ++index) {
             advance<Rule, false>(rule, job, t, index, true, scratch, b, largest);
-            move(rule, job, t.step_size, b, scratch, pending);
+            move<Rule, false>(rule, job, t.step_size, b, scratch, pending);
             close_block(job, t, b, scratch);
             for (int s = 0; s < Rule::kStates && b.n != b.size; ++s) {
                 std::memcpy(static_cast<float *>(t.state[s]) + b.start, b.state[s],
@@ -258,7 +268,7 @@ void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, i
     for (int64_t index = first; index < last; ++index, sums += 2) {
         advance<Rule, kCoded>(rule, job, t, index, false, scratch, b, largest);
         for (int64_t at = 0; at < b.size; at += kLanes) {
-            store(scratch.above + at, update(rule, scratch, at));
+            store(scratch.above + at, update<Rule, kCoded>(rule, b, scratch, at));
         }
         for (int64_t i = 0; b.keeps && i < b.n; ++i) {
             scratch.above[i] = scratch.kept[i] ? 0.0f : scratch.above[i];

@@ -62,6 +62,9 @@ extern const OptimizerKernels optimizer_kernels;
 namespace avx512_vnni {
 extern const OptimizerKernels optimizer_kernels;
 }
+namespace avx512_bf16 {
+extern const OptimizerKernels optimizer_kernels;
+}
 #endif
 
 }  // namespace qcore::cpu

@@ -1,7 +1,7 @@
 // The algorithms: from x and the old states to the new states and the update (QC-OPT-010 to QC-OPT-015). For kernel
 // files. kStates values an element; kSquares says which of them are second moments. begin() makes the new states and
-// the parts of the update, end() the update: the first loop takes the square roots, the second one divides (kRoot), and
-// the divider is at work in both.
+// returns what stands above the fraction bar of the update, end() divides by the root of the second moment. kAbove is
+// the state that stands there itself, or kOther; without kRoot nothing is divided.
 #ifndef QCORE_CPU_OPTIMIZER_RULES_H
 #define QCORE_CPU_OPTIMIZER_RULES_H
 
@@ -18,23 +18,21 @@ struct Average {
     Float beta, gain;
 };
 
-struct Part {
-    Float above;
-    Float root;  // below the fraction bar, with kRoot
-};
+inline constexpr int kOther = -1;
 
 struct Adam {
     static constexpr int kStates = 2;
     static constexpr bool kRoot = true;
+    static constexpr int kAbove = 0;
     static constexpr bool kSquares[] = {false, true};
 
     explicit Adam(const qc_optimizer &o) : first(o.beta1, o.gain1), second(o.beta2, o.gain2), eps(broadcast(o.eps)) {}
-    Part begin(Float x, Float (&s)[kStates]) const {
+    Float begin(Float x, Float (&s)[kStates]) const {
         s[0] = first(s[0], x);
         s[1] = second(s[1], x * x);
-        return {s[0], square_root(s[1])};
+        return s[0];
     }
-    Float end(const Part &u) const { return u.above / (u.root + eps); }
+    Float end(Float above, Float root) const { return above / (root + eps); }
 
     Average first, second;
     Float eps;
@@ -43,6 +41,7 @@ struct Adam {
 struct Ademamix {
     static constexpr int kStates = 3;
     static constexpr bool kRoot = true;
+    static constexpr int kAbove = kOther;
     static constexpr bool kSquares[] = {false, false, true};
 
     explicit Ademamix(const qc_optimizer &o)
@@ -53,13 +52,13 @@ struct Ademamix {
           correction2(broadcast(o.correction2)),
           alpha(broadcast(o.alpha)),
           eps(broadcast(o.eps)) {}
-    Part begin(Float x, Float (&s)[kStates]) const {
+    Float begin(Float x, Float (&s)[kStates]) const {
         s[0] = fast(s[0], x);
         s[1] = slow(s[1], x);
         s[2] = second(s[2], x * x);
-        return {s[0] * correction1 + s[1] * alpha, square_root(s[2])};
+        return s[0] * correction1 + s[1] * alpha;
     }
-    Float end(const Part &u) const { return u.above / (u.root * correction2 + eps); }
+    Float end(Float above, Float root) const { return above / (root * correction2 + eps); }
 
     Average fast, slow, second;
     Float correction1, correction2, alpha, eps;
@@ -68,15 +67,15 @@ struct Ademamix {
 struct Lion {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = false;
+    static constexpr int kAbove = kOther;
     static constexpr bool kSquares[] = {false};
 
     explicit Lion(const qc_optimizer &o) : direction(o.beta1, o.gain1), momentum(o.beta2, o.gain2) {}
-    Part begin(Float x, Float (&s)[kStates]) const {
+    Float begin(Float x, Float (&s)[kStates]) const {
         const Float d = direction(s[0], x);
         s[0] = momentum(s[0], x);
-        return {sign(d), d};
+        return sign(d);
     }
-    Float end(const Part &u) const { return u.above; }
 
     Average direction, momentum;
 };
@@ -84,14 +83,14 @@ struct Lion {
 struct Momentum {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = false;
+    static constexpr int kAbove = kOther;
     static constexpr bool kSquares[] = {false};
 
     explicit Momentum(const qc_optimizer &o) : momentum(o.beta1, o.gain1), nesterov((o.flags & QC_OPT_NESTEROV) != 0) {}
-    Part begin(Float x, Float (&s)[kStates]) const {
+    Float begin(Float x, Float (&s)[kStates]) const {
         s[0] = momentum(s[0], x);
-        return {nesterov ? x + s[0] * momentum.beta : s[0], x};
+        return nesterov ? x + s[0] * momentum.beta : s[0];
     }
-    Float end(const Part &u) const { return u.above; }
 
     Average momentum;
     bool nesterov;
@@ -100,14 +99,15 @@ struct Momentum {
 struct Rmsprop {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = true;
+    static constexpr int kAbove = kOther;
     static constexpr bool kSquares[] = {true};
 
     explicit Rmsprop(const qc_optimizer &o) : second(o.beta1, o.gain1), eps(broadcast(o.eps)) {}
-    Part begin(Float x, Float (&s)[kStates]) const {
+    Float begin(Float x, Float (&s)[kStates]) const {
         s[0] = second(s[0], x * x);
-        return {x, square_root(s[0])};
+        return x;
     }
-    Float end(const Part &u) const { return u.above / (u.root + eps); }
+    Float end(Float above, Float root) const { return above / (root + eps); }
 
     Average second;
     Float eps;
@@ -116,14 +116,15 @@ struct Rmsprop {
 struct Adagrad {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = true;
+    static constexpr int kAbove = kOther;
     static constexpr bool kSquares[] = {true};
 
     explicit Adagrad(const qc_optimizer &o) : eps(broadcast(o.eps)) {}
-    Part begin(Float x, Float (&s)[kStates]) const {
+    Float begin(Float x, Float (&s)[kStates]) const {
         s[0] = s[0] + x * x;
-        return {x, square_root(s[0])};
+        return x;
     }
-    Float end(const Part &u) const { return u.above / (u.root + eps); }
+    Float end(Float above, Float root) const { return above / (root + eps); }
 
     Float eps;
 };

@@ -21,6 +21,20 @@ namespace qcore::cpu::QC_ISA {
 inline constexpr int kVectors = 4;  // at a time
 inline constexpr int kGroup = kVectors * kLanes;
 
+// What the path for BF16 without tiles does in another way, because its processors are AMD's. On a Zen 4 a permute of
+// bytes out of two registers costs what one out of a single register costs (three times as much on a Sapphire Rapids),
+// and a store of 512 bits takes two cycles, so that a root is better taken where it is needed than kept, beside the
+// encoding.
+#if defined(QC_ISA_avx512_bf16)
+inline constexpr bool kWidePermutes = true;
+template <bool kCoded>
+inline constexpr bool kLateRoots = kCoded;
+#else
+inline constexpr bool kWidePermutes = false;
+template <bool kCoded>
+inline constexpr bool kLateRoots = false;
+#endif
+
 #if defined(__AVX512F__)
 
 inline Float square_root(Float x) { return _mm512_sqrt_ps(x); }
@@ -137,13 +151,16 @@ __attribute__((always_inline)) inline void join_bytes(Int b0, Int b1, Int b2, In
     out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
 }
 
-// Where a byte of `index`, below 128, is in the upper half of a plane of 128.
-__attribute__((always_inline)) inline __mmask64 odd_quarter(Int index) {
-    return _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
+// Bytes of `half`, 128 of them, by the lower 7 bits of `index`; 0 where `wanted` has a 0.
+__attribute__((always_inline)) inline Int half_plane(const uint8_t *half, Int index, __mmask64 wanted) {
+    const Int low = _mm512_load_si512(half), high = _mm512_load_si512(half + 64);
+    if constexpr (kWidePermutes) {
+        return _mm512_maskz_permutex2var_epi8(wanted, low, index, high);
+    }
+    const __mmask64 odd = _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
+    return _mm512_mask_permutexvar_epi8(_mm512_maskz_permutexvar_epi8(wanted, index, low), odd, index, high);
 }
 
-// A plane is looked up in quarters of 64 bytes, each merged into the result: a permute of two registers at once costs
-// three times one of one.
 class TableDecoder {
    public:
     TableDecoder() = default;
@@ -151,20 +168,24 @@ class TableDecoder {
     __attribute__((always_inline)) void operator()(const uint8_t *codes, Float (&out)[kVectors]) const {
         const Int index = decoding_order(codes);
         const __mmask64 upper = _mm512_movepi8_mask(index);
-        const __mmask64 odd = odd_quarter(index);
-        const __mmask64 last = _kand_mask64(upper, odd);
-        join_bytes(look_up(0, index, odd, upper, last), look_up(1, index, odd, upper, last),
-                   look_up(2, index, odd, upper, last), look_up(3, index, odd, upper, last), out);
+        join_bytes(look_up(0, index, upper), look_up(1, index, upper), look_up(2, index, upper),
+                   look_up(3, index, upper), out);
     }
 
    private:
-    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 odd, __mmask64 upper,
-                                               __mmask64 last) const {
+    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 upper) const {
         const uint8_t *plane = plane_[byte];
-        Int found = _mm512_permutexvar_epi8(index, _mm512_load_si512(plane));
-        found = _mm512_mask_permutexvar_epi8(found, odd, index, _mm512_load_si512(plane + 64));
-        found = _mm512_mask_permutexvar_epi8(found, upper, index, _mm512_load_si512(plane + 128));
-        return _mm512_mask_permutexvar_epi8(found, last, index, _mm512_load_si512(plane + 192));
+        const Int line[] = {_mm512_load_si512(plane), _mm512_load_si512(plane + 64), _mm512_load_si512(plane + 128),
+                            _mm512_load_si512(plane + 192)};
+        if constexpr (kWidePermutes) {
+            const Int low = _mm512_permutex2var_epi8(line[0], index, line[1]);
+            return _mm512_mask_mov_epi8(low, upper, _mm512_permutex2var_epi8(line[2], index, line[3]));
+        }
+        const __mmask64 odd = _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
+        Int found = _mm512_permutexvar_epi8(index, line[0]);
+        found = _mm512_mask_permutexvar_epi8(found, odd, index, line[1]);
+        found = _mm512_mask_permutexvar_epi8(found, upper, index, line[2]);
+        return _mm512_mask_permutexvar_epi8(found, _kand_mask64(upper, odd), index, line[3]);
     }
 
     const uint8_t (*plane_)[256];
@@ -182,19 +203,12 @@ class SymmetricDecoder {
         const __mmask64 not_zero = _mm512_test_epi8_mask(distance, distance);
         const Int index = _mm512_abs_epi8(distance);
         const Int sign = _mm512_andnot_si512(code, _mm512_set1_epi8(INT8_MIN));
-        const __mmask64 odd = odd_quarter(index);
-        const Int top = look_up(3, index, not_zero, odd);
-        join_bytes(look_up(0, index, not_zero, odd), look_up(1, index, not_zero, odd), look_up(2, index, not_zero, odd),
-                   _mm512_mask_add_epi8(top, not_zero, top, sign), out);
+        const Int top = half_plane(plane_[3], index, not_zero);
+        join_bytes(half_plane(plane_[0], index, not_zero), half_plane(plane_[1], index, not_zero),
+                   half_plane(plane_[2], index, not_zero), _mm512_mask_add_epi8(top, not_zero, top, sign), out);
     }
 
    private:
-    __attribute__((always_inline)) Int look_up(int byte, Int index, __mmask64 not_zero, __mmask64 odd) const {
-        const uint8_t *plane = plane_[byte];
-        const Int found = _mm512_maskz_permutexvar_epi8(not_zero, index, _mm512_load_si512(plane));
-        return _mm512_mask_permutexvar_epi8(found, odd, index, _mm512_load_si512(plane + 64));
-    }
-
     const uint8_t (*plane_)[128];
 };
 
@@ -246,8 +260,14 @@ __attribute__((always_inline)) inline Float look_up(Int index, Float table) {
 // Of each lane the third byte, in order.
 __attribute__((always_inline)) inline Int third_bytes(const Int (&c)[kVectors]) {
 #if defined(__AVX512VBMI__)
-    const Int third =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62));
+    const __m128i one = _mm_setr_epi8(2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62);
+    const Int third = _mm512_broadcast_i32x4(one);
+    if constexpr (kWidePermutes) {
+        const Int second = _mm512_set1_epi8(64);  // of two registers
+        const Int pair = _mm512_mask_or_epi64(third, 0xCC, third, second);
+        const Int low = _mm512_permutex2var_epi8(c[0], pair, c[1]);
+        return _mm512_mask_mov_epi64(low, 0xF0, _mm512_permutex2var_epi8(c[2], pair, c[3]));
+    }
     Int all = _mm512_permutexvar_epi8(third, c[0]);
     all = _mm512_mask_permutexvar_epi8(all, 0xFFFFULL << 16, third, c[1]);
     all = _mm512_mask_permutexvar_epi8(all, 0xFFFFULL << 32, third, c[2]);

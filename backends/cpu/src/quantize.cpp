@@ -19,6 +19,8 @@ const QuantizeKernels &quantize_kernels() {
         {Isa::avx2, &avx2::quantize_kernels},
         {Isa::avx512, &avx512::quantize_kernels},
         {Isa::avx512_vnni, &avx512_vnni::quantize_kernels},
+        {Isa::avx512_bf16, &avx512_bf16::quantize_kernels},
+        {Isa::amx, &avx512_vnni::quantize_kernels},  // Intel's again (optimizer_simd.h)
 #endif
     });
     return kernels;

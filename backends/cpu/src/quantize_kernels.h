@@ -31,6 +31,9 @@ extern const QuantizeKernels quantize_kernels;
 namespace avx512_vnni {
 extern const QuantizeKernels quantize_kernels;
 }
+namespace avx512_bf16 {
+extern const QuantizeKernels quantize_kernels;
+}
 #endif
 
 // The best for this process.

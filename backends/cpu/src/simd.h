@@ -18,7 +18,7 @@
 #ifndef QCORE_CPU_SIMD_H
 #define QCORE_CPU_SIMD_H
 
-#if defined(QC_ISA_avx512) || defined(QC_ISA_avx512_vnni)
+#if defined(QC_ISA_avx512) || defined(QC_ISA_avx512_vnni) || defined(QC_ISA_avx512_bf16)
 #include "simd_avx512.h"
 #elif defined(QC_ISA_avx2)
 #include "simd_avx2.h"
