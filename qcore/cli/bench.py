@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -100,7 +96,7 @@ def cpu(
         largest = max(4 * n * k for n, k in selection.shapes)
         loops = Machine(torch.get_num_threads(), max(largest, _QUICK_LOOP_BYTES if quick else _LOOP_BYTES))
         rates = loops.rates(effort)
-        with _stoppable(), _bar() as progress:
+        with _bar() as progress:
             task = progress.add_task("", total=len(specs))
             for result in run(
                 specs, loops, available, effort, lambda spec: progress.update(task, description=spec.label)
@@ -135,19 +131,6 @@ def cpu(
     if plot_path is not None:
         roofline.roofline(report, plot_path)
     return 0 if complete else 130
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM, which a time limit sends, counts as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are another thread's concern
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bar() -> Progress:

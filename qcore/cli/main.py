@@ -1,6 +1,7 @@
 """``qcore``: the commands, their exit codes, and how errors are shown.
 
-Exit codes: 0 done; 1 failed, with one message on the standard error; 2 wrong usage; 130 interrupted.
+Exit codes: 0 done; 1 failed, with one message on the standard error; 2 wrong usage; 130 interrupted (Ctrl-C, SIGINT);
+143 terminated (SIGTERM).
 
 A command's module is imported when the command runs, so that ``qcore --help`` does not wait for torch.
 """
@@ -9,8 +10,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -25,7 +29,11 @@ _COMMANDS = {
     "shim": ("qcore.cli.shim", "Say what `import bitsandbytes` means here."),
 }
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what cleans up after Ctrl-C cleans up after it too."""
 
 
 class LazyGroup(click.Group):
@@ -61,7 +69,7 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Quantize language models and run them on any device.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
     """
 
 
@@ -78,9 +86,10 @@ def run(args: list[str] | None = None) -> int:
 def report_errors(call: Callable[[], Any]) -> int:
     """Make ``call``, show the errors that are ours or the user's as one message, and return the exit code."""
     try:
-        result = call()
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return _interrupted()
+        with _terminable():
+            result = call()
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        return _interrupted(error)
     except click.ClickException as error:
         error.show()
         return USAGE if isinstance(error, click.UsageError) else FAILED
@@ -93,9 +102,28 @@ def report_errors(call: Callable[[], Any]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _interrupted() -> int:
-    click.echo("qcore: interrupted", err=True)
-    return INTERRUPTED
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which a time limit or a scheduler sends, raises :class:`Terminated`; a second one ends the process."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # signals are somebody else's concern
+        return
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupted(error: BaseException) -> int:
+    terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)  # click's Abort has a cause
+    click.echo(f"qcore: {'terminated' if terminated else 'interrupted'}", err=True)
+    return TERMINATED if terminated else INTERRUPTED
 
 
 def _failed(error: Exception) -> int:

@@ -137,12 +137,12 @@ class PartialOutput:
         _sync_folder(self.path)
         old = self.out.with_name(replaced)
         keeps_old = self.out.exists() and any(self.out.iterdir())
-        if keeps_old:
-            os.rename(self.out, old)
         try:
-            os.rename(self.path, self.out)
-        except OSError:
             if keeps_old:
+                os.rename(self.out, old)
+            os.rename(self.path, self.out)
+        except BaseException:  # a signal between the two, too
+            if old.exists() and not self.out.exists():
                 os.rename(old, self.out)
             raise
         _sync_folder(self.out.resolve().parent)

@@ -149,6 +149,31 @@ def test_an_interrupted_process_can_be_continued(source: Path) -> None:
     assert contents(source.parent / "out") == contents(source.parent / "whole")
 
 
+@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_ends_with_a_message_and_leaves_what_was_there(source: Path, sent: str, code: int, word: str) -> None:
+    assert quantize(source, "--format", "int8") == 0
+    before = contents(source.parent / "out")
+    program = (
+        "import os, signal, sys; import qcore.formats.quantize as q; from qcore.cli.main import run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
+        "step, count = q._write_step, [0]\n"
+        "def signalled(*args):\n"
+        "    count[0] += 1\n"
+        f"    if count[0] == 5: os.kill(os.getpid(), signal.{sent})\n"
+        "    return step(*args)\n"
+        "q._write_step = signalled; sys.exit(run(sys.argv[1:]))"
+    )
+    command = ["quantize", str(source), "-o", str(source.parent / "out"), "--force", "--backend", "cpu_reference"]
+    ended = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+    assert ended.returncode == code
+    assert ended.stderr.splitlines()[-1] == f"qcore: {word}"
+    assert "the same command goes on where this one stopped" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert contents(source.parent / "out") == before
+    assert quantize(source, "--force") == 0
+    assert contents(source.parent / "out") != before
+
+
 def greedy(folder: Path, ids: list[int], count: int) -> list[int]:
     """The likeliest tokens by Transformers' own model, recomputed from the start each time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

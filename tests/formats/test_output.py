@@ -243,8 +243,13 @@ def test_force_keeps_the_old_output_until_the_new_one_is_complete(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out", "whole"]
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(errno.EIO, "the disk fails"), OutputError), (KeyboardInterrupt("the disk fails"), KeyboardInterrupt)],
+    ids=["disk", "signal"],
+)
 def test_the_old_output_comes_back_when_the_rename_fails(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, raised: type[BaseException]
 ) -> None:
     out = tmp_path / "out"
     quantize_checkpoint(source, out, Options("fp4"))
@@ -252,11 +257,11 @@ def test_the_old_output_comes_back_when_the_rename_fails(
 
     def failing(old: Path, new: Path) -> None:
         if Path(old) == partial_path(out):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise error
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OutputError, match="Input/output error"):
+    with pytest.raises(raised, match="the disk fails"):
         run(source, out, force=True)
     assert contents(out) == before
 
