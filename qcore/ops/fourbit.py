@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcore.backend.interface import Weight4bit
 from qcore.backend.registry import backend_for
-from qcore.ops import compose, validate
+from qcore.ops import compose, registered, validate
 from qcore.ops.gradient import Factor, bias_gradient, product
 from qcore.ops.library import register, register_autograd, traced
 from qcore.ops.prepared import HasAbsmax, PreparedGemm4bit
@@ -326,10 +326,6 @@ def _gemm(A: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _gemm_kernel(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
-    return _gemm(A, weight_from_arguments(*parts), bias)
-
-
 def _gemm_fake(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
     return planned_product(A, checked_weight("gemm_4bit", weight_from_arguments(*parts)), bias)
 
@@ -406,7 +402,7 @@ register(
     _dequantize_absmax,
     _plan_dequantize_absmax,
 )
-register("gemm_4bit", f"(Tensor A, Tensor? bias, {_WEIGHT}) -> Tensor", _gemm_kernel, _gemm_fake)
+register("gemm_4bit", f"(Tensor A, Tensor? bias, {_WEIGHT}) -> Tensor", registered.gemm_4bit, _gemm_fake)
 register_autograd("gemm_4bit", _gemm_setup, _gemm_backward)
 register("gemm_4bit_transposed", f"(Tensor A, {_WEIGHT}) -> Tensor", _gemm_transposed_kernel, _gemm_transposed_fake)
 register_autograd("gemm_4bit_transposed", _gemm_transposed_setup, _gemm_transposed_backward)

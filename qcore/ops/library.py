@@ -7,7 +7,7 @@ the tracer sees one opaque node whose fake kernel gives the exact shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,51 @@ _NO_DISPATCH = Tensor.__torch_dispatch__
 is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
+_kernels: dict[str, Callable[..., Any]] = {}
+_DEVICES = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
+
+
 def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define ``torch.ops.qcore.<name>``: ``kernel`` on every device, ``fake`` for shapes alone."""
+    _kernels[name] = kernel
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcore::{name}", fake, lib=_LIBRARY)
 
 
 def register_autograd(name: str, setup_context: Callable[..., Any], backward: Callable[..., Any]) -> None:
-    """Give ``torch.ops.qcore.<name>`` a gradient."""
-    torch.library.register_autograd(f"qcore::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    """Give ``torch.ops.qcore.<name>`` a gradient.
+
+    Compiled code calls the op for every layer of every token, where ``torch.library.register_autograd`` takes 10 us to
+    find that nothing is to be recorded, and to be dispatched once more. Here a call that has nothing to record and only
+    the device in front of it goes to the kernel at once.
+    """
+    op, kernel = getattr(torch.ops.qcore, name).default, _kernels[name]
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments_and_keyset: Any) -> Any:
+            *arguments, keyset = arguments_and_keyset
+            result = below(keyset, arguments)
+            setup_context(ctx, tuple(arguments), result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            return *backward(ctx, *gradients), None
+
+    def below(keyset: Any, arguments: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def call(keyset: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return Recorded.apply(*arguments, keyset)  # type: ignore[no-untyped-call]
+        if (keyset & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES:
+            return kernel(*arguments)
+        return below(keyset, arguments)
+
+    _LIBRARY.impl(name, call, "Autograd", with_keyset=True)
 
 
 def traced(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,132 @@
+"""The kernel behind ``torch.ops.qcore.gemm_4bit``.
+
+Compiled code has no handle of a prepared weight (``prepared.py``): it brings the weight's tensors to every call. The
+same ones come again with every token, so what was checked and packed for them is kept as long as ``absmax`` lives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qcore.backend.interface import PreparedGemm
+from qcore.backend.registry import backend_for, selection
+from qcore.ops import compose, validate
+from qcore.ops.weight4bit import checked_weight, checked_weight_values, planned_product, weight_from_arguments
+
+
+class _Known(NamedTuple):
+    """A weight that has been seen, and the last activations that were found to fit."""
+
+    absmax: weakref.ref[Tensor]
+    nested: tuple[weakref.ref[Tensor], ...]
+    selection: object
+    addresses: tuple[int, int]  # of the packed codes and of absmax
+    numel: int  # of the packed codes
+    format: tuple[Any, ...]  # all that is no tensor
+    call: PreparedGemm
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+    out_shape: tuple[int, ...]
+
+
+_known: dict[int, _Known] = {}  # by id(absmax)
+
+
+def gemm_4bit(
+    A: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: tuple[int, ...],
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    known = _known.get(id(absmax))
+    nested = (nested_absmax, nested_code, nested_offset)
+    format_ = (quant_type, blocksize, tuple(shape), nested_blocksize)
+    if (
+        known is None
+        or A.shape != known.shape
+        or A.dtype is not known.dtype
+        or A.device != known.device
+        or not _plain(A)
+        or known.absmax() is not absmax
+        or known.selection is not selection()
+        or known.addresses != (packed.data_ptr(), absmax.data_ptr())
+        or known.numel != packed.numel()
+        or packed.dtype is not torch.uint8
+        or not _plain(packed)
+        or known.format != format_
+        or not _same(known.nested, nested)
+        or (bias is not None and not _fits(bias, known))
+    ):
+        return _checked(A, bias, packed, absmax, nested, format_)
+    out = A.new_empty(known.out_shape)
+    known.call(A, bias, out)
+    return out
+
+
+def _same(known: tuple[weakref.ref[Tensor], ...], nested: tuple[Tensor | None, ...]) -> bool:
+    if not known:
+        return nested[0] is None
+    return all(reference() is tensor for reference, tensor in zip(known, nested, strict=True))
+
+
+def _fits(bias: Tensor, known: _Known) -> bool:
+    fits = bias.dtype in (known.dtype, torch.float32) and bias.shape == known.out_shape[-1:]
+    return fits and bias.device == known.device and _plain(bias)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor is its values in order."""
+    return tensor.is_contiguous() and not tensor.is_neg()
+
+
+def _checked(
+    A: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: tuple[Tensor | None, ...],
+    format_: tuple[Any, ...],
+) -> Tensor:
+    *meta, nested_blocksize = format_
+    parts = (packed, absmax, *meta, *nested, nested_blocksize)
+    weight = checked_weight_values("gemm_4bit", weight_from_arguments(*parts))
+    out = planned_product(A, weight, bias)
+    selected, backend = selection(), backend_for(A.device)
+    # Aliases: what is kept must not keep `absmax` alive, with which it is forgotten.
+    kept: list[Any] = [part.detach() if isinstance(part, Tensor) else part for part in parts]
+    alias = checked_weight("gemm_4bit", weight_from_arguments(*kept))
+    prepare = (
+        backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
+    )
+    call = prepare(alias)
+    call(validate.readable(A), None if bias is None else validate.readable(bias), out)
+    if not all(_plain(part) for part in parts if isinstance(part, Tensor)):  # a copy was packed
+        return out
+    key = id(absmax)
+    _known[key] = _Known(
+        weakref.ref(absmax, lambda _: _known.pop(key, None)),
+        tuple(weakref.ref(part) for part in nested if part is not None),
+        selected,
+        (packed.data_ptr(), absmax.data_ptr()),
+        packed.numel(),
+        format_,
+        call,
+        A.dtype,
+        A.shape,
+        A.device,
+        tuple(out.shape),
+    )
+    return out
