@@ -82,6 +82,8 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ W.T + bias``: ``(..., in_features)`` to ``(..., out_features)`` in the dtype of ``x`` or autocast."""
+        if is_compiling():  # first: code that has read what eager calls prepare is compiled again when they do
+            return self._forward_any(x)
         weight, bias, state = self._parameters["weight"], self._parameters["bias"], self.state
         gemm, known, scales = self._prepared
         if (
@@ -91,7 +93,6 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
             and state.CB is weight
             and (bias is None or bias.dtype is x.dtype)
             and not _is_any_autocast_enabled()
-            and not is_compiling()
         ):
             out, outlier_cols = gemm.eager(x, bias, state.threshold)  # the handle looks at everything else
             state._outlier_cols = outlier_cols if state.threshold > 0.0 else None

@@ -111,6 +111,8 @@ class LinearInt4(QuantizedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ W.T + bias``: ``(..., in_features)`` to ``(..., out_features)`` in the dtype of ``x`` or autocast."""
+        if is_compiling():  # first: code that has read what eager calls prepare is compiled again when they do
+            return self._forward_any(x)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         gemm, known = self._prepared
         dtype, compute_dtype = x.dtype, self.compute_dtype
@@ -120,7 +122,6 @@ class LinearInt4(QuantizedModule, nn.Linear):
             and (compute_dtype is None or compute_dtype is dtype)
             and (bias is None or bias.dtype is dtype)
             and not _is_any_autocast_enabled()
-            and not is_compiling()
         ):
             return gemm.eager(x, bias)  # the handle looks at everything else that may have changed
         return self._forward_any(x)

@@ -123,6 +123,21 @@ def test_a_changed_weight_is_seen_by_compiled_code():
         assert torch.equal(fast(x), other(x))
 
 
+def test_eager_calls_between_compiled_ones_compile_nothing_again():
+    layer, graphs = Linear4bit(64, 32).to("cpu"), []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    fast, x = torch.compile(layer, fullgraph=True, backend=count), torch.randn(2, 64)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(fast(x), layer(x))
+    assert len(graphs) == 1
+
+
 def test_the_embedding_of_bytes_compiles():
     layer = Embedding8bit(12, 40).to("cpu")
     index = torch.randint(0, 12, (4,))
