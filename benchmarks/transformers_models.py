@@ -2,8 +2,10 @@
 
 Each format is loaded through ``from_pretrained`` by both libraries and timed in turns: one prefill and one decode of
 each a round, so that both see the same state of the machine. ``--shares`` says where a decode step's time goes.
+``--compiled`` adds decoding with a static cache and ``torch.compile``, as ``generate`` does it for such a cache, and
+the model in bfloat16 beside each format.
 
-    python benchmarks/transformers_models.py [--json FILE] [--dtype bfloat16] [--formats nf4 ...] [--shares]
+    python benchmarks/transformers_models.py [--json FILE] [--formats nf4 ...] [--shares] [--compiled]
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, StaticCache
 
 from qcore import QcoreConfig
 from qcore.bench.report import machine
@@ -65,13 +68,47 @@ def stored_bytes(model: Any) -> int:
     return sum(seen.values())
 
 
+class CompiledDecode:
+    """Decode with a static cache and a compiled step; the prompt is read once, uncompiled, as in ``generate``."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor, new_tokens: int) -> None:
+        self.start, self.new_tokens = prompt.shape[1], new_tokens
+        self.cache = StaticCache(config=model.config, max_cache_len=self.start + new_tokens)
+        self.rates: list[float] = []
+        self.step = torch.compile(model.forward, dynamic=False)
+        before = _graphs()
+        with torch.no_grad():
+            out = model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.first = out.logits[:, -1:].argmax(-1)
+        self.round()
+        after = _graphs()
+        self.graphs = {name: after[name] - before[name] for name in after}
+        self.rates.clear()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.start)
+        token, began = self.first, time.perf_counter()
+        for _ in range(self.new_tokens):
+            out = self.step(token, past_key_values=self.cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        self.rates.append(self.new_tokens / (time.perf_counter() - began))
+
+
+def _graphs() -> dict[str, int]:
+    """How many graphs have been compiled, and how often one had to end early, since the process began."""
+    return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
+
+
 class Speed:
     """Prefill and decode of one model, greedy, without Transformers' generation loop around them."""
 
-    def __init__(self, model: Any, prompt: torch.Tensor, new_tokens: int) -> None:
+    def __init__(self, model: Any, prompt: torch.Tensor, new_tokens: int, compiled: bool) -> None:
         self.model, self.prompt, self.new_tokens = model, prompt, new_tokens
         self.prefill: list[float] = []
         self.decode: list[float] = []
+        self.compiled = CompiledDecode(model, prompt, new_tokens) if compiled else None
 
     @torch.inference_mode()
     def round(self) -> None:
@@ -83,13 +120,19 @@ class Speed:
             out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
         self.prefill.append(self.prompt.numel() / (first - began))
         self.decode.append(self.new_tokens / (time.perf_counter() - first))
+        if self.compiled is not None:
+            self.compiled.round()
 
-    def medians(self) -> dict[str, float]:
+    def medians(self) -> dict[str, Any]:
         # The first round warms up: kernels are chosen, weights prepared.
-        return {
+        medians: dict[str, Any] = {
             "prefill_tokens_per_second": statistics.median(self.prefill[1:]),
             "decode_tokens_per_second": statistics.median(self.decode[1:]),
         }
+        if self.compiled is not None:
+            medians["compiled_decode_tokens_per_second"] = statistics.median(self.compiled.rates[1:])
+            medians["compiled"] = self.compiled.graphs
+        return medians
 
 
 @contextmanager
@@ -139,8 +182,10 @@ def shares(speed: Speed) -> dict[str, float]:
     return {**parts, "rest": 1 - sum(parts.values())}
 
 
-def measure(name: str, options: argparse.Namespace, dtype: torch.dtype, windows: torch.Tensor) -> list[dict[str, Any]]:
-    """Both libraries on one format."""
+def measure(
+    name: str, options: argparse.Namespace, dtype: torch.dtype, windows: torch.Tensor, beside: list[Speed]
+) -> tuple[list[dict[str, Any]], list[Speed]]:
+    """Both libraries on one format, in turns with the models in ``beside``."""
     makers = FORMATS[name][:1] if name == "float" else FORMATS[name]
     libraries = ["torch"] if name == "float" else ["qcore", "bitsandbytes"]
     rows, speeds = [], []
@@ -151,29 +196,33 @@ def measure(name: str, options: argparse.Namespace, dtype: torch.dtype, windows:
         if windows.numel():
             row["perplexity"] = perplexity(model, windows)
         rows.append(row)
-        speeds.append(
-            Speed(model, windows.new_tensor(list(range(100, 100 + options.prompt)))[None], options.new_tokens)
-        )
+        prompt = windows.new_tensor(list(range(100, 100 + options.prompt)))[None]
+        speeds.append(Speed(model, prompt, options.new_tokens, options.compiled))
+    if name == "float" and len(options.formats) > 1:  # takes part in the rounds of the others
+        return rows, speeds
+    print(f"{name}: timing", flush=True)
     for _ in range(options.rounds + 1):
-        for speed in speeds:
+        for speed in [*beside, *speeds]:
             speed.round()
     for row, speed in zip(rows, speeds, strict=True):
         row |= speed.medians()
         if options.shares and row["library"] == "qcore":
             row["shares_of_decode"] = shares(speed)
-    del speeds
-    gc.collect()
-    return rows
+    print(f"{name}: timed", flush=True)
+    return rows, speeds
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(header_style="bold")
-    for name in ("format", "library", "dtype", "MB", "stored MB", "perplexity", "prefill tok/s", "decode tok/s"):
-        table.add_column(name, justify="left" if name in ("format", "library", "dtype") else "right")
+    for name in ("format", "library", "dtype"):
+        table.add_column(name)
+    for name in ("MB", "stored MB", "perplexity", "prefill tok/s", "decode tok/s", "compiled"):
+        table.add_column(name, justify="right")
     for row in rows:
         sizes = [f"{row[key] / 1e6:.1f}" for key in ("footprint_bytes", "stored_bytes")]
         value = f"{row['perplexity']:.3f}" if "perplexity" in row else ""
-        speeds = [f"{row[f'{key}_tokens_per_second']:.1f}" for key in ("prefill", "decode")]
+        rates = [row.get(f"{key}_tokens_per_second") for key in ("prefill", "decode", "compiled_decode")]
+        speeds = ["" if rate is None else f"{rate:.1f}" for rate in rates]
         table.add_row(row["format"], row["library"], row["dtype"], *sizes, value, *speeds)
     Console(width=110).print(table)
     for row in rows:
@@ -192,6 +241,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shares", action="store_true", help="also where the time of a decode step goes")
+    parser.add_argument("--compiled", action="store_true", help="also a compiled decode step on a static cache")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     require_native()
@@ -200,14 +250,22 @@ def main() -> None:
     if options.tokens:
         windows = tokens_of(load_tokenizer(options.model), text, options.tokens, 512)
     rows: list[dict[str, Any]] = []
+    tree = {"schema": 1, "kind": "models through transformers", "machine": machine(torch.get_num_threads())}
     for dtype in options.dtype:
-        for name in options.formats:
-            rows += measure(name, options, getattr(torch, dtype), windows)
-            show(rows[-2:])
+        plain: list[Speed] = []
+        for name in [name for name in FORMATS if name in options.formats]:
+            found, speeds = measure(name, options, getattr(torch, dtype), windows, plain)
+            rows += found
+            if name == "float":
+                plain, plain_row = speeds, found[0]
+            elif plain:
+                plain_row |= plain[0].medians()
+            show(found)
+            del speeds
+            gc.collect()
+            if options.json:
+                options.json.write_text(json.dumps({**tree, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     show(rows)
-    if options.json:
-        tree = {"schema": 1, "kind": "models through transformers", "machine": machine(torch.get_num_threads())}
-        options.json.write_text(json.dumps({**tree, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
