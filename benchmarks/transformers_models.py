@@ -120,8 +120,6 @@ class Speed:
             out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
         self.prefill.append(self.prompt.numel() / (first - began))
         self.decode.append(self.new_tokens / (time.perf_counter() - first))
-        if self.compiled is not None:
-            self.compiled.round()
 
     def medians(self) -> dict[str, Any]:
         # The first round warms up: kernels are chosen, weights prepared.
@@ -204,6 +202,8 @@ def measure(
     for _ in range(options.rounds + 1):
         for speed in [*beside, *speeds]:
             speed.round()
+            if speed.compiled is not None:  # outside inference mode, whose tensors would be compiled for again
+                speed.compiled.round()
     for row, speed in zip(rows, speeds, strict=True):
         row |= speed.medians()
         if options.shares and row["library"] == "qcore":
