@@ -1,10 +1,11 @@
 """Peak memory of ``qcore quantize`` on a synthetic checkpoint of any size.
 
-    python benchmarks/quantize_memory.py --gigabytes 8
+    python benchmarks/quantize_memory.py --gigabytes 8 [--json FILE]
 
 Writes a Llama-like checkpoint of random bfloat16 weights in shards of 2 GB, quantizes it in a process of its own and
 prints that process's peak resident memory and what the same process takes before it reads a tensor. Mapped pages would
-count as resident memory; ``qcore quantize`` maps nothing. The peak is the kernel's own ``ru_maxrss``.
+count as resident memory; ``qcore quantize`` maps nothing. The peak is the kernel's own ``VmHWM`` (Linux): ``ru_maxrss``
+of a child is never less than what its parent had when it was started.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from qcore.bench.report import machine, now
 from qcore.formats.shard_writer import ShardWriter, Spec
 
 HIDDEN, VOCABULARY = 4096, 32000
@@ -93,8 +95,8 @@ def write_checkpoint(folder: Path, gigabytes: float, *, hidden: int = HIDDEN, sh
 def run(*args: str) -> tuple[float, float, str]:
     """Run ``qcore`` in a process; returns its seconds, its peak resident memory in bytes, and its last line."""
     program = (
-        "import resource, sys; from qcore.cli.main import run; code = run(sys.argv[1:]);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)"
+        "import sys; from qcore.cli.main import run; code = run(sys.argv[1:]);"
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0], file=sys.stderr); sys.exit(code)"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
@@ -109,7 +111,9 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["nf4", "int8"])
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint; a temporary folder if left out")
     parser.add_argument("--limit", type=float, default=1.5, help="fail above this many GB")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    started, rows = now(), []
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         (folder / "source").mkdir()
@@ -122,10 +126,15 @@ def main() -> None:
         for name in args.formats:
             seconds, peak, last = run("quantize", str(folder / "source"), "-o", str(folder / name), "--format", name)
             print(f"{name}: peak {peak / 1e9:.2f} GB, {seconds:.0f} s, {nbytes / seconds / 1e6:.0f} MB/s; {last}")
+            rows.append({"format": name, "peak_bytes": peak})
             shutil.rmtree(folder / name)
             worst = max(worst, peak)
     finally:
         shutil.rmtree(folder)
+    if args.json:
+        tree = {"schema": 1, "kind": "memory of qcore quantize", "started": started}
+        tree |= {"machine": machine(torch.get_num_threads()), "checkpoint_bytes": nbytes, "before_bytes": base}
+        args.json.write_text(json.dumps({**tree, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"(the writer of the checkpoint: peak {own / 1e9:.2f} GB)")
     if worst > args.limit * 1e9:
