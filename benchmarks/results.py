@@ -7,7 +7,8 @@
 ``cpu.json`` and ``cpu-avx512.json`` are written by ``qcore bench cpu``, ``optimizers.json`` and
 ``optimizers-avx512.json`` by ``benchmarks/optimizers.py``, ``demo.json`` by
 ``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by ``benchmarks/transformers_models.py``,
-``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by ``examples/qlora.py``.
+``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by ``examples/qlora.py``, ``load-memory.json`` by
+``benchmarks/load_memory.py``.
 """
 
 from __future__ import annotations
@@ -137,21 +138,26 @@ def demo_table(tree: dict[str, Any]) -> str:
 
 def models_table(tree: dict[str, Any]) -> str:
     said = tree["machine"]
+    kinds = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s"}
+    if any("compiled" in row for row in tree["rows"]):
+        kinds["compiled_decode"] = "decode compiled, tokens/s"
     lines = [
         f"{said['processor']}, {said['threads']} threads, {said['isa']}.",
         "",
-        "| weights | layers of | MB | perplexity | prefill, tokens/s | decode, tokens/s |",
-        "|---|---|---|---|---|---|",
+        f"| weights | layers of | MB | perplexity | {' | '.join(kinds.values())} |",
+        "|---|---|---|---|" + "---|" * len(kinds),
     ]
     for row in tree["rows"]:
-        speeds = (row[f"{kind}_tokens_per_second"] for kind in ("prefill", "decode"))
+        speeds = (row[f"{kind}_tokens_per_second"] for kind in kinds)
         cells = (f"{row['stored_bytes'] / 1e6:.1f}", f"{row['perplexity']:.2f}", *(f"{speed:.1f}" for speed in speeds))
         lines.append(f"| {row['format']}, {row['dtype']} | {row['library']} | {' | '.join(cells)} |")
+    if "compiled_decode" in kinds:
+        lines += ["", *_compiled_lines(tree["rows"])]
     parts = [row for row in tree["rows"] if "shares_of_decode" in row]
     names = list(parts[0]["shares_of_decode"])
     heads = [*names, "decode over bitsandbytes", "at most"]
     lines += ["", f"| a decode step of qcore | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    peers = {row["format"]: row for row in tree["rows"] if row["library"] == "bitsandbytes"}
+    peers = _rows_of(tree["rows"], "bitsandbytes")
     for row in parts:
         parts_of_step = row["shares_of_decode"]
         ratio = row["decode_tokens_per_second"] / peers[row["format"]]["decode_tokens_per_second"]
@@ -159,6 +165,25 @@ def models_table(tree: dict[str, Any]) -> str:
         cells = [*(f"{parts_of_step[name]:.0%}" for name in names), f"{ratio:.2f}x", f"{most:.2f}x"]
         lines.append(f"| {row['format']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _rows_of(rows: list[dict[str, Any]], library: str) -> dict[str, dict[str, Any]]:
+    return {row["format"]: row for row in rows if row["library"] == library}
+
+
+def _compiled_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """qcore over bitsandbytes, eager and compiled, and over the faster of bitsandbytes' two."""
+    heads = ("prefill", "decode", "decode compiled", "compiled over its faster one", "its graphs", "its graph breaks")
+    lines = [f"| qcore over bitsandbytes | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    peers = _rows_of(rows, "bitsandbytes")
+    for name, row in _rows_of(rows, "qcore").items():
+        kinds = [f"{kind}_tokens_per_second" for kind in ("prefill", "decode", "compiled_decode")]
+        peer = peers[name]
+        faster = max(peer[kind] for kind in kinds[1:])
+        ratios = [*(row[kind] / peer[kind] for kind in kinds), row[kinds[2]] / faster]
+        cells = [*(f"{ratio:.2f}x" for ratio in ratios), *(str(count) for count in peer["compiled"].values())]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def int4_table(tree: dict[str, Any]) -> str:
@@ -236,6 +261,35 @@ def training_table(tree: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def load_memory_table(tree: dict[str, Any]) -> str:
+    heads = ("float model", "model", "peak", "above the model", "afterwards", "largest tensor")
+    lines = [
+        f"{_place(tree)}; in MB.",
+        "",
+        f"| arguments | checkpoint, largest file | to | {' | '.join(heads)} |",
+        "|---|---|---|" + "---|" * len(heads),
+    ]
+    for run in tree["runs"]:
+        made = run.get("checkpoint")
+        source = "SmolLM2-135M-Instruct" if made is None else f"{_mb(made['bytes'])}, {_mb(made['largest file'])}"
+        for row in run["rows"]:
+            above = row["peak"] - row["model"]
+            figures = (row.get("float model"), row["model"], row["peak"], above, row["after"], row["largest tensor"])
+            cells = ("" if value is None else _mb(value) for value in figures)
+            lines.append(f"| `{run['arguments']}` | {source} | {row['format']} | {' | '.join(cells)} |")
+    return "\n".join(lines).replace("| `` |", "| none |")
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f}"
+
+
+def _place(tree: dict[str, Any]) -> str:
+    said = tree["machine"]
+    versions = f"Python {said['versions']['python']}, torch {said['versions']['torch']}"
+    return f"{said['processor']}, {said['threads']} thread{'s' * (said['threads'] > 1)}, {versions}"
+
+
 TABLES = {
     "cpu": cpu_tables,
     "cpu-avx512": cpu_tables,
@@ -247,6 +301,7 @@ TABLES = {
     "transformers": models_table,
     "int4": int4_table,
     "qlora": qlora_table,
+    "load-memory": load_memory_table,
 }
 
 
