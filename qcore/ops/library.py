@@ -24,6 +24,14 @@ is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtens
 
 _kernels: dict[str, Callable[..., Any]] = {}
 _DEVICES = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
+# What register_autograd needs of torch beyond its public interface.
+_INSIDE = (
+    "_AutoDispatchBelowAutograd",
+    "_after_autograd_keyset",
+    "_after_ADInplaceOrView_keyset",
+    "_any_requires_grad",
+)
+_HAS_INSIDE = all(hasattr(torch._C, name) for name in _INSIDE)
 
 
 def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -39,8 +47,11 @@ def register_autograd(name: str, setup_context: Callable[..., Any], backward: Ca
 
     Compiled code calls the op for every layer of every token, where ``torch.library.register_autograd`` takes 10 us to
     find that nothing is to be recorded, and to be dispatched once more. Here a call that has nothing to record and only
-    the device in front of it goes to the kernel at once.
+    the device in front of it goes to the kernel at once. A torch that has not the means for it gets torch's own way.
     """
+    if not _HAS_INSIDE:
+        torch.library.register_autograd(f"qcore::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        return
     op, kernel = getattr(torch.ops.qcore, name).default, _kernels[name]
 
     class Recorded(torch.autograd.Function):

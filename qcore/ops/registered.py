@@ -25,7 +25,7 @@ class _Known(NamedTuple):
     absmax: weakref.ref[Tensor]
     nested: tuple[weakref.ref[Tensor], ...]
     selection: object
-    addresses: tuple[int, int]  # of the packed codes and of absmax
+    addresses: tuple[int, ...]  # of the packed codes, of absmax and of what it is nested in
     numel: int  # of the packed codes
     format: tuple[Any, ...]  # all that is no tensor
     call: PreparedGemm
@@ -62,7 +62,7 @@ def gemm_4bit(
         or not _plain(A)
         or known.absmax() is not absmax
         or known.selection is not selection()
-        or known.addresses != (packed.data_ptr(), absmax.data_ptr())
+        or known.addresses != _addresses(packed, absmax, *nested)
         or known.numel != packed.numel()
         or packed.dtype is not torch.uint8
         or not _plain(packed)
@@ -74,6 +74,10 @@ def gemm_4bit(
     out = A.new_empty(known.out_shape)
     known.call(A, bias, out)
     return out
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 def _same(known: tuple[weakref.ref[Tensor], ...], nested: tuple[Tensor | None, ...]) -> bool:
@@ -120,7 +124,7 @@ def _checked(
         weakref.ref(absmax, lambda _: _known.pop(key, None)),
         tuple(weakref.ref(part) for part in nested if part is not None),
         selected,
-        (packed.data_ptr(), absmax.data_ptr()),
+        _addresses(packed, absmax, *nested),
         packed.numel(),
         format_,
         call,
