@@ -45,6 +45,7 @@ class Loop:
     has: Mapping[str, int]
     lacks: str
     most: int
+    isa: str = "avx512_vnni"
 
 
 _STEP = r"stepINS1_4AdamELb1E"
@@ -73,8 +74,25 @@ LOOPS = (
         "vdivps",
         110,
     ),
+    Loop(
+        "int8_quantize_rows, bfloat16: largest magnitude, outliers",
+        "int8_kernels.cpp",
+        r"8row_statE",
+        {"vpmaxuw": 2, "vpcmpuw": 2, "vpandd": 2},
+        "vpbroadcastb",
+        40,
+        "avx512",
+    ),
+    Loop(
+        "int8_quantize_rows, bfloat16: codes",
+        "int8_kernels.cpp",
+        r"9row_codesE",
+        {"vpmovzxwd": 4, "vcvtps2dq": 4, "vmulps": 4},
+        "vcvtph2ps",
+        40,
+        "avx512",
+    ),
 )
-_ISA = "avx512_vnni"
 
 
 def commands(folder: Path) -> dict[tuple[str, str], list[str]]:
@@ -209,11 +227,12 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build = commands(folder)
-        compiled: dict[str, list[str]] = {}
+        compiled: dict[tuple[str, str], list[str]] = {}
         for loop in LOOPS:
-            if loop.file not in compiled:
-                compiled[loop.file] = assembly(build[loop.file, _ISA], folder)
-            counts = simulate(arguments.mca, find(loop, compiled[loop.file]))
+            source = loop.file, loop.isa
+            if source not in compiled:
+                compiled[source] = assembly(build[source], folder)
+            counts = simulate(arguments.mca, find(loop, compiled[source]))
             rows.append({"loop": loop.title, **counts})
     table = Table("loop", title=f"Cycles for 64 elements, {CPU}")
     for heading in ("port 0", "port 5", "at least", "simulated"):
