@@ -30,7 +30,7 @@ demo: env $(if $(COMPILER),native,no-compiler)
 
 test: compiler env native
 	@rm -rf build/reports
-	$(NOX) lint types tests conformance amx mutants templates sanitizers_lean simt isa_lean smoke summary -- $(ARGS)
+	$(NOX) lint types tests conformance amx mutants templates sanitizers_lean simt simt_asan_lean isa_lean smoke summary -- $(ARGS)
 
 lint: env
 	$(NOX) lint types
