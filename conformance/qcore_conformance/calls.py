@@ -210,8 +210,16 @@ class Linear(NamedTuple):
 
 
 def int8_linear(
-    s: Session, a: Floats, b: NDArray[np.int8], col_stats: Floats, threshold: float, bias: Floats | None
+    s: Session,
+    a: Floats,
+    b: NDArray[np.int8],
+    col_stats: Floats,
+    threshold: float,
+    bias: Floats | None,
+    *,
+    prepared: bool = False,
 ) -> Linear:
+    """``prepared`` goes through ``prepare_int8_linear``, as a layer does."""
     (m, k), n = a.shape, len(b)
     outputs = {"out": _form((m, n), a.dtype)} | ({"outliers": _form((k,), "u8")} if threshold > 0 else {})
 
@@ -219,17 +227,28 @@ def int8_linear(
         from qcore.backend import Weight8bit
 
         w = Weight8bit(t["codes"], t["scales"])
-        backend.int8_linear(t["A"], w, threshold, t["bias"], out=t["out"], outliers=t.get("outliers"))
+        if prepared:
+            backend.prepare_int8_linear(w)(t["A"], threshold, t["bias"], t["out"], t.get("outliers"))
+        else:
+            backend.int8_linear(t["A"], w, threshold, t["bias"], out=t["out"], outliers=t.get("outliers"))
 
     r = s.call("int8_linear", {"A": a, "codes": b, "scales": col_stats, "bias": bias}, outputs, call)
     return Linear(r["out"], r.get("outliers", np.zeros(k, dtype=np.uint8)))
 
 
-def int8_linear_transposed(s: Session, y: Floats, b: NDArray[np.int8], col_stats: Floats) -> Floats:
+def int8_linear_transposed(
+    s: Session, y: Floats, b: NDArray[np.int8], col_stats: Floats, *, prepared: bool = False
+) -> Floats:
+    """``prepared`` goes through ``prepare_int8_linear_transposed``."""
+
     def invoke(backend: Any, t: dict[str, Any]) -> None:
         from qcore.backend import Weight8bit
 
-        backend.int8_linear_transposed(t["A"], Weight8bit(t["codes"], t["scales"]), out=t["out"])
+        w = Weight8bit(t["codes"], t["scales"])
+        if prepared:
+            backend.prepare_int8_linear_transposed(w)(t["A"], t["out"])
+        else:
+            backend.int8_linear_transposed(t["A"], w, out=t["out"])
 
     outputs = {"out": _form((y.shape[0], b.shape[1]), y.dtype)}
     return s.call("int8_linear_transposed", {"A": y, "codes": b, "scales": col_stats}, outputs, invoke)["out"]

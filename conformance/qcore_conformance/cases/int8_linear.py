@@ -21,10 +21,18 @@ _EMPTY = ((0, 3, 8), (3, 0, 8), (3, 4, 0), (0, 0, 0))
 
 
 def _check(
-    s: Session, a: Floats, b: NDArray[np.int8], scales: Floats, threshold: float, bias: Floats | None, what: str
+    s: Session,
+    a: Floats,
+    b: NDArray[np.int8],
+    scales: Floats,
+    threshold: float,
+    bias: Floats | None,
+    what: str,
+    *,
+    prepared: bool = False,
 ) -> None:
     want, columns = oracle.int8_linear(a, b, scales, threshold, bias)
-    got = calls.int8_linear(s, a, b, scales, threshold, bias)
+    got = calls.int8_linear(s, a, b, scales, threshold, bias, prepared=prepared)
     expect_integers(f"outliers ({what})", got.outliers, columns)
     expect_floats(f"out ({what})", got.out, want)
 
@@ -44,12 +52,13 @@ def _activations(s: Session, m: int, k: int, columns: int, dtype: str) -> Floats
 
 def _sizes(dtype: str, bias: str | None) -> Callable[[Session], None]:
     def run(s: Session) -> None:
-        for m, n, k in (*_SIZES, *_EMPTY):
+        for i, (m, n, k) in enumerate((*_SIZES, *_EMPTY)):
             b, scales = _weight(s, n, k)
             addend = None if bias is None else generators.values("normal", s.rng, n, bias)
-            for threshold, columns in ((0.0, 3), (6.0, 0), (6.0, 1), (6.0, 7)):
+            for j, (threshold, columns) in enumerate(((0.0, 3), (6.0, 0), (6.0, 1), (6.0, 7))):
                 a = _activations(s, m, k, columns, dtype)
-                _check(s, a, b, scales, threshold, addend, f"M={m}, N={n}, K={k}, {columns} columns at {threshold}")
+                what = f"M={m}, N={n}, K={k}, {columns} columns at {threshold}"
+                _check(s, a, b, scales, threshold, addend, what, prepared=(i + j) % 2 == 1)
 
     return run
 

@@ -28,8 +28,8 @@ def _weight(s: Session, n: int, k: int) -> tuple[I8, Floats]:
     return s.rng.integers(-128, 128, (n, k), dtype=np.int8), rounded(np.exp2(s.rng.uniform(-6, 3, n)), "f32")
 
 
-def _check(s: Session, y: Floats, b: I8, stats: Floats) -> None:
-    x = calls.int8_linear_transposed(s, y, b, stats)
+def _check(s: Session, y: Floats, b: I8, stats: Floats, *, prepared: bool = False) -> None:
+    x = calls.int8_linear_transposed(s, y, b, stats, prepared=prepared)
     s.record(
         bounds.check_gemm(
             x, oracle.int8_linear_transposed(y, b, stats), s.int8_transposed, len(b), bounds.INT8_ROUNDINGS
@@ -52,9 +52,9 @@ def _one_hot(dtype: str, m: int, n: int, k: int) -> Callable[[Session], None]:
     def run(s: Session) -> None:
         b, stats = _weight(s, n, k)
         want, eye = _row(b, stats, dtype, s.int8_transposed.weight_rounding), rounded(np.eye(n), dtype)
-        for start in [*range(0, n - m, m), n - m]:
+        for i, start in enumerate([*range(0, n - m, m), n - m]):
             rows = slice(start, start + m)
-            x = calls.int8_linear_transposed(s, Floats(eye.bits[rows], dtype), b, stats)
+            x = calls.int8_linear_transposed(s, Floats(eye.bits[rows], dtype), b, stats, prepared=i % 2 == 1)
             expect_floats(f"rows {start} to {start + m - 1}", x, Floats(want.bits[rows].copy(), dtype), zero_sign=False)
 
     return run
@@ -80,8 +80,9 @@ def _integers(dtype: str) -> Callable[[Session], None]:
 
 def _bounded(dtype: str, sizes: tuple[tuple[int, int, int], ...]) -> Callable[[Session], None]:
     def run(s: Session) -> None:
-        for m, n, k in sizes:
-            _check(s, generators.values("normal", s.rng, m * n, dtype).reshape(m, n), *_weight(s, n, k))
+        for i, (m, n, k) in enumerate(sizes):
+            y = generators.values("normal", s.rng, m * n, dtype).reshape(m, n)
+            _check(s, y, *_weight(s, n, k), prepared=i % 2 == 1)
 
     return run
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcore.backend import Weight8bit
+from qcore.backend import PreparedInt8, Weight8bit
 from qcore_conformance.mutants.mutant import mutant
 from qcore_conformance.mutants.steps import F32, I8, Bools, Steps
 
@@ -78,3 +78,23 @@ class BiasLostBesideOutliers(Steps):
     ) -> None:
         found = self.outliers(self.load(A).reshape(A.shape), threshold)
         super().int8_linear(A, W, threshold, None if found.any() else bias, out=out, outliers=outliers)
+
+
+@mutant("QC-INT8-010", LINEAR)
+class PreparedInt8ForgetsBias(Steps):
+    """The prepared handle drops the bias; the plain op is right."""
+
+    def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
+        return lambda A, t, bias, out, found: self.int8_linear(A, W, t, None, out=out, outliers=found)
+
+
+@mutant("QC-INT8-010", LINEAR)
+class PreparedInt8ForgetsThreshold(Steps):
+    """The prepared handle leaves no column out of the integer product; the plain op is right."""
+
+    def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
+        def linear(A: Tensor, threshold: float, bias: Tensor | None, out: Tensor, found: Tensor | None) -> None:
+            self.int8_linear(A, W, threshold, bias, out=out, outliers=found)
+            self.int8_linear(A, W, 0.0, bias, out=out, outliers=None)
+
+        return linear

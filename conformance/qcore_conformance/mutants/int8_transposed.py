@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qcore.backend import Weight8bit
+from qcore.backend.interface import PreparedTransposed
 from qcore_conformance.mutants.mutant import mutant
 from qcore_conformance.mutants.steps import F32, ZERO, Steps
 
@@ -153,3 +154,12 @@ class EmptyInt8Unwritten(Steps):
         super().int8_linear_transposed(A, W, out=out)
         if not len(W.codes):
             out.copy_(before)
+
+
+@mutant("QC-INT8-011", OP)
+class PreparedInt8TransposedForgetsScales(Steps):
+    """The prepared handle takes the scale of the first row for all; the plain op is right."""
+
+    def prepare_int8_linear_transposed(self, W: Weight8bit) -> PreparedTransposed:
+        same = Weight8bit(W.codes, W.scales[:1].expand(len(W.scales)).contiguous())
+        return lambda A, out: self.int8_linear_transposed(A, same, out=out)
