@@ -23,10 +23,9 @@ class _Known(NamedTuple):
     """A weight that has been seen, and the last activations that were found to fit."""
 
     absmax: weakref.ref[Tensor]
-    nested: tuple[weakref.ref[Tensor], ...]
     selection: object
-    addresses: tuple[int, ...]  # of the packed codes, of absmax and of what it is nested in
-    numel: int  # of the packed codes
+    places: tuple[Any, ...]  # of the packed codes, of absmax and of what it is nested in
+    kept: list[Any]  # aliases of them: no other tensor can come to lie in their places
     format: tuple[Any, ...]  # all that is no tensor
     call: PreparedGemm
     dtype: torch.dtype
@@ -62,12 +61,8 @@ def gemm_4bit(
         or not _plain(A)
         or known.absmax() is not absmax
         or known.selection is not selection()
-        or known.addresses != _addresses(packed, absmax, *nested)
-        or known.numel != packed.numel()
-        or packed.dtype is not torch.uint8
-        or not _plain(packed)
+        or known.places != _places(packed, absmax, *nested)
         or known.format != format_
-        or not _same(known.nested, nested)
         or (bias is not None and not _fits(bias, known))
     ):
         return _checked(A, bias, packed, absmax, nested, format_)
@@ -76,14 +71,11 @@ def gemm_4bit(
     return out
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
-def _same(known: tuple[weakref.ref[Tensor], ...], nested: tuple[Tensor | None, ...]) -> bool:
-    if not known:
-        return nested[0] is None
-    return all(reference() is tensor for reference, tensor in zip(known, nested, strict=True))
+def _places(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Where tensors lie, and how: a view that is made anew for each call lies where the last one did."""
+    return tuple(
+        None if of is None else (of.data_ptr(), of.shape, of.stride(), of.dtype, of.is_neg()) for of in tensors
+    )
 
 
 def _fits(bias: Tensor, known: _Known) -> bool:
@@ -122,10 +114,9 @@ def _checked(
     key = id(absmax)
     _known[key] = _Known(
         weakref.ref(absmax, lambda _: _known.pop(key, None)),
-        tuple(weakref.ref(part) for part in nested if part is not None),
         selected,
-        _addresses(packed, absmax, *nested),
-        packed.numel(),
+        _places(packed, absmax, *nested),
+        kept,
         format_,
         call,
         A.dtype,

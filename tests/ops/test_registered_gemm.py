@@ -119,6 +119,15 @@ def test_a_change_of_nested_scales_is_seen(part: str, how: str) -> None:
     check(A, known)
 
 
+def test_views_made_anew_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, A = weight(nested=True), random(2, K)
+    check(A, known)
+    monkeypatch.setattr(registered, "_checked", lambda *_: pytest.fail("checked again"))
+    assert known.nested_offset is not None
+    offset = known.nested_offset.reshape(1)
+    check(A, replace(known, nested_offset=offset[:], packed=known.packed.view(-1)))
+
+
 def test_another_backend_takes_over() -> None:
     known, A = weight(), random(2, K)
     check(A, known)
