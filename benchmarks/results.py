@@ -290,6 +290,18 @@ def _place(tree: dict[str, Any]) -> str:
     return f"{said['processor']}, {said['threads']} thread{'s' * (said['threads'] > 1)}, {versions}"
 
 
+def quantize_memory_table(tree: dict[str, Any]) -> str:
+    before = f"{tree['before_bytes'] / 1e9:.2f} GB before it reads a tensor"
+    lines = [
+        f"{_place(tree)}; a checkpoint of {tree['checkpoint_bytes'] / 1e9:.2f} GB, {before}.",
+        "",
+        "| `qcore quantize` to | peak |",
+        "|---|---|",
+    ]
+    lines += [f"| {row['format']} | {row['peak_bytes'] / 1e9:.2f} GB |" for row in tree["rows"]]
+    return "\n".join(lines)
+
+
 TABLES = {
     "cpu": cpu_tables,
     "cpu-avx512": cpu_tables,
@@ -302,6 +314,7 @@ TABLES = {
     "int4": int4_table,
     "qlora": qlora_table,
     "load-memory": load_memory_table,
+    "quantize-memory": quantize_memory_table,
 }
 
 
