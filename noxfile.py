@@ -34,8 +34,9 @@ CPU_PATHS = {"cpu": {}, "cpu-avx2": {"QCORE_CPU_ISA": "avx2"}, "cpu-portable": {
 CROWDED = {"OMP_WAIT_POLICY": "passive"}
 
 
-# The ops whose kernels have a path for a tile unit.
-PRODUCTS = (
+# The ops whose kernels on the path `amx` are others than on `avx512_bf16`: products have a tile unit there, and
+# permutes and roots have other costs, as the processor is Intel's.
+OWN_ON_AMX = (
     "gemm_4bit",
     "gemm_int4",
     "gemm_4bit_transposed",
@@ -43,6 +44,9 @@ PRODUCTS = (
     "int8_scaled_gemm",
     "int8_linear",
     "int8_linear_transposed",
+    "optimizer_step",
+    "quantize_blockwise",
+    "dequantize_blockwise",
 )
 
 
@@ -109,8 +113,8 @@ def conformance(session: nox.Session) -> None:
     _conformance(session, "cpu_reference", "cpu_reference")
     for report, env in CPU_PATHS.items():
         _conformance(session, "cpu", report, **env)
-    if "amx_bf16" in _processor_flags():  # `cpu` is that path: the products of the one below are its own
-        chosen = [word for op in PRODUCTS for word in ("--op", op)]
+    if "amx_bf16" in _processor_flags():  # `cpu` is that path: these kernels of the one below are its own
+        chosen = [word for op in OWN_ON_AMX for word in ("--op", op)]
         _conformance(session, "cpu", "cpu-avx512-bf16", *chosen, QCORE_CPU_ISA="avx512_bf16")
 
 
@@ -186,7 +190,7 @@ def sanitizers_lean(session: nox.Session) -> None:
 
 @nox.session
 def amx(session: nox.Session) -> None:
-    """Run the products on the path for AMX, with its tile instructions emulated, on a processor without them."""
+    """Run what is the path for AMX's own, its tile instructions emulated, on a processor without them."""
     flags = _processor_flags()
     if "amx_bf16" in flags:
         session.skip("this processor has AMX: the session `conformance` runs that path")
@@ -198,7 +202,7 @@ def amx(session: nox.Session) -> None:
         "-DQCORE_CPU_EMULATE_AMX=ON", "-DQCORE_CPU_PROBE=OFF",
     )  # fmt: skip
     run_tool(session, "cmake", "--build", str(folder), "--parallel", "2")
-    chosen = [word for op in PRODUCTS for word in ("--op", op)]
+    chosen = [word for op in OWN_ON_AMX for word in ("--op", op)]
     _conformance(session, str(folder / "libqcore_cpu.so"), "amx", *chosen, QCORE_CPU_ISA="amx")
 
 

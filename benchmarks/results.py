@@ -8,7 +8,7 @@
 ``optimizers-avx512.json`` by ``benchmarks/optimizers.py``, ``demo.json`` by
 ``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by ``benchmarks/transformers_models.py``,
 ``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by ``examples/qlora.py``, ``load-memory.json`` by
-``benchmarks/load_memory.py``.
+``benchmarks/load_memory.py``, ``quantize-memory.json`` by ``benchmarks/quantize_memory.py``.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def demo_table(tree: dict[str, Any]) -> str:
 def models_table(tree: dict[str, Any]) -> str:
     said = tree["machine"]
     kinds = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s"}
-    if any("compiled" in row for row in tree["rows"]):
+    if any("compiled_decode_tokens_per_second" in row for row in tree["rows"]):
         kinds["compiled_decode"] = "decode compiled, tokens/s"
     lines = [
         f"{said['processor']}, {said['threads']} threads, {said['isa']}.",

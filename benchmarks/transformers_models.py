@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, StaticCache
 
 from qcore import QcoreConfig
@@ -76,13 +75,10 @@ class CompiledDecode:
         self.cache = StaticCache(config=model.config, max_cache_len=self.start + new_tokens)
         self.rates: list[float] = []
         self.step = torch.compile(model.forward, dynamic=False)
-        before = _graphs()
         with torch.no_grad():
             out = model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             self.first = out.logits[:, -1:].argmax(-1)
         self.round()
-        after = _graphs()
-        self.graphs = {name: after[name] - before[name] for name in after}
         self.rates.clear()
 
     @torch.no_grad()
@@ -94,11 +90,6 @@ class CompiledDecode:
             out = self.step(token, past_key_values=self.cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         self.rates.append(self.new_tokens / (time.perf_counter() - began))
-
-
-def _graphs() -> dict[str, int]:
-    """How many graphs have been compiled, and how often one had to end early, since the process began."""
-    return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
 
 
 class Speed:
@@ -129,7 +120,6 @@ class Speed:
         }
         if self.compiled is not None:
             medians["compiled_decode_tokens_per_second"] = statistics.median(self.compiled.rates[1:])
-            medians["compiled"] = self.compiled.graphs
         return medians
 
 

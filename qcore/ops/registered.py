@@ -7,31 +7,33 @@ same ones come again with every token, so what was checked and packed for them i
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcore.backend.interface import PreparedGemm
+from qcore.backend.interface import PreparedGemm, Weight4bit
 from qcore.backend.registry import backend_for, selection
 from qcore.ops import compose, validate
-from qcore.ops.weight4bit import checked_weight, checked_weight_values, planned_product, weight_from_arguments
+from qcore.ops.weight4bit import checked_weight_values, planned_product, weight_from_arguments
 
 
-class _Known(NamedTuple):
+@dataclass(slots=True)
+class _Known:
     """A weight that has been seen, and the last activations that were found to fit."""
 
     absmax: weakref.ref[Tensor]
     selection: object
     places: tuple[Any, ...]  # of the packed codes, of absmax and of what it is nested in
-    kept: list[Any]  # aliases of them: no other tensor can come to lie in their places
     format: tuple[Any, ...]  # all that is no tensor
+    weight: Weight4bit  # of aliases: no other tensor can come to lie in their places
     call: PreparedGemm
-    dtype: torch.dtype
-    shape: torch.Size
-    device: torch.device
-    out_shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    shape: torch.Size | None = None
+    device: torch.device | None = None
+    out_shape: tuple[int, ...] = ()
 
 
 _known: dict[int, _Known] = {}  # by id(absmax)
@@ -55,17 +57,20 @@ def gemm_4bit(
     format_ = (quant_type, blocksize, tuple(shape), nested_blocksize)
     if (
         known is None
-        or A.shape != known.shape
-        or A.dtype is not known.dtype
-        or A.device != known.device
-        or not _plain(A)
         or known.absmax() is not absmax
         or known.selection is not selection()
         or known.places != _places(packed, absmax, *nested)
         or known.format != format_
+    ):
+        known = _learn(packed, absmax, nested, format_)
+    if (
+        A.shape != known.shape
+        or A.dtype is not known.dtype
+        or A.device != known.device
+        or not _plain(A)
         or (bias is not None and not _fits(bias, known))
     ):
-        return _checked(A, bias, packed, absmax, nested, format_)
+        return _checked(A, bias, known)
     out = A.new_empty(known.out_shape)
     known.call(A, bias, out)
     return out
@@ -88,40 +93,27 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _checked(
-    A: Tensor,
-    bias: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: tuple[Tensor | None, ...],
-    format_: tuple[Any, ...],
-) -> Tensor:
+def _learn(packed: Tensor, absmax: Tensor, nested: tuple[Tensor | None, ...], format_: tuple[Any, ...]) -> _Known:
+    """Checks a weight and packs its arguments; keeps both unless it is a copy that was packed."""
     *meta, nested_blocksize = format_
     parts = (packed, absmax, *meta, *nested, nested_blocksize)
-    weight = checked_weight_values("gemm_4bit", weight_from_arguments(*parts))
-    out = planned_product(A, weight, bias)
-    selected, backend = selection(), backend_for(A.device)
     # Aliases: what is kept must not keep `absmax` alive, with which it is forgotten.
-    kept: list[Any] = [part.detach() if isinstance(part, Tensor) else part for part in parts]
-    alias = checked_weight("gemm_4bit", weight_from_arguments(*kept))
+    aliases: list[Any] = [part.detach() if isinstance(part, Tensor) else part for part in parts]
+    weight = checked_weight_values("gemm_4bit", weight_from_arguments(*aliases))
+    selected, backend = selection(), backend_for(packed.device)
     prepare = (
         backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
     )
-    call = prepare(alias)
-    call(validate.readable(A), None if bias is None else validate.readable(bias), out)
-    if not all(_plain(part) for part in parts if isinstance(part, Tensor)):  # a copy was packed
-        return out
     key = id(absmax)
-    _known[key] = _Known(
-        weakref.ref(absmax, lambda _: _known.pop(key, None)),
-        selected,
-        _places(packed, absmax, *nested),
-        kept,
-        format_,
-        call,
-        A.dtype,
-        A.shape,
-        A.device,
-        tuple(out.shape),
-    )
+    reference = weakref.ref(absmax, lambda _: _known.pop(key, None))
+    known = _Known(reference, selected, _places(packed, absmax, *nested), format_, weight, prepare(weight))
+    if all(_plain(part) for part in parts if isinstance(part, Tensor)):
+        _known[key] = known
+    return known
+
+
+def _checked(A: Tensor, bias: Tensor | None, known: _Known) -> Tensor:
+    out = planned_product(A, known.weight, bias)
+    known.call(validate.readable(A), None if bias is None else validate.readable(bias), out)
+    known.dtype, known.shape, known.device, known.out_shape = A.dtype, A.shape, A.device, tuple(out.shape)
     return out

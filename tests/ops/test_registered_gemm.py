@@ -122,10 +122,19 @@ def test_a_change_of_nested_scales_is_seen(part: str, how: str) -> None:
 def test_views_made_anew_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     known, A = weight(nested=True), random(2, K)
     check(A, known)
-    monkeypatch.setattr(registered, "_checked", lambda *_: pytest.fail("checked again"))
+    for slow in ("_learn", "_checked"):
+        monkeypatch.setattr(registered, slow, lambda *_, name=slow: pytest.fail(name))
     assert known.nested_offset is not None
     offset = known.nested_offset.reshape(1)
     check(A, replace(known, nested_offset=offset[:], packed=known.packed.view(-1)))
+
+
+def test_activations_of_another_shape_leave_the_weight_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = weight(nested=True)
+    check(random(2, K), known)
+    monkeypatch.setattr(registered, "_learn", lambda *_: pytest.fail("checked again"))
+    for rows in (1, 3, 1):
+        check(random(rows, K), known)
 
 
 def test_another_backend_takes_over() -> None:
