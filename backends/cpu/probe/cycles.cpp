@@ -132,7 +132,7 @@ void print_loops(int64_t n, int64_t k, const char *where) {
     });
     auto *tiles = zeroed<uint8_t>(bf16_x_tile_bytes(p, 1));
     auto *scratch = zeroed<uint8_t>(bf16_tile_scratch_bytes(1, n));
-    pack_bf16_x_tiles(p, static_cast<const Bfloat *>(p.x), 1, 0, few_rows_columns(p, 1), tiles);
+    pack_bf16_x_tiles(p, static_cast<const Bfloat *>(p.x), 1, 0, few_rows_columns(p, 1), true, tiles);
     print("one row by tiles", [&] { multiply_few_rows<1>(p, 0, 1, 0, 0, n, tiles, scratch, [](int64_t, int64_t) {}); });
 }
 

@@ -41,6 +41,7 @@ struct InFloat {
     using Element = float;
     using Sum = F32;
     static constexpr int kStep = kLanes;
+    static constexpr int64_t kPanel = kPanelColumns;
 
     template <class Weight>
     static bool decode_row(const Weight &w, int64_t n, int64_t first, int64_t count, float *out) {
@@ -67,6 +68,7 @@ struct InBf16 {
     using Element = Bfloat;
     using Sum = F32;
     static constexpr int kStep = 2 * kLanes;
+    static constexpr int64_t kPanel = ProductOf4Bits::kRangeColumns;  // left out as a whole: no cut may divide it
 
     template <class Weight>
     static bool decode_row(const Weight &w, int64_t n, int64_t first, int64_t count, Bfloat *out) {
@@ -161,7 +163,10 @@ inline void finish_row(const ProductOf4Bits &p, const float *sums, const float *
     }
 }
 
-inline int64_t panel_columns(int64_t rows) { return rows <= kFewRows ? kStrip : kPanelColumns; }
+template <class How>
+inline int64_t panel_columns(int64_t rows) {
+    return rows <= kFewRows ? kStrip : How::kPanel;
+}
 
 template <class How>
 struct DotScratch {
@@ -169,14 +174,14 @@ struct DotScratch {
     float *sums;
 
     static int64_t bytes(int64_t rows, int64_t k) {
-        const int64_t columns = panel_columns(rows);
+        const int64_t columns = panel_columns<How>(rows);
         return (columns + kFewRows) * row_stride<typename How::Element>(k) *
                    static_cast<int64_t>(sizeof(typename How::Element)) +
                round_up(rows * columns * 4, 64);
     }
     DotScratch(void *scratch, int64_t rows, int64_t k) {
         w = static_cast<typename How::Element *>(scratch);
-        x = w + panel_columns(rows) * row_stride<typename How::Element>(k);
+        x = w + panel_columns<How>(rows) * row_stride<typename How::Element>(k);
         sums = reinterpret_cast<float *>(x + kFewRows * row_stride<typename How::Element>(k));
     }
 };
@@ -189,7 +194,7 @@ inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64
     using X = typename How::X;
     const int64_t stride = row_stride<typename How::Element>(p.k);
     const DotScratch<How> scratch(scratch_bytes, rows, p.k);
-    const int64_t columns = panel_columns(rows);
+    const int64_t columns = panel_columns<How>(rows);
     const X *x = static_cast<const X *>(p.x) + row0 * p.k;
     X *y = static_cast<X *>(p.out) + row0 * p.n;
     for (int64_t panel = n0; panel < n1; panel += columns) {

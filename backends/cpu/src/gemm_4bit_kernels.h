@@ -33,6 +33,9 @@ struct Int4Weight {
 };
 
 struct ProductOf4Bits {
+    // Ranges of columns are multiples of it: of 576 columns in ranges of 64, one of two threads would get five ninths.
+    static constexpr int64_t kRangeColumns = 32;
+
     int32_t dtype;
     int32_t bias_dtype;
     int64_t m, n, k;
@@ -58,7 +61,7 @@ template <class Problem>
 struct ProductKernels {
     static constexpr int64_t kRows = kProductRows;
     static constexpr int64_t kGroup = kPackedRows;
-    static constexpr int64_t kColumns = kPanelColumns;
+    static constexpr int64_t kColumns = Problem::kRangeColumns;
 
     // Bytes for the packed X of `rows` rows; 0 where X is read as it is.
     int64_t (*packed_bytes)(const Problem &p, int64_t rows);

@@ -2,13 +2,14 @@
 // kernel files of both include it.
 //  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
 //  - the same with bfloat16 products, gemm_4bit_short.h (a few rows of X), gemm_4bit_tiles.h (tiles;
-//    gemm_4bit_amx.h where a tile unit multiplies them) or gemm_4bit_gemv.h (one row, where there is no tile unit):
-//    bfloat16 only, and only where no denormal can arise, since those instructions flush them. Rows and columns where
-//    one can are computed again in float32.
+//    gemm_4bit_amx.h where a tile unit multiplies them, gemm_4bit_lanes.h for a few of them where there is none) or
+//    gemm_4bit_gemv.h (one row, where there is no tile unit): bfloat16 only, and only where no denormal can arise,
+//    since those instructions flush them. Rows and columns where one can are computed again in float32.
 #ifndef QCORE_CPU_GEMM_4BIT_PRODUCT_H
 #define QCORE_CPU_GEMM_4BIT_PRODUCT_H
 
 #include "gemm_4bit_amx.h"
+#include "gemm_4bit_lanes.h"
 #include "gemm_4bit_short.h"
 #include "irregular_rows.h"
 #include "qcore_backend.h"
@@ -51,6 +52,7 @@ inline bool by_tiles(const WeightProduct<Weight> &p) {
 #endif
 }
 
+// How gemm_4bit_tiles.h packs X: columns of a tile, and whether halves of groups are padded.
 template <class Problem>
 inline int64_t tile_columns(const Problem &p, int64_t rows) {
 #if defined(__AMX_BF16__)
@@ -58,6 +60,15 @@ inline int64_t tile_columns(const Problem &p, int64_t rows) {
 #else
     (void)p, (void)rows;
     return kTile;
+#endif
+}
+template <class Problem>
+inline bool tiles_are_padded(const Problem &p, int64_t rows) {
+#if defined(__AMX_BF16__)
+    return few_rows_serve(p, rows);
+#else
+    (void)p, (void)rows;
+    return false;
 #endif
 }
 
@@ -80,7 +91,7 @@ void pack(const Problem &p, int64_t row0, int64_t rows, int64_t group, void *pac
     auto *flags = static_cast<uint8_t *>(packed);
     flag_rows(x, rows, p.k, group, flags, [&](const Bfloat *row) { return irregular_row(row, p.k); });
     if (by_tiles(p) && !short_rows_serve(p, rows)) {
-        pack_bf16_x_tiles(p, x, rows, group, tile_columns(p, rows), flags + kFlagBytes);
+        pack_bf16_x_tiles(p, x, rows, group, tile_columns(p, rows), tiles_are_padded(p, rows), flags + kFlagBytes);
     }
 }
 
@@ -99,7 +110,7 @@ int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t colu
     bytes = max64(bytes, static_cast<int64_t>(sizeof(FewRowsScratch)));
 #else
     if (by_tiles(p)) {
-        return max64(bytes, tile_scratch_bytes(rows, columns));
+        return max64(bytes, max64(tile_scratch_bytes(rows, columns), static_cast<int64_t>(sizeof(LanesScratch))));
     }
 #endif
     return max64(bytes, DotScratch<InBf16>::bytes(rows, p.k));
@@ -113,7 +124,11 @@ void multiply_long_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t ro
 #if defined(__AMX_BF16__)
         multiply_bf16_by_tiles(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
 #else
-        multiply_decoded<TileLanes<Bf16Lanes>>(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+        if (lanes_serve(p, rows)) {
+            multiply_in_lanes(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+        } else {
+            multiply_decoded<TileLanes<Bf16Lanes>>(p, row0, rows, n0, n1, flags + kFlagBytes, scratch, odd_panel);
+        }
 #endif
         return;
     }

@@ -135,6 +135,13 @@ inline void split_planes(const Bfloat *x, int64_t count, __m512i *plane) {
     }
 }
 
+// The lower halves of four planes as two vectors and two of zeros: a half group without the zeros between.
+inline void join_half_planes(__m512i *plane) {
+    plane[0] = _mm512_inserti64x4(plane[0], _mm512_castsi512_si256(plane[1]), 1);
+    plane[1] = _mm512_inserti64x4(plane[2], _mm512_castsi512_si256(plane[3]), 1);
+    plane[2] = plane[3] = _mm512_setzero_si512();
+}
+
 }  // namespace qcore::cpu::QC_ISA
 
 #endif

@@ -15,20 +15,18 @@
 namespace qcore::cpu::QC_ISA {
 
 // Bytes of K in the tiles.
-template <class Problem>
-inline int64_t tile_k_bytes(const Problem &p) {
-    return (split_serves(p) ? split_length(p.k) : p.k) * static_cast<int64_t>(sizeof(Bfloat));
-}
+inline int64_t tile_k_bytes(const ProductOf4Bits &p) { return p.k * static_cast<int64_t>(sizeof(Bfloat)); }
 
 // Sizes are asked for before the weight is known, so they suffice for any block size.
 inline int64_t bf16_x_tile_bytes(const ProductOf4Bits &p, int64_t rows) {
     return x_tile_bytes(rows, split_length(p.k) * static_cast<int64_t>(sizeof(Bfloat)));
 }
 
-// Packs group `group` of the `rows` rows from `x` on, in tiles of `columns` columns.
+// Packs group `group` of the `rows` rows from `x` on, in tiles of `columns` columns. A half of a group at the end of K
+// is half as long or, with `padded`, as long as a whole one.
 template <class Problem>
 inline void pack_bf16_x_tiles(const Problem &p, const Bfloat *x, int64_t rows, int64_t group, int64_t columns,
-                              uint8_t *tiles) {
+                              bool padded, uint8_t *tiles) {
     if (!split_serves(p)) {
         pack_x_tiles(x, rows, tile_k_bytes(p), group, _mm512_setzero_si512(), tiles);
         return;
@@ -36,8 +34,24 @@ inline void pack_bf16_x_tiles(const Problem &p, const Bfloat *x, int64_t rows, i
     const auto split = [&](int64_t row, int64_t byte, __m512i *v) {
         const int64_t first = byte / static_cast<int64_t>(sizeof(Bfloat));
         split_planes(x + row * p.k + first, p.k - first, v);
+        if (!padded && p.k - first < kGroup) {
+            join_half_planes(v);
+        }
     };
     pack_x_tiles<4>(rows, tile_k_bytes(p), group, columns, split, tiles);
+}
+
+inline void store_group(const __m512i *plane, uint8_t *out) {
+    for (int j = 0; j < 4; ++j) {
+        _mm512_store_si512(out + j * kPlaneBytes, plane[j]);
+    }
+}
+
+// Of a decoded half of a group, without the zeros.
+inline void store_half_group(const __m512i *plane, uint8_t *out) {
+    for (int j = 0; j < 4; ++j) {
+        _mm256_store_si256(reinterpret_cast<__m256i *>(out + j * kPlaneBytes / 2), _mm512_castsi512_si256(plane[j]));
+    }
 }
 
 // Lane j of v[i] is the sum of row 16 * group + i and column n + j; `count` columns.
@@ -55,8 +69,8 @@ inline void finish_tile(const ProductOf4Bits &p, int64_t row0, int64_t rows, int
     }
 }
 
-// `count` elements of row n of W, at most a span, in split order, and zeros to the end of their last group; false if a
-// block is not regular. Fetches what lies `ahead` bytes further into L2.
+// `count` elements of row n of W, at most a span, in split order; false if a block is not regular. Fetches what lies
+// `ahead` bytes further into L2.
 template <class Weight>
 inline bool decode_split(const WeightProduct<Weight> &p, const Split<Weight> &decoder, int64_t n, int64_t k0,
                          int64_t count, int64_t ahead, uint8_t *out) {
@@ -68,11 +82,10 @@ inline bool decode_split(const WeightProduct<Weight> &p, const Split<Weight> &de
         __m512i plane[4];
         if (count - g * kGroup < kGroup) {
             decoder.decode_half(bytes + 64 * g, scales, g, plane);
+            store_half_group(plane, out);
         } else {
             decoder.decode(bytes + 64 * g, scales, g, plane);
-        }
-        for (int j = 0; j < 4; ++j) {
-            _mm512_storeu_si512(out + j * kPlaneBytes, plane[j]);
+            store_group(plane, out);
         }
     }
     return Split<Weight>::regular(scales, count);

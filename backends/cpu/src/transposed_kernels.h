@@ -17,6 +17,8 @@ struct Int8Weight {
 // out[m,n] = x[m,k] w[k,n], named as product.h names them: k, the rows of the weight, is what is summed over, and n,
 // its columns, are the columns of the result.
 struct TransposedShape {
+    static constexpr int64_t kRangeColumns = kPanelColumns;  // a result depends on its place in a panel
+
     int32_t dtype;
     int64_t m, n, k;
     const void *x;

@@ -1,4 +1,4 @@
-"""Products of short rows of W with a few rows of X: what no other way through gemm_4bit and gemm_int4 shares."""
+"""Products of short rows of W, or with few rows of X: what no other way through gemm_4bit and gemm_int4 shares."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ N = 37  # two groups of sixteen rows and a strip that is not full
 # Rows of X and K, with whole and half steps: what short_row() in gemm_4bit_short.h gives to this way where there is a
 # tile unit, and one more; then what it gives to it elsewhere, in two parts of X and of K.
 SIZES = [(1, 192), (2, 128), (3, 64), (4, 64), (7, 320), (8, 4160)]
+# What gemm_4bit_lanes.h serves: lanes of 512 bits, and with some of 256, one group of rows of X and two.
+SIZES += [(13, 192), (20, 320), (32, 64), (40, 4160), (64, 128)]
 
 
 Make = Callable[[torch.Tensor, int], tuple[Weight4bit | WeightInt4, torch.Tensor]]
