@@ -41,7 +41,6 @@ struct InFloat {
     using Element = float;
     using Sum = F32;
     static constexpr int kStep = kLanes;
-    static constexpr int64_t kPanel = kPanelColumns;
 
     template <class Weight>
     static bool decode_row(const Weight &w, int64_t n, int64_t first, int64_t count, float *out) {
@@ -68,7 +67,6 @@ struct InBf16 {
     using Element = Bfloat;
     using Sum = F32;
     static constexpr int kStep = 2 * kLanes;
-    static constexpr int64_t kPanel = ProductOf4Bits::kRangeColumns;  // left out as a whole: no cut may divide it
 
     template <class Weight>
     static bool decode_row(const Weight &w, int64_t n, int64_t first, int64_t count, Bfloat *out) {
@@ -163,10 +161,7 @@ inline void finish_row(const ProductOf4Bits &p, const float *sums, const float *
     }
 }
 
-template <class How>
-inline int64_t panel_columns(int64_t rows) {
-    return rows <= kFewRows ? kStrip : How::kPanel;
-}
+inline int64_t panel_columns(int64_t rows) { return rows <= kFewRows ? kStrip : kPanelColumns; }
 
 template <class How>
 struct DotScratch {
@@ -174,34 +169,37 @@ struct DotScratch {
     float *sums;
 
     static int64_t bytes(int64_t rows, int64_t k) {
-        const int64_t columns = panel_columns<How>(rows);
+        const int64_t columns = panel_columns(rows);
         return (columns + kFewRows) * row_stride<typename How::Element>(k) *
                    static_cast<int64_t>(sizeof(typename How::Element)) +
                round_up(rows * columns * 4, 64);
     }
     DotScratch(void *scratch, int64_t rows, int64_t k) {
         w = static_cast<typename How::Element *>(scratch);
-        x = w + panel_columns<How>(rows) * row_stride<typename How::Element>(k);
+        x = w + panel_columns(rows) * row_stride<typename How::Element>(k);
         sums = reinterpret_cast<float *>(x + kFewRows * row_stride<typename How::Element>(k));
     }
 };
 
 // Y for the rows row0 ... row0 + rows - 1 and the columns n0 ... n1 - 1. How::decode_row may answer false: then the
-// panel is left out and `odd_panel(first column, end)` is called for it.
+// part of the panel that it belongs to is left out and `odd_panel(first column, end)` is called for it. Ranges of
+// columns are made of whole parts, so what is left out does not depend on how columns are cut.
 template <class How, class Problem, class OddPanel>
 inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64_t n0, int64_t n1, void *scratch_bytes,
                              const OddPanel &odd_panel) {
     using X = typename How::X;
     const int64_t stride = row_stride<typename How::Element>(p.k);
     const DotScratch<How> scratch(scratch_bytes, rows, p.k);
-    const int64_t columns = panel_columns<How>(rows);
+    const int64_t columns = panel_columns(rows);
+    constexpr int64_t kPart = ProductOf4Bits::kRangeColumns;
     const X *x = static_cast<const X *>(p.x) + row0 * p.k;
     X *y = static_cast<X *>(p.out) + row0 * p.n;
     for (int64_t panel = n0; panel < n1; panel += columns) {
         const int64_t width = panel + columns < n1 ? columns : n1 - panel;
         __builtin_memset(scratch.sums, 0, static_cast<size_t>(rows * columns) * sizeof(float));
-        bool served = true;
-        for (int64_t k0 = 0; k0 < p.k && served; k0 += kSpan) {
+        const uint32_t all = (1u << ((width + kPart - 1) / kPart)) - 1;
+        uint32_t odd = 0;  // a bit for each part
+        for (int64_t k0 = 0; k0 < p.k && odd != all; k0 += kSpan) {
             const int64_t span = k0 + kSpan < p.k ? kSpan : p.k - k0;
             const int64_t padded = round_up(span, How::kStep);
             const auto tail = static_cast<size_t>(padded - span) * sizeof(typename How::Element);
@@ -211,10 +209,10 @@ inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64
                     __builtin_memset(row, 0, static_cast<size_t>(padded) * sizeof *row);
                     continue;
                 }
-                served &= How::decode_row(p.w, panel + c, k0, span, row);
+                odd |= static_cast<uint32_t>(!How::decode_row(p.w, panel + c, k0, span, row)) << (c / kPart);
                 __builtin_memset(row + span, 0, tail);
             }
-            for (int64_t r = 0; r < rows && served; r += kFewRows) {
+            for (int64_t r = 0; r < rows && odd != all; r += kFewRows) {
                 const int64_t some = r + kFewRows < rows ? kFewRows : rows - r;
                 for (int64_t i = 0; i < some; ++i) {
                     How::convert(x + (r + i) * p.k + k0, span, scratch.x + i * stride);
@@ -245,15 +243,22 @@ inline void multiply_by_dots(const Problem &p, int64_t row0, int64_t rows, int64
                 }
             }
         }
-        if (!served) {
-            odd_panel(panel, panel + width);
-            continue;
-        }
-        float bias[kPanelColumns];
-        load_bias(p, panel, width, bias);
-        for (int64_t r = 0; r < rows; ++r) {
-            finish_row(p, scratch.sums + r * columns, bias, width, y + r * p.n + panel);
-        }
+        const auto for_parts = [&](bool are_odd, const auto &function) {
+            for (int64_t first = 0; first < width; first += kPart) {
+                if (((odd >> (first / kPart) & 1) != 0) == are_odd) {
+                    function(first, width - first < kPart ? width - first : kPart);
+                }
+            }
+        };
+        for_parts(false, [&](int64_t first, int64_t count) {
+            float bias[kPart];
+            load_bias(p, panel + first, count, bias);
+            for (int64_t r = 0; r < rows; ++r) {
+                finish_row(p, scratch.sums + r * columns + first, bias, count, y + r * p.n + panel + first);
+            }
+        });
+        // These take the scratch for themselves.
+        for_parts(true, [&](int64_t first, int64_t count) { odd_panel(panel + first, panel + first + count); });
     }
 }
 
