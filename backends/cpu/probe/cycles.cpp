@@ -1,12 +1,15 @@
 // What bounds the products of 4-bit weights with one row: cycles of the instructions that decode, alone and beside
-// others that need one of the two ports of 512-bit operations, and cycles of the loops made of them.
+// others, and cycles of the loops made of them.
 //
 //     cmake -S backends/cpu -B build/cycles -DQCORE_CPU_CYCLES=ON
 //     cmake --build build/cycles
-//     build/cycles/qcore_cpu_cycles
+//     build/cycles/qcore_cpu_cycles_amx            on a processor with a tile unit
+//     build/cycles/qcore_cpu_cycles_avx512_bf16    on one without
 //
-// An instruction that takes twice as long beside one for port 0 needs port 0 itself, and the same for port 5. A cycle
-// is a third of a dependent multiplication of integers. The least of many short runs counts.
+// Two instructions that take longer side by side than the slower of them share what executes them. Of 512 bits, a shift
+// has port 0 on a processor of Intel and an unpack port 5; a Zen 4 has pipes 2 and 3 for the shift, 1 and 2 for the
+// unpack, 0 and 1 for the multiplication. A cycle is a third of a dependent multiplication of integers. The least of
+// many short runs counts.
 #include "cycles.h"
 
 #include <cstdio>
@@ -14,7 +17,7 @@
 
 #include "dispatch.h"
 #include "gemm_4bit_amx.h"
-#include "gemm_4bit_gemv.h"
+#include "gemm_4bit_short.h"
 
 namespace qcore::cpu::QC_ISA {
 namespace {
@@ -34,29 +37,29 @@ constexpr int kLoops = 2000;
                      : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8"); \
     }
 #define QC_CYCLES(first, second) cycles_of_pair([=] { QC_LOOP(first, second) })
-#define QC_PORTS(first)                                                                     \
-    print_ports(first, QC_CYCLES(first, ""), QC_CYCLES(first, "vpsrlw $4, %[b], %%zmm8\n"), \
-                QC_CYCLES(first, "vpunpcklbw %[a], %[b], %%zmm8\n"))
+#define QC_BESIDE(first)                                                                     \
+    print_beside(first, QC_CYCLES(first, ""), QC_CYCLES(first, "vpsrlw $4, %[b], %%zmm8\n"), \
+                 QC_CYCLES(first, "vpunpcklbw %[a], %[b], %%zmm8\n"), QC_CYCLES(first, "vmulps %[a], %[b], %%zmm8\n"))
 
 template <class Function>
 double cycles_of_pair(const Function &function) {
     return least_seconds(function) / kLoops / 8 / cycle_seconds();
 }
 
-void print_ports(const char *what, double alone, double with_shift, double with_unpack) {
-    std::printf("%-16s %8.1f %22.1f %22.1f\n", what, alone, with_shift, with_unpack);
+void print_beside(const char *what, double alone, double shift, double unpack, double multiplication) {
+    std::printf("%-16s %8.1f %12.1f %12.1f %20.1f\n", what, alone, shift, unpack, multiplication);
 }
 
 void print_instructions() {
     const __m512i zeros = _mm512_setzero_si512();
-    std::printf("%-16s %8s %22s %22s\n", "cycles", "alone", "and a shift (port 0)", "and an unpack (port 5)");
-    QC_PORTS("vpermw");
-    QC_PORTS("vpermb");
-    QC_PORTS("vpermd");
-    QC_PORTS("vpmulhuw");
-    QC_PORTS("vmulps");
-    QC_PORTS("vcvtne2ps2bf16");
-    QC_PORTS("vdpbf16ps");
+    std::printf("%-16s %8s %12s %12s %20s\n", "cycles", "alone", "and a shift", "an unpack", "a multiplication");
+    QC_BESIDE("vpermw");
+    QC_BESIDE("vpermb");
+    QC_BESIDE("vpermd");
+    QC_BESIDE("vpmulhuw");
+    QC_BESIDE("vmulps");
+    QC_BESIDE("vcvtne2ps2bf16");
+    QC_BESIDE("vdpbf16ps");
 }
 
 template <class T>
@@ -109,31 +112,25 @@ void print_loops(int64_t n, int64_t k, const char *where) {
         std::printf("%-34s %-3s %6.1f cycles, %5.2f ns for 128 weights\n", what, where, took / cycle_seconds(),
                     1e9 * took);
     };
-    auto *decoded = zeroed<uint8_t>(kStepBytes);
+    auto *decoded = zeroed<uint8_t>(16 * kGroupBytes);
     print("decoding", [&] {
         for (int64_t g = 0; g < n * k / kGroup; ++g) {
             __m512i plane[4];
-            decoder.decode(p.w.packed + 64 * g, scales, g, plane);
+            decoder.decode(p.w.packed + 64 * g, scales, decoder.units(scales, g), plane);
             for (int j = 0; j < 4; ++j) {
                 _mm512_store_si512(decoded + (g % 16 * 4 + j) * 64, plane[j]);
             }
         }
         asm volatile("" : : "r"(decoded) : "memory");
     });
-    auto *x = zeroed<Bfloat>(k);
-    split_row(static_cast<const Bfloat *>(p.x), k, x);
-    print("one row by VDPBF16PS", [&] {
-        Split<Gemm4Weight>::Rows rows(p.w, n);
-        for (int64_t row = 0; row < n; ++row) {
-            float sum;
-            gemv_row(p, row, decoder, x, rows, &sum);
-            asm volatile("" : : "m"(sum));
-        }
-    });
+    auto *x = zeroed<Bfloat>(split_length(k));
+    print("one row by VDPBF16PS", [&] { multiply_short_rows(p, 0, 1, 0, n, x, [](int64_t, int64_t) {}); });
+#if defined(__AMX_BF16__)
     auto *tiles = zeroed<uint8_t>(bf16_x_tile_bytes(p, 1));
     auto *scratch = zeroed<uint8_t>(bf16_tile_scratch_bytes(1, n));
     pack_bf16_x_tiles(p, static_cast<const Bfloat *>(p.x), 1, 0, few_rows_columns(p, 1), true, tiles);
     print("one row by tiles", [&] { multiply_few_rows<1>(p, 0, 1, 0, 0, n, tiles, scratch, [](int64_t, int64_t) {}); });
+#endif
 }
 
 }  // namespace
@@ -141,8 +138,8 @@ void print_loops(int64_t n, int64_t k, const char *where) {
 
 int main() {
     using namespace qcore::cpu;
-    if (!machine_has(Isa::amx)) {
-        std::fprintf(stderr, "qcore_cpu_cycles: this processor has no AMX tiles\n");
+    if (!machine_has(Isa::QC_ISA)) {
+        std::fprintf(stderr, "qcore_cpu_cycles: this processor has no %s\n", isa_name(Isa::QC_ISA));
         return 1;
     }
     std::printf("%.2f GHz\n", 1e-9 / cycle_seconds());

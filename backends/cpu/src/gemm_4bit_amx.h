@@ -72,13 +72,14 @@ class NextRows {
 
 // Group g of a row of W, or its first half, to a row of four tiles.
 template <bool kHalf, class Weight>
-inline void decode_row(const Split<Weight> &decoder, const RowOfWeight<Weight> &row, int64_t g, uint8_t *out) {
+inline void decode_row(const Split<Weight> &decoder, const RowOfWeight<Weight> &row, int64_t g,
+                       const Units<Weight> &units, uint8_t *out) {
     const uint8_t *bytes = row.bytes + 64 * g;
     __m512i plane[4];
     if (kHalf) {
-        decoder.decode_half(bytes, row.scales, g, plane);
+        decoder.decode_half(bytes, row.scales, units, plane);
     } else {
-        decoder.decode(bytes, row.scales, g, plane);
+        decoder.decode(bytes, row.scales, units, plane);
     }
     for (int j = 0; j < 4; ++j) {
         _mm512_store_si512(out + j * kTileBytes, plane[j]);
@@ -95,13 +96,14 @@ inline void few_rows_step(const Split<Weight> &decoder, const RowOfWeight<Weight
     if (kHalves > 0) {
         next.fetch_scales(step);
     }
+    const auto units = decoder.units(rows[0].scales, g);
     uint8_t *out = scratch->step[g & 1];
     const uint8_t *w = scratch->step[(g & 1) ^ 1];
     for (int j = 0; j < 4; ++j) {
         const auto decode = [&](int i) {
             if (kHalves > 0) {
                 next.fetch_row(step, 4 * j + i);
-                decode_row<kHalves == 1>(decoder, rows[4 * j + i], g, out + (4 * j + i) * kTileRowBytes);
+                decode_row<kHalves == 1>(decoder, rows[4 * j + i], g, units, out + (4 * j + i) * kTileRowBytes);
             }
         };
         decode(0);

@@ -99,6 +99,9 @@ inline void decode(const Gemm4Weight &w, int64_t n, int64_t k0, int64_t count, f
 constexpr int64_t kAbsmaxRun = 64;   // absmax values decoded at a time, at most
 constexpr int64_t kPrefetch = 2048;  // bytes that a row of W is fetched ahead
 
+// The first `count` of sixteen lanes, or all of them.
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1); }
+
 // absmax of `count` blocks from `block` on, as float32: where they lie, or decoded into `out` (QC-NEST-003).
 inline const float *absmax_run(const Gemm4Weight &w, int64_t block, int64_t count, float *out) {
     if (w.absmax != nullptr) {
@@ -108,7 +111,7 @@ inline const float *absmax_run(const Gemm4Weight &w, int64_t block, int64_t coun
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i start = _mm512_add_epi32(lane, _mm512_set1_epi32((int)(block - (group << w.nested_shift))));
     for (int64_t i = 0; i < count; i += 16) {
-        const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __mmask16 some = first_lanes(count - i);
         const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.codes + block + i));
         const __m512i owner = _mm512_srli_epi32(_mm512_add_epi32(start, _mm512_set1_epi32((int)i)), w.nested_shift);
         const __m512 zero = _mm512_setzero_ps();
@@ -190,16 +193,17 @@ inline bool irregular_row(const Bfloat *x, int64_t k) {
     return found != 0;
 }
 
+inline bool regular_blocks(__m512 absmax) {
+    const __mmask16 nonzero = _mm512_cmp_ps_mask(absmax, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    return _mm512_mask_cmp_ps_mask(nonzero, _mm512_abs_ps(absmax), _mm512_set1_ps(0x1p-28f), _CMP_LT_OQ) == 0;
+}
+
 inline bool regular_blocks(const float *absmax, int64_t count) {
-    const __m512 least = _mm512_set1_ps(0x1p-28f);
-    __mmask16 odd = 0;
+    bool regular = true;
     for (int64_t i = 0; i < count; i += 16) {
-        const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
-        const __m512 a = _mm512_maskz_loadu_ps(some, absmax + i);
-        const __mmask16 nonzero = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        odd |= _mm512_mask_cmp_ps_mask(nonzero, _mm512_abs_ps(a), least, _CMP_LT_OQ);
+        regular &= regular_blocks(_mm512_maskz_loadu_ps(first_lanes(count - i), absmax + i));
     }
-    return odd == 0;
+    return regular;
 }
 
 // 32 values of a block by the nibbles of 16 bytes: each byte is put into two words, the high nibble brought down in

@@ -1,13 +1,9 @@
-// gemm_4bit for one row of X on AVX-512: bfloat16 products on AVX512-BF16, float32 on all.
+// gemm_4bit for one row of X on AVX-512, by products in float32.
 //
 // Memory picture: W is read once, half a byte an element, straight through; X is 2 KiB per 1024 elements and stays in
-// L1. The limit is the two vector ports, not memory. For 128 weights, in port cycles: bfloat16 takes 19 to decode
-// (gemm_4bit_split.h) and 16 to multiply and add, because VDPBF16PS keeps both ports busy for two cycles on the
-// processors that have tiles, just what two float32 products and their unpacking would take: 35, so 17.5 cycles for 72
-// bytes, 10 GB/s a core at 2.4 GHz, half of what one core draws from memory. Float32 takes 26.
-// Where there is a tile unit, it multiplies beside the decoding (gemm_4bit_amx.h), and only the float32 part is used.
+// L1. The limit is the two vector ports, not memory: 26 port cycles for 128 weights on a processor of Intel.
 //
-// In float32, X is brought into the order [16 even][16 odd] of the nibbles of 16 bytes, spread over 16 dwords.
+// X is brought into the order [16 even][16 odd] of the nibbles of 16 bytes, spread over 16 dwords.
 #ifndef QCORE_CPU_GEMM_4BIT_GEMV_H
 #define QCORE_CPU_GEMM_4BIT_GEMV_H
 
@@ -130,57 +126,6 @@ inline void multiply_row(const Problem &p, int64_t n0, int64_t n1, void *scratch
         finish_row(p, &sum, &bias, 1, static_cast<T *>(p.out) + n);
     }
 }
-
-#if defined(__AVX512BF16__)
-
-// k values of a row of X in split order (gemm_4bit_split.h), split_length(k) values.
-inline void split_row(const Bfloat *x, int64_t k, Bfloat *out) {
-    for (int64_t i = 0; i < k; i += kGroup) {
-        __m512i plane[4];
-        split_planes(x + i, k - i, plane);
-        for (int j = 0; j < 4; ++j) {
-            _mm512_storeu_si512(out + i + 32 * j, plane[j]);
-        }
-    }
-}
-
-// The sum of one row of W with `x` in split order; false if a block is not regular.
-template <class Weight>
-inline bool gemv_row(const WeightProduct<Weight> &p, int64_t n, const Split<Weight> &decoder, const Bfloat *x,
-                     typename Split<Weight>::Rows &rows, float *sum) {
-    F32 s0 = {}, s1 = {}, s2 = {}, s3 = {};
-    __m512i plane[4];
-    const auto add_products = [&] {
-        s0 = InBf16::add_product(x, plane[0], s0);
-        s1 = InBf16::add_product(x + 32, plane[1], s1);
-        s2 = InBf16::add_product(x + 64, plane[2], s2);
-        s3 = InBf16::add_product(x + 96, plane[3], s3);
-        x += kGroup;
-    };
-    for (int64_t k0 = 0; k0 < p.k; k0 += kScaleElements) {
-        const int64_t length = p.k - k0 < kScaleElements ? p.k - k0 : kScaleElements;
-        const auto scales = rows.at(n, k0, length);
-        if (!Split<Weight>::regular(scales, length)) {
-            return false;
-        }
-        const uint8_t *bytes = p.w.packed + ((n * p.k + k0) >> 1);
-        for (int64_t g = 0; g < length / kGroup; ++g, bytes += 64) {
-            _mm_prefetch(bytes + kPrefetch, _MM_HINT_T0);
-            decoder.decode(bytes, scales, g, plane);
-            add_products();
-        }
-        if (length % kGroup != 0) {
-            decoder.decode_half(bytes, scales, length / kGroup, plane);
-            add_products();
-        }
-    }
-    float sums[kStrip];
-    sum_lanes(s0, s1, s2, s3, sums);
-    *sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    return true;
-}
-
-#endif
 
 }  // namespace qcore::cpu::QC_ISA
 

@@ -9,7 +9,8 @@
 //
 // Eight or fewer rows beside others are lanes of vectors of 256 bits, of which two are multiplied a cycle.
 //
-// Billions of operations a second on one thread of that processor, tiles / this way, NF4:
+// Billions of operations a second on one thread of that processor, tiles / this way, NF4 (benchmarks/two_builds.py
+// --threads 1, with a build in which lanes_serve() says no):
 //     N x K       M = 16    32        40        64        512
 //     512x576     149/162   175/194   156/176   192/190   201/196
 //     576x1536    167/185   188/199   164/179   203/208   203/192
@@ -66,17 +67,18 @@ class LaneSteps {
         }
         return n_ < n1_;
     }
+    Units<Weight> units(const Split<Weight> &decoder) const { return decoder.units(row_scales_[0], g_); }
     // Row i of the step to `out`, kGroupBytes or half of them.
     template <bool kHalf>
-    void decode(const Split<Weight> &decoder, int64_t i, uint8_t *out) const {
+    void decode(const Split<Weight> &decoder, const Units<Weight> &units, int64_t i, uint8_t *out) const {
         const uint8_t *bytes = bytes_[i] + 64 * g_;
         _mm_prefetch(bytes + kRows * p_.k / 2, _MM_HINT_T1);
         __m512i plane[4];
         if (kHalf) {
-            decoder.decode_half(bytes, row_scales_[i], g_, plane);
+            decoder.decode_half(bytes, row_scales_[i], units, plane);
             store_half_group(plane, out);
         } else {
-            decoder.decode(bytes, row_scales_[i], g_, plane);
+            decoder.decode(bytes, row_scales_[i], units, plane);
             store_group(plane, out);
         }
     }
@@ -138,9 +140,10 @@ inline void multiply_step(const LaneSteps<Weight, kRows> &next, const Split<Weig
         narrow[r] = _mm256_setzero_ps();
     }
     const uint8_t *lines[2] = {x[0], x[1]};
+    const auto units = next.units(decoder);
     for (int i = 0; i < kRows; ++i) {
         if (kHalves > 0) {
-            next.template decode<kHalves == 1>(decoder, i, out + i * kGroupBytes);
+            next.template decode<kHalves == 1>(decoder, units, i, out + i * kGroupBytes);
         }
 #pragma GCC unroll 8
         for (int l = 0; l < kLines / kRows; ++l) {

@@ -1,10 +1,11 @@
 // gemm_4bit and gemm_int4: which of the ways to compute a product this instruction set takes for a shape. Only the
 // kernel files of both include it.
 //  - gemm_4bit_dot.h: dot products in float32; every instruction set, every dtype, every value.
-//  - the same with bfloat16 products, gemm_4bit_short.h (a few rows of X), gemm_4bit_tiles.h (tiles;
-//    gemm_4bit_amx.h where a tile unit multiplies them, gemm_4bit_lanes.h for a few of them where there is none) or
-//    gemm_4bit_gemv.h (one row, where there is no tile unit): bfloat16 only, and only where no denormal can arise,
-//    since those instructions flush them. Rows and columns where one can are computed again in float32.
+//  - gemm_4bit_gemv.h: one row of X in float32 on AVX-512.
+//  - bfloat16 products: gemm_4bit_short.h (a few rows of X), gemm_4bit_tiles.h (tiles; gemm_4bit_amx.h where a tile
+//    unit multiplies them, gemm_4bit_lanes.h for a few of them where there is none), else dot products. Only where no
+//    denormal can arise, since those instructions flush them: rows and columns where one can are computed again in
+//    float32.
 #ifndef QCORE_CPU_GEMM_4BIT_PRODUCT_H
 #define QCORE_CPU_GEMM_4BIT_PRODUCT_H
 
@@ -132,25 +133,6 @@ void multiply_long_rows(const WeightProduct<Weight> &p, int64_t row0, int64_t ro
 #endif
         return;
     }
-#if !defined(__AMX_BF16__)
-    if (p.m == 1 && split_serves(p) && flags[0] == 0) {
-        auto *x = static_cast<Bfloat *>(scratch);
-        const Split<Weight> decoder(p.w);
-        typename Split<Weight>::Rows w_rows(p.w, n1);
-        split_row(static_cast<const Bfloat *>(p.x), p.k, x);
-        for (int64_t n = n0; n < n1; ++n) {
-            float sum, bias;
-            if (gemv_row(p, n, decoder, x, w_rows, &sum)) {
-                load_bias(p, n, 1, &bias);
-                finish_row(p, &sum, &bias, 1, static_cast<Bfloat *>(p.out) + n);
-            } else {
-                odd_panel(n, n + 1);
-                split_row(static_cast<const Bfloat *>(p.x), p.k, x);
-            }
-        }
-        return;
-    }
-#endif
     (void)flags;
     multiply_by_dots<InBf16>(p, row0, rows, n0, n1, scratch, odd_panel);
 }

@@ -90,16 +90,14 @@ class RowScales<Int4Weight, kRows> {
     }
 
     bool load(int64_t n, int64_t rows, int64_t k0, int64_t count) {
-        first_ = n;
         together_ = shift_ >= 0 && k0 == 0 && w_.groups <= Of::kMostScales && count > (w_.groups - 1) * w_.group_size;
         if (together_) {
-            convert_scales(w_, n * w_.groups, rows * w_.groups, made_.all);
-            return regular_blocks(made_.all, rows * w_.groups);
+            return load_groups(w_, n * w_.groups, rows * w_.groups, made_.all);
         }
         bool regular = true;
         for (int64_t i = 0; i < rows; ++i) {
             scales_[i] = Of::scales(w_, n + i, k0, count, made_.room[i]);
-            regular &= Of::regular(scales_[i], count);
+            regular &= scales_[i].regular;
         }
         return regular;
     }
@@ -107,8 +105,7 @@ class RowScales<Int4Weight, kRows> {
         if (!together_) {
             return scales_[i];
         }
-        const uint8_t *zero = w_.zeros != nullptr ? w_.zeros + (first_ + i) * w_.groups : kEights;
-        return {made_.all + i * w_.groups, zero, 0, shift_, w_.groups};
+        return {made_.all + i * w_.groups, 0, shift_, true};
     }
     Extent lies(int64_t n, int64_t rows) const {
         const int64_t row = w_.groups * (w_.scale_dtype == QC_F32 ? 4 : 2);
@@ -118,11 +115,10 @@ class RowScales<Int4Weight, kRows> {
    private:
     const Int4Weight &w_;
     int32_t shift_;  // log2 of the units of a group; 62: there is one group; -1: no power of two
-    int64_t first_ = 0;
     bool together_ = false;
     typename Of::Scales scales_[kRows];
     union {
-        alignas(64) float all[kRows * Of::kMostScales];
+        alignas(64) GroupValues all[kRows * Of::kMostScales];
         typename Of::Room room[kRows];
     } made_;
 };

@@ -1,11 +1,14 @@
-// A few rows of X in bfloat16 and short rows of W, or any rows of W where there is no tile unit: the sums of four rows
-// of W at a time.
+// A few rows of X in bfloat16, with short rows of W or, where there is no tile unit, any: the sums of four rows of W at
+// a time.
 //
-// gemm_4bit_gemv.h takes one row of W after the other, and spends on each row, whatever its length, some eighty cycles
-// beside its products: to look for its scales, to add sixteen lanes of four chains, to round and store one value. Tiles
-// (gemm_4bit_amx.h) spend five hundred on sixteen rows, waiting for what was just stored. Here four rows are added up
-// together, and sixteen share the look at their scales and the way out. A row has one chain of sums; four rows keep the
-// units as busy as four chains of one.
+// One row of W after the other would cost some eighty cycles for each, whatever its length, beside its products: to
+// look for its scales, to add sixteen lanes of four chains, to round and store one value. Tiles (gemm_4bit_amx.h) spend
+// five hundred on sixteen rows, waiting for what was just stored. Here four rows are added up together, and sixteen
+// share the look at their scales and the way out. A row has one chain of sums; four rows keep the units as busy as four
+// chains of one.
+//
+// Memory picture: W is read once, four rows side by side, and the sixteen rows after them are fetched meanwhile into
+// L2, in the order in which they lie, and their scales. X stays in L1.
 #ifndef QCORE_CPU_GEMM_4BIT_SHORT_H
 #define QCORE_CPU_GEMM_4BIT_SHORT_H
 
@@ -29,14 +32,15 @@ constexpr int64_t kShortRowsOfX = 4;  // at a time
 //     256x384    9.8/10   14/13        10/12    15/17
 //     256x512    12/13    19/17        12/16    19/21
 //     1536x576   68/88    119/116      74/111   110/145
-// and with four rows of X tiles win at K = 64 (2.5/2.5, 2.6/3.1). Without a tile unit, rows one by one
-// (gemm_4bit_gemv.h) or panels (gemm_4bit_dot.h) / this way:
-//     64x64      2.5/1.3  4.2/1.6      3.4/1.7  3.5/2.1      4.2/2.1  4.1/2.5
-//     256x512    18/13    26/17        30/16    44/21        36/21    52/26
-//     576x1536   82/78    114/104      180/100  270/131      224/129  323/165
+// and with four rows of X tiles win at K = 64 (2.5/2.5, 2.6/3.1). Without a tile unit, panels (gemm_4bit_dot.h) / this
+// way:
+//     64x64                            3.4/1.7  3.5/2.1      4.2/2.1  4.1/2.5
+//     256x512                          30/16    44/21        36/21    52/26
+//     576x1536                         180/100  270/131      224/129  323/165
 // and, in milliseconds, panels / lanes (tile_lanes.h) / this way on two cores of a Zen 4, 4096x4096, NF4:
 //     M = 2 1.43/-/0.52   4 1.88/-/0.92   6 1.83/1.98/0.94   8 1.38/1.86/0.97   12 2.02/2.12/1.84   16 2.42/2.09/-
-// and at 1536x576 panels take 0.12, this way 0.14 for twelve rows: so up to eight.
+// and at 1536x576 panels take 0.12, this way 0.14 for twelve rows: so up to eight. benchmarks/two_builds.py compares a
+// build with one that has other limits.
 #if defined(__AMX_BF16__)
 constexpr int64_t kMostShortRows = 3;
 inline bool short_row(int64_t k, int64_t rows) {
@@ -45,7 +49,7 @@ inline bool short_row(int64_t k, int64_t rows) {
 }
 #else
 constexpr int64_t kMostShortRows = 8;
-inline bool short_row(int64_t k, int64_t rows) { return rows <= kMostShortRows && k > 0 && (rows > 1 || k <= 1536); }
+inline bool short_row(int64_t k, int64_t rows) { return rows <= kMostShortRows && k > 0; }
 #endif
 
 template <class Problem>
@@ -59,7 +63,8 @@ inline int64_t short_scratch_bytes(const ProductOf4Bits &p, int64_t rows) {
 }
 
 // sums[r][0 ... 3] += of the rows n + first ... + 3 of W with each row of X, `x` in split order: of `length` elements
-// from k0 on, a multiple of kGroup.
+// from k0 on, a multiple of kGroup. Fetches the rows that come sixteen later, in the order in which they lie: memory
+// gives them faster so.
 template <int kRows, class Weight>
 inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &decoder,
                           const RowScales<Weight, kShortRows> &row_scales, int64_t n, int64_t first, int64_t count,
@@ -73,7 +78,7 @@ inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &d
         scales[i] = row_scales.at(row);
     }
     const int64_t stride = split_length(p.k);
-    const int64_t ahead = kShortRows * p.k / 2;
+    const uint8_t *next = p.w.packed + (((n + first + kShortRows) * p.k + kStrip * k0) >> 1);
     const auto add_products = [&](int64_t g, int i, const __m512i *plane) {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
@@ -86,19 +91,21 @@ inline void sum_four_rows(const WeightProduct<Weight> &p, const Split<Weight> &d
     x += k0;
     const int64_t whole = length / kGroup;
     for (int64_t g = 0; g < whole; ++g) {
+        const auto units = decoder.units(scales[0], g);
 #pragma GCC unroll 4
         for (int i = 0; i < kStrip; ++i) {
             __m512i plane[4];
-            _mm_prefetch(bytes[i] + 64 * g + ahead, _MM_HINT_T0);
-            decoder.decode(bytes[i] + 64 * g, scales[i], g, plane);
+            _mm_prefetch(next + 64 * (kStrip * g + i), _MM_HINT_T1);
+            decoder.decode(bytes[i] + 64 * g, scales[i], units, plane);
             add_products(g, i, plane);
         }
     }
     if (length % kGroup != 0) {
+        const auto units = decoder.units(scales[0], whole);
 #pragma GCC unroll 4
         for (int i = 0; i < kStrip; ++i) {
             __m512i plane[4];
-            decoder.decode_half(bytes[i] + 64 * whole, scales[i], whole, plane);
+            decoder.decode_half(bytes[i] + 64 * whole, scales[i], units, plane);
             add_products(whole, i, plane);
         }
     }
@@ -125,6 +132,23 @@ inline void sum_four_rows(int64_t rows, const WeightProduct<Weight> &p, const Sp
             return sum_four_rows<3>(p, decoder, row_scales, n, first, count, k0, length, x, sums);
         default:
             return sum_four_rows<kShortRowsOfX>(p, decoder, row_scales, n, first, count, k0, length, x, sums);
+    }
+}
+
+inline void fetch(const Extent &extent) {
+    for (int64_t i = 0; i < extent.bytes; i += 64) {
+        _mm_prefetch(extent.first + i, _MM_HINT_T1);
+    }
+}
+
+// k values of a row of X in split order (gemm_4bit_split.h), split_length(k) values.
+inline void split_row(const Bfloat *x, int64_t k, Bfloat *out) {
+    for (int64_t i = 0; i < k; i += kGroup) {
+        __m512i plane[4];
+        split_planes(x + i, k - i, plane);
+        for (int j = 0; j < 4; ++j) {
+            _mm512_storeu_si512(out + i + 32 * j, plane[j]);
+        }
     }
 }
 
@@ -155,6 +179,9 @@ inline void multiply_short_rows(const WeightProduct<Weight> &p, int64_t row0, in
             for (int64_t r = 0; r < rows && regular; r += together) {
                 const int64_t some = rows - r < together ? rows - r : together;
                 for (int64_t i = 0; i < count; i += kStrip) {
+                    if (r == 0 && k0 == 0) {
+                        fetch(scales.lies(n + kShortRows + i, kStrip));
+                    }
                     sum_four_rows(some, p, decoder, scales, n, i, count, k0, length, x + r * stride, sums[r] + i);
                 }
             }

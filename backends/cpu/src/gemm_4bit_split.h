@@ -7,12 +7,17 @@
 // The table holds the 16 values of the block of elements 0 ... 63 and those of 64 ... 127; bit 4 of an index, set in
 // the upper half of the words, chooses. X is brought into the same order once a call, so no weight is ever rearranged.
 //
-// On the two ports of 512-bit operations, for 128 weights: two multiplications and one conversion (six port cycles)
-// make the tables, five shifts and logic operations the indices, four permutations, which need both ports, the weights:
-// 19 port cycles, 9.5 cycles for the 72 bytes that are read, 18 GB/s a core at 2.4 GHz, about what one core draws from
-// memory. probe/cycles.cpp counts them: 10.5 to 12 with the stores.
+// What it costs for 128 weights, whose 72 bytes are read meanwhile: two multiplications and one conversion make the
+// tables, five shifts and logic operations the indices, four permutations the weights. probe/cycles.cpp counts them.
+//  - Intel, two ports of 512 bits: six, five and, since a permutation needs both ports, eight port cycles: 19, so 9.5
+//    cycles, 18 GB/s a core at 2.4 GHz, about what one core draws from memory; 10.5 to 12 with the stores.
+//  - Zen 4, four pipes of 256 bits, of which an operation of 512 bits takes two cycles or two pipes, and a conversion
+//    four: 8, 10 and 8 of them. With four products, 8 more, 34, so 8.5 cycles. The same in vectors of 256 bits, whose
+//    indices need no logic operations, would be 30, but takes 11.5 cycles where this takes 9.7.
 #ifndef QCORE_CPU_GEMM_4BIT_SPLIT_H
 #define QCORE_CPU_GEMM_4BIT_SPLIT_H
+
+#include <utility>
 
 #include "gemm_4bit_decode.h"
 
@@ -32,12 +37,15 @@ constexpr int64_t kScaleElements = kAbsmaxRun << kScaleUnit;  // of a row of W w
 //   serves(w, k)     whether rows of k elements can be decoded this way
 //   scales(w, n, k0, count, room)   of elements k0 ... of row n, where they lie or made in `room`; k0 and count are
 //                    multiples of 64
-//   Rows(w, end)     the same for one row after the other before row `end`: at(n, k0, count)
 //   regular(scales, count)
-//   Split(w).decode(bytes, scales, g, plane)        group g of 128
-//   Split(w).decode_half(bytes, scales, g, plane)   its first half; the other decodes to zeros
+//   Split(w).units(scales, g)   which of the scales group g of 128 has; the same for all rows from one element on
+//   Split(w).decode(bytes, scales, units, plane)        such a group
+//   Split(w).decode_half(bytes, scales, units, plane)   its first half; the other decodes to zeros
 template <class Weight>
 struct Split;
+
+template <class Weight>
+using Units = decltype(std::declval<Split<Weight>>().units({}, 0));
 
 template <class Weight>
 inline bool split_serves(const WeightProduct<Weight> &p) {
@@ -87,16 +95,6 @@ struct Split<Gemm4Weight> : SplitIndices {
         return {scale_run(w, kScaleUnit, (n * w.k + k0) >> kScaleUnit, count >> kScaleUnit, room.scale)};
     }
 
-    struct Rows {
-        ScaleRuns runs;
-        int64_t k;
-
-        Rows(const Gemm4Weight &w, int64_t end) : runs(w, kScaleUnit, (end * w.k) >> kScaleUnit), k(w.k) {}
-        Scales at(int64_t n, int64_t k0, int64_t count) {
-            return {runs.at((n * k + k0) >> kScaleUnit, count >> kScaleUnit)};
-        }
-    };
-
     static bool regular(const Scales &scales, int64_t count) { return regular_blocks(scales.scale, count >> 6); }
 
     void decode_scaled(__m512i bytes, float first, float second, __m512i *plane) const {
@@ -109,11 +107,12 @@ struct Split<Gemm4Weight> : SplitIndices {
             plane[j] = _mm512_permutexvar_epi16(plane[j], table);
         }
     }
-    void decode(const uint8_t *bytes, const Scales &scales, int64_t g, __m512i *plane) const {
-        decode_scaled(_mm512_loadu_si512(bytes), scales.scale[2 * g], scales.scale[2 * g + 1], plane);
+    static int64_t units(const Scales &, int64_t g) { return 2 * g; }
+    void decode(const uint8_t *bytes, const Scales &scales, int64_t unit, __m512i *plane) const {
+        decode_scaled(_mm512_loadu_si512(bytes), scales.scale[unit], scales.scale[unit + 1], plane);
     }
-    void decode_half(const uint8_t *bytes, const Scales &scales, int64_t g, __m512i *plane) const {
-        decode_scaled(load_half_group(bytes), scales.scale[2 * g], 0.0f, plane);
+    void decode_half(const uint8_t *bytes, const Scales &scales, int64_t unit, __m512i *plane) const {
+        decode_scaled(load_half_group(bytes), scales.scale[unit], 0.0f, plane);
     }
 };
 

@@ -79,12 +79,13 @@ inline bool decode_split(const WeightProduct<Weight> &p, const Split<Weight> &de
     const uint8_t *bytes = p.w.packed + ((n * p.k + k0) >> 1);
     for (int64_t g = 0; g * kGroup < count; ++g, out += kGroupBytes) {
         _mm_prefetch(bytes + 64 * g + ahead, _MM_HINT_T1);
+        const auto units = decoder.units(scales, g);
         __m512i plane[4];
         if (count - g * kGroup < kGroup) {
-            decoder.decode_half(bytes + 64 * g, scales, g, plane);
+            decoder.decode_half(bytes + 64 * g, scales, units, plane);
             store_half_group(plane, out);
         } else {
-            decoder.decode(bytes + 64 * g, scales, g, plane);
+            decoder.decode(bytes + 64 * g, scales, units, plane);
             store_group(plane, out);
         }
     }

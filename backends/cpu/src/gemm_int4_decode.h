@@ -33,19 +33,20 @@ inline const float *group_grid(const Int4Weight &w, int64_t i) {
 
 #if defined(__AVX512BW__)
 
+// `some` of the scales from group `first` on as float32.
+inline __m512 load_scales(const Int4Weight &w, int64_t first, __mmask16 some) {
+    if (w.scale_dtype == QC_F32) {
+        return _mm512_maskz_loadu_ps(some, static_cast<const float *>(w.scales) + first);
+    }
+    const __m256i bits = _mm256_maskz_loadu_epi16(some, static_cast<const Half *>(w.scales) + first);
+    return w.scale_dtype == QC_F16 ? _mm512_cvtph_ps(bits) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
 // Scales of groups first ... first + count - 1 as float32.
 inline void convert_scales(const Int4Weight &w, int64_t first, int64_t count, float *out) {
     for (int64_t i = 0; i < count; i += 16) {
-        const auto some = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
-        __m512 value;
-        if (w.scale_dtype == QC_F32) {
-            value = _mm512_maskz_loadu_ps(some, static_cast<const float *>(w.scales) + first + i);
-        } else {
-            const __m256i bits = _mm256_maskz_loadu_epi16(some, static_cast<const Half *>(w.scales) + first + i);
-            value = w.scale_dtype == QC_F16 ? _mm512_cvtph_ps(bits)
-                                            : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-        }
-        _mm512_mask_storeu_ps(out + i, some, value);
+        const __mmask16 some = first_lanes(count - i);
+        _mm512_mask_storeu_ps(out + i, some, load_scales(w, first + i, some));
     }
 }
 
@@ -88,13 +89,33 @@ inline bool decode_bf16(const Int4Weight &w, int64_t n, int64_t k0, int64_t coun
     return regular;
 }
 
-// Zero points of as many groups as a call of Split::scales asks for, where the weight has none.
-alignas(64) constexpr uint8_t kEights[kScaleElements / 32] = {
-    8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8,
-    8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8,
-    8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8,
-    8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8,
+// What makes the values of a group: its scale, and the place of its row in the grid.
+struct GroupValues {
+    float scale;
+    int32_t row;  // in bytes
 };
+
+// Of groups first ... first + count - 1; false if one is not regular.
+inline bool load_groups(const Int4Weight &w, int64_t first, int64_t count, GroupValues *out) {
+    constexpr int kRowShift = 6;  // 16 values of four bytes
+    const __m512i lane = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    bool regular = true;
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 some = first_lanes(count - i);
+        const __m512 scale = load_scales(w, first + i, some);
+        __m512i row = _mm512_set1_epi32(8 << kRowShift);
+        if (w.zeros != nullptr) {
+            row = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.zeros + first + i)), kRowShift);
+        }
+        regular &= regular_blocks(scale);
+        const __m512i lower = _mm512_permutex2var_epi32((__m512i)scale, lane, row);
+        const __m512i upper =
+            _mm512_permutex2var_epi32((__m512i)scale, _mm512_add_epi32(lane, _mm512_set1_epi32(8)), row);
+        _mm512_mask_storeu_epi64(out + i, static_cast<__mmask8>(some), lower);
+        _mm512_mask_storeu_epi64(out + i + 8, static_cast<__mmask8>(some >> 8), upper);
+    }
+    return regular;
+}
 
 // Split order for integers: a step of 128 weights has two scales, or four where groups are of 32. Two tables serve
 // four groups then, words 0 ... 15 of a plane the first and 16 ... 31 the second, bit 4 of an index chooses in each:
@@ -103,17 +124,15 @@ template <>
 struct Split<Int4Weight> : SplitIndices {
     static constexpr int64_t kMostScales = kScaleElements / 32;
 
-    // The scale of unit i is scale[(i + phase) >> shift].
+    // Unit i is of group (i + phase) >> shift.
     struct Scales {
-        const float *scale;
-        const uint8_t *zero;
+        const GroupValues *group;
         int64_t phase;
         int32_t shift;
-        int64_t count;  // of scales
+        bool regular;
     };
     struct Room {
-        float scale[kMostScales];
-        uint8_t zero[kMostScales];
+        GroupValues group[kMostScales];
     };
     const float *grid;
     bool fine;
@@ -140,49 +159,49 @@ struct Split<Int4Weight> : SplitIndices {
         const int64_t first = k0 / w.group_size;
         const int64_t own = (k0 + count - 1) / w.group_size - first + 1;
         const int64_t at = n * w.groups + first;
-        const uint8_t *zero = w.zeros != nullptr ? w.zeros + at : kEights;
         const int64_t units = w.group_size >> unit_shift;
         if (own == 1 || (units & (units - 1)) == 0) {
-            convert_scales(w, at, own, room.scale);
+            const bool regular = load_groups(w, at, own, room.group);
             const int32_t shift = own == 1 ? 62 : __builtin_ctzll(static_cast<unsigned long long>(units));
-            return {room.scale, zero, own == 1 ? 0 : (k0 - first * w.group_size) >> unit_shift, shift, own};
+            return {room.group, own == 1 ? 0 : (k0 - first * w.group_size) >> unit_shift, shift, regular};
         }
-        float scale[kMostScales];
-        convert_scales(w, at, own, scale);
+        GroupValues group[kMostScales];
+        const bool regular = load_groups(w, at, own, group);
         int64_t left = (first + 1) * w.group_size - k0;
-        for (int64_t i = 0, group = 0; i < count >> unit_shift; ++i, left -= unit) {
+        for (int64_t i = 0, now = 0; i < count >> unit_shift; ++i, left -= unit) {
             if (left <= 0) {
-                ++group;
+                ++now;
                 left += w.group_size;
             }
-            room.scale[i] = scale[group];
-            room.zero[i] = zero[group];
+            room.group[i] = group[now];
         }
-        return {room.scale, room.zero, 0, 0, count >> unit_shift};
+        return {room.group, 0, 0, regular};
     }
 
-    struct Rows {
-        const Int4Weight &w;
-        Room room;
+    static bool regular(const Scales &scales, int64_t) { return scales.regular; }
 
-        Rows(const Int4Weight &weight, int64_t) : w(weight) {}
-        Scales at(int64_t n, int64_t k0, int64_t count) { return scales(w, n, k0, count, room); }
+    // Of a group of 128 as two units or, where groups of the weight are of 32, as four.
+    struct Units {
+        int64_t at[4];
     };
-
-    static bool regular(const Scales &scales, int64_t) { return regular_blocks(scales.scale, scales.count); }
-
-    __m512 values(const Scales &scales, int64_t unit) const {
-        const int64_t i = (unit + scales.phase) >> scales.shift;
-        return _mm512_mul_ps(_mm512_loadu_ps(grid + 16 * scales.zero[i]), _mm512_set1_ps(scales.scale[i]));
+    Units units(const Scales &scales, int64_t g) const {
+        const int64_t first = (fine ? 4 : 2) * g + scales.phase;
+        const auto at = [&](int64_t i) { return (first + i) >> scales.shift; };
+        return {{at(0), at(1), at(2), at(3)}};
     }
-    __m512i table(const Scales &scales, int64_t i) const {
-        return (__m512i)_mm512_cvtne2ps_pbh(values(scales, i + 1), values(scales, i));
+
+    __m512 values(const GroupValues &group) const {
+        const auto *row = reinterpret_cast<const char *>(grid) + group.row;
+        return _mm512_mul_ps(_mm512_loadu_ps(row), _mm512_set1_ps(group.scale));
     }
-    void decode(const uint8_t *bytes, const Scales &scales, int64_t g, __m512i *plane) const {
+    __m512i table(const Scales &scales, const int64_t *at) const {
+        return (__m512i)_mm512_cvtne2ps_pbh(values(scales.group[at[1]]), values(scales.group[at[0]]));
+    }
+    void decode(const uint8_t *bytes, const Scales &scales, const Units &units, __m512i *plane) const {
         indices(_mm512_loadu_si512(bytes), plane);
         if (fine) {
-            const __m512i lower = table(scales, 4 * g);
-            const __m512i upper_table = table(scales, 4 * g + 2);
+            const __m512i lower = table(scales, units.at);
+            const __m512i upper_table = table(scales, units.at + 2);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
                 const __m512i first = _mm512_permutexvar_epi16(plane[j], lower);
@@ -190,16 +209,17 @@ struct Split<Int4Weight> : SplitIndices {
             }
             return;
         }
-        const __m512i both = table(scales, 2 * g);
+        const __m512i both = table(scales, units.at);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             plane[j] = _mm512_permutexvar_epi16(plane[j], both);
         }
     }
-    void decode_half(const uint8_t *bytes, const Scales &scales, int64_t g, __m512i *plane) const {
+    void decode_half(const uint8_t *bytes, const Scales &scales, const Units &units, __m512i *plane) const {
         indices(load_half_group(bytes), plane);
         const __m512i half =
-            fine ? table(scales, 4 * g) : _mm512_zextsi256_si512((__m256i)_mm512_cvtneps_pbh(values(scales, 2 * g)));
+            fine ? table(scales, units.at)
+                 : _mm512_zextsi256_si512((__m256i)_mm512_cvtneps_pbh(values(scales.group[units.at[0]])));
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             plane[j] = _mm512_maskz_permutexvar_epi16(0x0000ffffu, plane[j], half);
