@@ -28,6 +28,7 @@ from qcore.backend.interface import Backend
 from qcore.backend.paged import PagedMemory
 from qcore.backend.registry import backend_for
 from qcore.errors import DeviceError, InvalidArgument, InvalidDtype, OutOfMemory, OutputError, Unsupported
+from qcore.functional.huge_pages import prefer_huge_pages
 
 DIRECTORY = "QCORE_PAGED_DIR"
 # Smaller tensors stay where they are: a page table entry each costs more than they take (bitsandbytes' threshold).
@@ -85,7 +86,11 @@ class DeviceMemory(MemoryTier):
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         try:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            values = torch.empty(shape, dtype=dtype)
+            prefer_huge_pages(values)
+            return values.zero_()
         except RuntimeError as error:  # torch's allocator: DefaultCPUAllocator, torch.OutOfMemoryError
             if "alloc" not in str(error).lower() and "memory" not in str(error).lower():
                 raise
