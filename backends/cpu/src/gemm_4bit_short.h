@@ -168,6 +168,9 @@ inline void multiply_short_rows(const WeightProduct<Weight> &p, int64_t row0, in
             split_row(static_cast<const Bfloat *>(p.x) + (row0 + r) * p.k, p.k, x + r * stride);
         }
     };
+    // The first rows meanwhile: where a model is larger than the caches, each weight starts in memory.
+    fetch(scales.lies(n0, kShortRows));
+    fetch({reinterpret_cast<const char *>(p.w.packed) + ((n0 * p.k) >> 1), kShortRows * p.k >> 1});
     split_x();
     for (int64_t n = n0; n < n1; n += kShortRows) {
         const int64_t count = n1 - n < kShortRows ? n1 - n : kShortRows;
