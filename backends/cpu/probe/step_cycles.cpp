@@ -85,7 +85,8 @@ void print_parts() {
     int32_t largest[2];
     Encoding<Adam> encoding(job);
     NoEncoding nothing;
-    const auto first_loop = [&] { apply<Adam, true, true>(rule, job, t, 0, b, scratch, largest); };
+    NoSums none;
+    const auto first_loop = [&] { apply<Adam, true, true>(rule, job, t, 0, b, scratch, largest, none); };
     const auto begin = [&] { encoding.begin(target, 0, to, largest); };
 
     std::printf("%.2f GHz\n%-44s %6s %8s\n", 1e-9 / cycle_seconds(), "cycles for 64 elements", "least", "median");

@@ -14,6 +14,8 @@
 // masks.
 #include "optimizer_kernels.h"
 
+#include <limits>
+
 #include "optimizer_block.h"
 #include "optimizer_encoding.h"
 
@@ -31,12 +33,18 @@ __attribute__((always_inline)) inline void decode(const OptimizerJob &job, const
     }
 }
 
+// For a first loop that a second one follows.
+struct NoSums {
+    static constexpr bool kWanted = false;
+};
+
 // The first loop: states in place (decoded into b.state first), and the parts of the update. Returns the largest
-// magnitude of each state, as bits. With kPlain, x is the gradient itself: no factor and no weight decay in it.
-template <class Rule, bool kCoded, bool kPlain>
+// magnitude of each state, as bits. With kPlain, x is the gradient itself: no factor and no weight decay in it. Where
+// sums are wanted, nothing else is kept.
+template <class Rule, bool kCoded, bool kPlain, class Sums>
 __attribute__((always_inline)) inline void apply(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t,
                                                  int64_t index, const Block &b, Scratch &scratch,
-                                                 int32_t (&largest)[Rule::kStates]) {
+                                                 int32_t (&largest)[Rule::kStates], Sums &sums) {
     constexpr int kStates = Rule::kStates;
     const Float scale = broadcast(t.grad_scale);
     const Float l2 = broadcast(job.rule->l2);
@@ -68,6 +76,10 @@ __attribute__((always_inline)) inline void apply(const Rule &rule, const Optimiz
                 state[s] = kCoded ? multiply(old[s][v], absmax[s]) : load(b.state[s] + at);
             }
             const Float above = rule.begin(x, state);
+            if constexpr (Sums::kWanted) {
+                sums.add(rule, b.param + at, state, above);
+                continue;
+            }
             if constexpr (Rule::kAbove == kOther) {
                 store(scratch.above + at, above);
             }
@@ -167,10 +179,11 @@ __attribute__((always_inline)) inline void advance(const Rule &rule, const Optim
     if (skips) {
         remember<Rule::kStates>(job, t, index, b, scratch);
     }
+    NoSums none;
     if (t.grad_scale == 1.0f && job.rule->l2 == 0.0f) {
-        apply<Rule, kCoded, true>(rule, job, t, index, b, scratch, largest);
+        apply<Rule, kCoded, true>(rule, job, t, index, b, scratch, largest, none);
     } else {
-        apply<Rule, kCoded, false>(rule, job, t, index, b, scratch, largest);
+        apply<Rule, kCoded, false>(rule, job, t, index, b, scratch, largest, none);
     }
     bool finite = true;
     for (int s = 0; s < Rule::kStates; ++s) {
@@ -259,6 +272,50 @@ double sum_of_squares(const float *x, int64_t n) {
     return lane[0];
 }
 
+#if defined(QC_SUMS_BESIDE_UPDATES)
+// QC-OPT-009 of a whole block in its first loop.
+template <class Rule>
+struct Sums {
+    static constexpr bool kWanted = true;
+
+    __attribute__((always_inline)) void add(const Rule &rule, const float *param, const Float (&state)[Rule::kStates],
+                                            Float above) {
+        params.add(param);
+        if constexpr (Rule::kRoot) {
+            updates.add(rule.end(above, square_root(state[Rule::kStates - 1])));
+        } else {
+            updates.add(above);
+        }
+    }
+
+    SquareSum updates, params;
+};
+
+// The sums of a block without a second loop. Returns whether they are right. They are if that of the update is finite:
+// a state that is not makes the update NaN or infinite, or, a second moment, 0 as it has to be.
+template <class Rule, bool kCoded>
+__attribute__((always_inline)) inline bool squares_at_once(const Rule &rule, const OptimizerJob &job,
+                                                           const OptimizerTensor &t, int64_t index, Scratch &scratch,
+                                                           double *sums) {
+    const bool skips = (job.rule->flags & QC_OPT_SKIP_ZEROS) != 0;
+    if (Rule::kBounded || skips || t.n - index * kOptimizerBlock < kOptimizerBlock) {
+        return false;
+    }
+    Block b;
+    open_block(job, t, Rule::kStates, index, true, scratch, b);
+    int32_t largest[Rule::kStates];
+    Sums<Rule> both;
+    if (t.grad_scale == 1.0f && job.rule->l2 == 0.0f) {
+        apply<Rule, kCoded, true>(rule, job, t, index, b, scratch, largest, both);
+    } else {
+        apply<Rule, kCoded, false>(rule, job, t, index, b, scratch, largest, both);
+    }
+    sums[0] = both.updates.total();
+    sums[1] = both.params.total();
+    return sums[0] < std::numeric_limits<double>::infinity();
+}
+#endif
+
 template <class Rule, bool kCoded>
 void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, int64_t last, double *sums) {
     const Rule rule(*job.rule);
@@ -266,6 +323,11 @@ void squares(const OptimizerJob &job, const OptimizerTensor &t, int64_t first, i
     Block b;
     int32_t largest[Rule::kStates];
     for (int64_t index = first; index < last; ++index, sums += 2) {
+#if defined(QC_SUMS_BESIDE_UPDATES)
+        if (squares_at_once<Rule, kCoded>(rule, job, t, index, scratch, sums)) {
+            continue;
+        }
+#endif
         advance<Rule, kCoded>(rule, job, t, index, false, scratch, b, largest);
         for (int64_t at = 0; at < b.size; at += kLanes) {
             store(scratch.above + at, update<Rule, kCoded>(rule, b, scratch, at));

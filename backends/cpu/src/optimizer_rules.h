@@ -1,7 +1,8 @@
 // The algorithms: from x and the old states to the new states and the update (QC-OPT-010 to QC-OPT-015). For kernel
 // files. kStates values an element; kSquares says which of them are second moments. begin() makes the new states and
 // returns what stands above the fraction bar of the update, end() divides by the root of the second moment. kAbove is
-// the state that stands there itself, or kOther; without kRoot nothing is divided.
+// the state that stands there itself, or kOther; without kRoot nothing is divided. kBounded is an update that is finite
+// whatever the states are.
 #ifndef QCORE_CPU_OPTIMIZER_RULES_H
 #define QCORE_CPU_OPTIMIZER_RULES_H
 
@@ -24,6 +25,7 @@ struct Adam {
     static constexpr int kStates = 2;
     static constexpr bool kRoot = true;
     static constexpr int kAbove = 0;
+    static constexpr bool kBounded = false;
     static constexpr bool kSquares[] = {false, true};
 
     explicit Adam(const qc_optimizer &o) : first(o.beta1, o.gain1), second(o.beta2, o.gain2), eps(broadcast(o.eps)) {}
@@ -42,6 +44,7 @@ struct Ademamix {
     static constexpr int kStates = 3;
     static constexpr bool kRoot = true;
     static constexpr int kAbove = kOther;
+    static constexpr bool kBounded = false;
     static constexpr bool kSquares[] = {false, false, true};
 
     explicit Ademamix(const qc_optimizer &o)
@@ -68,6 +71,7 @@ struct Lion {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = false;
     static constexpr int kAbove = kOther;
+    static constexpr bool kBounded = true;
     static constexpr bool kSquares[] = {false};
 
     explicit Lion(const qc_optimizer &o) : direction(o.beta1, o.gain1), momentum(o.beta2, o.gain2) {}
@@ -84,6 +88,7 @@ struct Momentum {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = false;
     static constexpr int kAbove = kOther;
+    static constexpr bool kBounded = false;
     static constexpr bool kSquares[] = {false};
 
     explicit Momentum(const qc_optimizer &o) : momentum(o.beta1, o.gain1), nesterov((o.flags & QC_OPT_NESTEROV) != 0) {}
@@ -100,6 +105,7 @@ struct Rmsprop {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = true;
     static constexpr int kAbove = kOther;
+    static constexpr bool kBounded = false;
     static constexpr bool kSquares[] = {true};
 
     explicit Rmsprop(const qc_optimizer &o) : second(o.beta1, o.gain1), eps(broadcast(o.eps)) {}
@@ -117,6 +123,7 @@ struct Adagrad {
     static constexpr int kStates = 1;
     static constexpr bool kRoot = true;
     static constexpr int kAbove = kOther;
+    static constexpr bool kBounded = false;
     static constexpr bool kSquares[] = {true};
 
     explicit Adagrad(const qc_optimizer &o) : eps(broadcast(o.eps)) {}

@@ -29,6 +29,7 @@ inline constexpr int kGroup = kVectors * kLanes;
 inline constexpr bool kWidePermutes = true;
 template <bool kCoded>
 inline constexpr bool kLateRoots = kCoded;
+#define QC_SUMS_BESIDE_UPDATES 1
 #else
 inline constexpr bool kWidePermutes = false;
 template <bool kCoded>
@@ -52,6 +53,33 @@ inline uint32_t highest_unsigned(Int a) { return _mm512_reduce_max_epu32(a); }
 inline Float finite_or_zero(Float x) {
     return _mm512_maskz_mov_ps(_mm512_cmplt_epi32_mask(magnitude(x), _mm512_set1_epi32(kInfinity)), x);
 }
+
+// QC-OPT-009 of one block, whose vectors come in order. Squares are exact in double, so that fused sums are rounded as
+// others are.
+class SquareSum {
+   public:
+    __attribute__((always_inline)) void add(Float x) {
+        low_ = with_squares(low_, _mm512_castps512_ps256(x));
+        high_ = with_squares(high_, _mm512_extractf32x8_ps(x, 1));
+    }
+    __attribute__((always_inline)) void add(const float *x) {
+        low_ = with_squares(low_, _mm256_loadu_ps(x));
+        high_ = with_squares(high_, _mm256_loadu_ps(x + kLanes / 2));
+    }
+    __attribute__((always_inline)) double total() const {
+        const __m512d eight = _mm512_add_pd(low_, high_);
+        const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+        const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    }
+
+   private:
+    __attribute__((always_inline)) static __m512d with_squares(__m512d sum, __m256 x) {
+        const __m512d wide = _mm512_cvtps_pd(x);
+        return _mm512_fmadd_pd(wide, wide, sum);
+    }
+    __m512d low_ = _mm512_setzero_pd(), high_ = _mm512_setzero_pd();
+};
 
 #elif defined(__AVX2__)
 
