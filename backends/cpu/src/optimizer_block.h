@@ -97,6 +97,23 @@ class Ahead {
         }
     }
 
+    // The parts of a first and of a second loop, for kLateParams: where computing takes as long as the traffic, the
+    // traffic must not rest during either. 8-bit steps on a Zen 4 take 1 to 4% less time than with all of it in the
+    // first.
+    __attribute__((always_inline)) void first_loop(int64_t at) const {
+        if (some_) {
+            grad_.template group<2>(at);
+            for (int s = 0; s < kStates; ++s) {
+                state_[s].template group<2>(at);
+            }
+        }
+    }
+    __attribute__((always_inline)) void second_loop(int64_t at) const {
+        if (some_) {
+            param_.template group<2>(at);
+        }
+    }
+
    private:
     // kLocality: 3 for all caches, 2 for all but L1.
     template <int kLocality>

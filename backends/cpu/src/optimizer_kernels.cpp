@@ -57,7 +57,11 @@ __attribute__((always_inline)) inline void apply(const Rule &rule, const Optimiz
     }
     const Ahead<kStates, kCoded> ahead(job, t, index);
     for (int64_t i = 0; i < b.size; i += kGroup) {
-        ahead.group(i);
+        if constexpr (kLateParams<kCoded> && !Sums::kWanted) {
+            ahead.first_loop(i);
+        } else {
+            ahead.group(i);
+        }
         Float old[kStates][kVectors];
         if constexpr (kCoded) {
             decode<Rule, 0>(job, b, i, old);
@@ -194,6 +198,17 @@ __attribute__((always_inline)) inline void advance(const Rule &rule, const Optim
     }
 }
 
+// What a second loop takes along where its part of the prefetches is late (kLateParams).
+template <class Rule>
+struct WithPrefetches {
+    __attribute__((always_inline)) void group(int64_t at) {
+        ahead.second_loop(at);
+        encoding.group(at);
+    }
+    Ahead<Rule::kStates, true> ahead;
+    Encoding<Rule> &encoding;
+};
+
 // A block with 8-bit states between its loops.
 template <class Rule>
 struct Started {
@@ -205,7 +220,13 @@ struct Started {
         encoding.begin(t, index, block, largest);
     }
     void finish(const Rule &rule, const OptimizerJob &job, const OptimizerTensor &t) {
-        move<Rule, true>(rule, job, t.step_size, block, scratch, encoding);
+        if constexpr (kLateParams<true>) {
+            const int64_t started = block.start / kOptimizerBlock + 1;  // the last one that was
+            WithPrefetches<Rule> both{{job, t, started}, encoding};
+            move<Rule, true>(rule, job, t.step_size, block, scratch, both);
+        } else {
+            move<Rule, true>(rule, job, t.step_size, block, scratch, encoding);
+        }
         encoding.finish();
         if (block.moved == scratch.moved) {  // else the parameter is where it belongs
             close_block(job, t, block, scratch);

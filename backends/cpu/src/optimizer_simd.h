@@ -24,16 +24,20 @@ inline constexpr int kGroup = kVectors * kLanes;
 // What the path for BF16 without tiles does in another way, because its processors are AMD's. On a Zen 4 a permute of
 // bytes out of two registers costs what one out of a single register costs (three times as much on a Sapphire Rapids),
 // and a store of 512 bits takes two cycles, so that a root is better taken where it is needed than kept, beside the
-// encoding.
+// encoding. And prefetches are spread over both loops of a block.
 #if defined(QC_ISA_avx512_bf16)
 inline constexpr bool kWidePermutes = true;
 template <bool kCoded>
 inline constexpr bool kLateRoots = kCoded;
+template <bool kCoded>
+inline constexpr bool kLateParams = kCoded;
 #define QC_SUMS_BESIDE_UPDATES 1
 #else
 inline constexpr bool kWidePermutes = false;
 template <bool kCoded>
 inline constexpr bool kLateRoots = false;
+template <bool kCoded>
+inline constexpr bool kLateParams = false;
 #endif
 
 #if defined(__AVX512F__)
