@@ -31,7 +31,8 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     """Ask for huge pages for a contiguous CPU tensor that nothing was written to yet.
 
     Only what lies in the tensor as a whole page is asked for, so it takes no more memory. A hint: where the system has
-    no such pages, nothing happens.
+    no such pages, or where torch has written to new memory (deterministic mode does), nothing happens. The native
+    backend does the same for its large outputs (``pages.h``).
     """
     size = tensor.numel() * tensor.element_size()
     madvise = _madvise()

@@ -88,7 +88,7 @@ class DeviceMemory(MemoryTier):
         try:
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
-            values = torch.empty(shape, dtype=dtype)
+            values = torch.empty(shape, dtype=dtype, device=device)
             prefer_huge_pages(values)
             return values.zero_()
         except RuntimeError as error:  # torch's allocator: DefaultCPUAllocator, torch.OutOfMemoryError

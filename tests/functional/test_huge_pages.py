@@ -63,3 +63,9 @@ def test_small_and_fake_tensors_are_left_alone() -> None:
     prefer_huge_pages(torch.empty(100))
     with FakeTensorMode():
         prefer_huge_pages(torch.empty(16 << 20))  # its address would be an error
+
+
+@pytest.mark.parametrize("size", [100, 16 << 20])
+def test_zeros_lie_on_the_device_that_is_asked_for(size: int) -> None:
+    with torch.device("meta"):
+        assert DeviceMemory().zeros((size,), torch.uint8, torch.device("cpu")).device.type == "cpu"

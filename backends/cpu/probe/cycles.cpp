@@ -67,7 +67,7 @@ T *zeroed(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096;
     void *at = std::aligned_alloc(4096, bytes);
     if (at == nullptr) {
-        std::fprintf(stderr, "qcore_cpu_cycles: out of memory\n");
+        std::fprintf(stderr, "qcore_cpu_cycles_*: out of memory\n");
         std::exit(1);
     }
     __builtin_memset(at, 0, bytes);
@@ -139,7 +139,7 @@ void print_loops(int64_t n, int64_t k, const char *where) {
 int main() {
     using namespace qcore::cpu;
     if (!machine_has(Isa::QC_ISA)) {
-        std::fprintf(stderr, "qcore_cpu_cycles: this processor has no %s\n", isa_name(Isa::QC_ISA));
+        std::fprintf(stderr, "qcore_cpu_cycles_*: this processor has no %s\n", isa_name(Isa::QC_ISA));
         return 1;
     }
     std::printf("%.2f GHz\n", 1e-9 / cycle_seconds());

@@ -15,7 +15,7 @@ constexpr ProductOp<Gemm4> kOp("gemm_4bit", kernels, nanoseconds_of_4bits);
 
 // d(K) = ceil(K / lanes) + 8 covers every path of a level (QC-GEMM4-002): a vector of L lanes takes K / L steps, its
 // lanes and spans of K are then added; half of L leaves room for both. A tile adds 16 products in a row, then one sum
-// for each 32 elements. Where there is no tile unit, lanes are rows of X in bfloat16: a chain of up to 512 elements,
+// for each 32 elements. Where there is no tile unit, lanes are rows of X in bfloat16: a chain of 128 to 512 elements,
 // and those of all spans added; L = 1 covers that, and more than float32 and float16 need on that level.
 int declared_lanes() {
     switch (isa_choice().isa) {

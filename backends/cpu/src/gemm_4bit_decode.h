@@ -139,30 +139,6 @@ inline const float *scale_run(const Gemm4Weight &w, int32_t unit, int64_t first,
     return out;
 }
 
-// The same for one row of W after the other: a run does not end with a row, or short rows would each pay for a whole
-// vector of absmax.
-class ScaleRuns {
-   public:
-    // No more than the first `end` will be asked for.
-    ScaleRuns(const Gemm4Weight &w, int32_t unit, int64_t end) : w_(w), end_(end), unit_(unit) {}
-
-    const float *at(int64_t first, int64_t count) {
-        if (first < first_ || first + count > stop_) {
-            first_ = first;
-            stop_ = first + kAbsmaxRun < end_ ? first + kAbsmaxRun : end_;
-            values_ = scale_run(w_, unit_, first, stop_ - first, made_);
-        }
-        return values_ + (first - first_);
-    }
-
-   private:
-    const Gemm4Weight &w_;
-    int64_t end_, first_ = 0, stop_ = 0;
-    const float *values_ = nullptr;
-    int32_t unit_;
-    float made_[kAbsmaxRun];
-};
-
 #endif
 
 #if defined(__AVX512BF16__)

@@ -133,7 +133,7 @@ inline void dot(const typename How::Element *x, const typename How::Element *w, 
     }
 }
 
-// bias[n0 ... n0 + count - 1] as float32, count <= kPanelColumns.
+// bias[n0 ... n0 + count - 1] as float32; nothing where there is none.
 inline void load_bias(const ProductOf4Bits &p, int64_t n0, int64_t count, float *out) {
     for (int64_t c = 0; c < count && p.bias != nullptr; ++c) {
         switch (p.bias_dtype) {

@@ -8,7 +8,6 @@
 #define QCORE_CPU_GEMM_4BIT_GEMV_H
 
 #include "gemm_4bit_dot.h"
-#include "gemm_4bit_split.h"
 
 #if defined(__AVX512BW__)
 
@@ -53,12 +52,35 @@ struct FloatSums {
     }
 };
 
+// The absmax of one row of W after the other: a run does not end with a row, or short rows would each pay for a whole
+// vector of them.
+class AbsmaxRuns {
+   public:
+    // No more than the first `end` will be asked for.
+    AbsmaxRuns(const Gemm4Weight &w, int64_t end) : w_(w), end_(end) {}
+
+    const float *at(int64_t first, int64_t count) {
+        if (first < first_ || first + count > stop_) {
+            first_ = first;
+            stop_ = first + kAbsmaxRun < end_ ? first + kAbsmaxRun : end_;
+            values_ = absmax_run(w_, first, stop_ - first, made_);
+        }
+        return values_ + (first - first_);
+    }
+
+   private:
+    const Gemm4Weight &w_;
+    int64_t end_, first_ = 0, stop_ = 0;
+    const float *values_ = nullptr;
+    float made_[kAbsmaxRun];
+};
+
 // What float_gemv_row takes from one row to the next, before row `end`.
-inline ScaleRuns float_scales(const Gemm4 &p, int64_t end) { return {p.w, p.w.shift, end * (p.k >> p.w.shift)}; }
+inline AbsmaxRuns float_scales(const Gemm4 &p, int64_t end) { return {p.w, end * (p.k >> p.w.shift)}; }
 
 // The sum of one row of W, rounded to T, with `x` in the order of split_even_odd.
 template <class T>
-inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x, ScaleRuns &scales) {
+inline float float_gemv_row(const Gemm4 &p, int64_t n, const float *x, AbsmaxRuns &scales) {
     const Gemm4Weight &w = p.w;
     const uint8_t *bytes = w.packed + ((n * p.k) >> 1);
     const int64_t blocks = p.k >> w.shift;

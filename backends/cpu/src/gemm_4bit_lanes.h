@@ -1,4 +1,4 @@
-// gemm_4bit for bfloat16 where there is no tile unit, a dozen to 64 rows of X: rows of X in lanes as in tile_lanes.h,
+// gemm_4bit for bfloat16 where there is no tile unit, 13 to 64 rows of X: rows of X in lanes as in tile_lanes.h,
 // and the rows of W that come next are decoded between the products. Only kernel files include it.
 //
 // Memory picture: 128 elements of 16 or eight rows of W (a step) are decoded into scratch (L1) while the step before,
@@ -10,7 +10,7 @@
 // Eight or fewer rows beside others are lanes of vectors of 256 bits, of which two are multiplied a cycle.
 //
 // Billions of operations a second on one thread of that processor, tiles / this way, NF4 (benchmarks/two_builds.py
-// --threads 1, with a build in which lanes_serve() says no):
+// --threads 1, with a build whose kMostLaneRows is 0, and for 512 rows one where it is 512):
 //     N x K       M = 16    32        40        64        512
 //     512x576     149/162   175/194   156/176   192/190   201/196
 //     576x1536    167/185   188/199   164/179   203/208   203/192
@@ -128,10 +128,12 @@ inline void put_lanes(float *to, bool first, __m256 sum) {
 }
 
 // Decodes the next step, of which there are kHalves halves, between the products of a step that is kLines pairs of
-// elements long and lies at `w`, with kWide groups of sixteen rows of X, and with kNarrow eight more.
+// elements long and lies at `w`, with kWide groups of sixteen rows of X, and with kNarrow eight more. The sums go to
+// rows `column` ... of `sums`.
 template <int kRows, int kWide, bool kNarrow, int kHalves, int kLines, class Weight>
 inline void multiply_step(const LaneSteps<Weight, kRows> &next, const Split<Weight> &decoder, const uint8_t *w,
-                          uint8_t *out, const uint8_t *const (&x)[2], bool first, float (*sums)[kTile][kTile]) {
+                          uint8_t *out, const uint8_t *const (&x)[2], bool first, int64_t column,
+                          float (*sums)[kTile][kTile]) {
     __m512 wide[kRows][2];
     __m256 narrow[kRows];
 #pragma GCC unroll 16
@@ -169,10 +171,10 @@ inline void multiply_step(const LaneSteps<Weight, kRows> &next, const Split<Weig
     for (int r = 0; r < kRows && kLines > 0; ++r) {
 #pragma GCC unroll 2
         for (int g = 0; g < kWide; ++g) {
-            put_lanes(sums[g][r], first, wide[r][g]);
+            put_lanes(sums[g][column + r], first, wide[r][g]);
         }
         if (kNarrow) {
-            put_lanes(sums[kWide][r], first, narrow[r]);
+            put_lanes(sums[kWide][column + r], first, narrow[r]);
         }
     }
 }
@@ -195,9 +197,8 @@ inline void multiply_in_lanes(const WeightProduct<Weight> &p, int64_t row0, int6
             const int64_t own = group + (i < kGroups ? i : 0);
             at[i] = x + x_tile(g / kGroupsOfSpan, row_tiles(rows), own) + g % kGroupsOfSpan * kTile * kGroupBytes;
         }
-        auto *sums = reinterpret_cast<float (*)[kTile][kTile]>(scratch.sums[0][column]);
-        multiply_step<kRows, kWide, kNarrow, halves(), lines()>(steps, decoder, scratch.step[buffer],
-                                                                scratch.step[buffer ^ 1], at, first, sums);
+        multiply_step<kRows, kWide, kNarrow, halves(), lines()>(
+            steps, decoder, scratch.step[buffer], scratch.step[buffer ^ 1], at, first, column, scratch.sums);
     };
     const auto choose = [&](auto lines, int64_t g, bool first, int64_t column) {
         if (!more) {

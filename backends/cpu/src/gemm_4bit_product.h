@@ -10,6 +10,7 @@
 #define QCORE_CPU_GEMM_4BIT_PRODUCT_H
 
 #include "gemm_4bit_amx.h"
+#include "gemm_4bit_gemv.h"
 #include "gemm_4bit_lanes.h"
 #include "gemm_4bit_short.h"
 #include "irregular_rows.h"
@@ -111,7 +112,8 @@ int64_t scratch_bytes(const WeightProduct<Weight> &p, int64_t rows, int64_t colu
     bytes = max64(bytes, static_cast<int64_t>(sizeof(FewRowsScratch)));
 #else
     if (by_tiles(p)) {
-        return max64(bytes, max64(tile_scratch_bytes(rows, columns), static_cast<int64_t>(sizeof(LanesScratch))));
+        static_assert(sizeof(LanesScratch) <= kTileWeightBytes);
+        return max64(bytes, tile_scratch_bytes(rows, columns));
     }
 #endif
     return max64(bytes, DotScratch<InBf16>::bytes(rows, p.k));

@@ -92,7 +92,8 @@ class RowScales<Int4Weight, kRows> {
     bool load(int64_t n, int64_t rows, int64_t k0, int64_t count) {
         together_ = shift_ >= 0 && k0 == 0 && w_.groups <= Of::kMostScales && count > (w_.groups - 1) * w_.group_size;
         if (together_) {
-            return load_groups(w_, n * w_.groups, rows * w_.groups, made_.all);
+            regular_ = load_groups(w_, n * w_.groups, rows * w_.groups, made_.all);
+            return regular_;
         }
         bool regular = true;
         for (int64_t i = 0; i < rows; ++i) {
@@ -105,7 +106,7 @@ class RowScales<Int4Weight, kRows> {
         if (!together_) {
             return scales_[i];
         }
-        return {made_.all + i * w_.groups, 0, shift_, true};
+        return {made_.all + i * w_.groups, 0, shift_, regular_};
     }
     Extent lies(int64_t n, int64_t rows) const {
         const int64_t row = w_.groups * (w_.scale_dtype == QC_F32 ? 4 : 2);
@@ -116,6 +117,7 @@ class RowScales<Int4Weight, kRows> {
     const Int4Weight &w_;
     int32_t shift_;  // log2 of the units of a group; 62: there is one group; -1: no power of two
     bool together_ = false;
+    bool regular_ = true;  // all together
     typename Of::Scales scales_[kRows];
     union {
         alignas(64) GroupValues all[kRows * Of::kMostScales];

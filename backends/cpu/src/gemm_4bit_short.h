@@ -12,7 +12,7 @@
 #ifndef QCORE_CPU_GEMM_4BIT_SHORT_H
 #define QCORE_CPU_GEMM_4BIT_SHORT_H
 
-#include "gemm_4bit_gemv.h"
+#include "gemm_4bit_dot.h"
 #include "gemm_4bit_scales.h"
 
 #if defined(__AVX512BF16__)

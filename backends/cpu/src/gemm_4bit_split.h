@@ -12,12 +12,10 @@
 //  - Intel, two ports of 512 bits: six, five and, since a permutation needs both ports, eight port cycles: 19, so 9.5
 //    cycles, 18 GB/s a core at 2.4 GHz, about what one core draws from memory; 10.5 to 12 with the stores.
 //  - Zen 4, four pipes of 256 bits, of which an operation of 512 bits takes two cycles or two pipes, and a conversion
-//    four: 8, 10 and 8 of them. With four products, 8 more, 34, so 8.5 cycles. The same in vectors of 256 bits, whose
-//    indices need no logic operations, would be 30, but takes 11.5 cycles where this takes 9.7.
+//    four: 8, 10 and 8 of them. With four products, 8 more, 34, so 8.5 cycles. Vectors of 256 bits, whose indices
+//    need no logic operations, would need 30, but take longer.
 #ifndef QCORE_CPU_GEMM_4BIT_SPLIT_H
 #define QCORE_CPU_GEMM_4BIT_SPLIT_H
-
-#include <utility>
 
 #include "gemm_4bit_decode.h"
 
@@ -38,14 +36,14 @@ constexpr int64_t kScaleElements = kAbsmaxRun << kScaleUnit;  // of a row of W w
 //   scales(w, n, k0, count, room)   of elements k0 ... of row n, where they lie or made in `room`; k0 and count are
 //                    multiples of 64
 //   regular(scales, count)
-//   Split(w).units(scales, g)   which of the scales group g of 128 has; the same for all rows from one element on
-//   Split(w).decode(bytes, scales, units, plane)        such a group
-//   Split(w).decode_half(bytes, scales, units, plane)   its first half; the other decodes to zeros
+//   Units, Split(w).units(scales, g)   which of the scales group g of 128 has; the same for all rows from one element
+//   on Split(w).decode(bytes, scales, units, plane)        such a group Split(w).decode_half(bytes, scales, units,
+//   plane)   its first half; the other decodes to zeros
 template <class Weight>
 struct Split;
 
 template <class Weight>
-using Units = decltype(std::declval<Split<Weight>>().units({}, 0));
+using Units = typename Split<Weight>::Units;
 
 template <class Weight>
 inline bool split_serves(const WeightProduct<Weight> &p) {
@@ -107,11 +105,12 @@ struct Split<Gemm4Weight> : SplitIndices {
             plane[j] = _mm512_permutexvar_epi16(plane[j], table);
         }
     }
-    static int64_t units(const Scales &, int64_t g) { return 2 * g; }
-    void decode(const uint8_t *bytes, const Scales &scales, int64_t unit, __m512i *plane) const {
+    using Units = int64_t;  // the first of two
+    static Units units(const Scales &, int64_t g) { return 2 * g; }
+    void decode(const uint8_t *bytes, const Scales &scales, Units unit, __m512i *plane) const {
         decode_scaled(_mm512_loadu_si512(bytes), scales.scale[unit], scales.scale[unit + 1], plane);
     }
-    void decode_half(const uint8_t *bytes, const Scales &scales, int64_t unit, __m512i *plane) const {
+    void decode_half(const uint8_t *bytes, const Scales &scales, Units unit, __m512i *plane) const {
         decode_scaled(load_half_group(bytes), scales.scale[unit], 0.0f, plane);
     }
 };

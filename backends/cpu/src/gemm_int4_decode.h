@@ -1,5 +1,5 @@
-// Decoding rows of integers in groups (QC-INT4-001, QC-INT4-002), the counterpart of gemm_4bit_decode.h,
-// gemm_4bit_split.h and gemm_4bit_gemv.h for another kind of weight. Only kernel files include it.
+// Decoding rows of integers in groups (QC-INT4-001, QC-INT4-002), the counterpart of gemm_4bit_decode.h
+// and gemm_4bit_split.h for another kind of weight. Only kernel files include it.
 //
 // A group has 16 possible values, (q - z) * s, rounded to the dtype of X: one row of the grid of all differences, which
 // lies ready, times the scale. From there on it is what a block of NF4 is, so both ops run the same products.

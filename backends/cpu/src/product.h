@@ -16,8 +16,8 @@ namespace qcore::cpu {
 
 constexpr int64_t kScratchAlign = 64;
 constexpr int64_t kApart = 2048;  // between what two threads write: a processor fetches the next lines too
-// A call that needs no more than this takes it from its stack: a 4-bit product of 64 columns, K = 384 and 16 rows does.
-// To bring a workspace costs a caller in Python as much time as such a product itself takes.
+// A call that needs no more than this takes it from its stack: a 4-bit product of 64 columns, K = 384 and eight rows
+// does. To bring a workspace costs a caller in Python as much time as such a product itself takes.
 constexpr int64_t kScratchOnStack = 128 << 10;
 
 inline int64_t round_up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,10 +87,20 @@ def test_rows_after_the_first_part_of_x_have_their_place(make: Make, rows: int, 
     assert_close(product(weight, x), x, values)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("group", [64, 192])
+@pytest.mark.parametrize("rows", [1, 2, 3, 13, 40])
+@pytest.mark.parametrize("group", [32, 64, 192, 384])
 def test_groups_of_any_number_of_units(group: int, rows: int) -> None:
-    """Groups of 192 are three units of 64: no shift finds the group of a unit."""
-    weight, values = int4(torch.ones(N), 2 * 192, group)
-    x = inputs(rows, 2 * 192)
+    """Groups of 192 are three units of 64: no shift finds the group of a unit. Those of 32 are half a unit."""
+    weight, values = int4(torch.ones(N), 384, group)
+    x = inputs(rows, 384)
     assert_close(product(weight, x), x, values)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 13, 40])
+def test_groups_without_zero_points(rows: int) -> None:
+    with_zeros, _ = int4(torch.ones(N), 192)
+    assert with_zeros.zeros is not None
+    weight = replace(with_zeros, zeros=None)
+    eights = replace(with_zeros, zeros=torch.full_like(with_zeros.zeros, 8))
+    x = inputs(rows, 192)
+    assert torch.equal(product(weight, x), product(eights, x))
