@@ -3,7 +3,7 @@
 The weight is frozen. The gradient of ``gemm_4bit_transposed`` is ``gemm_4bit``.
 
 Eager calls use :class:`Product`, a short call; functorch transforms use :class:`FunctorchProduct`; tracers see the
-registered ops, which have the same formulas in ``fourbit.py``.
+registered ops, which have the same formulas in ``gemm_4bit.py``.
 """
 
 from __future__ import annotations

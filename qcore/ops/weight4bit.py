@@ -14,6 +14,12 @@ from qcore.backend.interface import Weight4bit
 from qcore.errors import InvalidArgument
 from qcore.ops import validate
 
+# The arguments of a registered op that stand for a weight.
+SCHEMA = (
+    "Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape, Tensor? nested_absmax, "
+    "Tensor? nested_code, Tensor? nested_offset, int nested_blocksize"
+)
+
 
 def checked_weight(op: str, weight: Weight4bit) -> Weight4bit:
     """``weight``, every part of the right dtype, device and length, and contiguous; raises ``InvalidArgument``."""
