@@ -22,7 +22,7 @@ SCHEMA = (
 
 
 def checked_weight(op: str, weight: Weight4bit) -> Weight4bit:
-    """``weight``, every part of the right dtype, device and length, and contiguous; raises ``InvalidArgument``."""
+    """``weight``, every part of the right dtype, device and length, and readable; raises ``InvalidArgument``."""
     validate.quant_type(op, weight.quant_type)
     validate.blocksize(op, weight.blocksize)
     validate.dtype(op, "packed", weight.packed, torch.uint8)
@@ -49,10 +49,11 @@ def checked_weight(op: str, weight: Weight4bit) -> Weight4bit:
             validate.length(op, name, part, needed[name], why)  # type: ignore[arg-type]
     validate.device(op, "packed", weight.packed.device, [("absmax", weight.absmax), *named])
     parts = (weight.packed, weight.absmax, *nested)
-    if all(part is None or part.is_contiguous() for part in parts):
+    if all(part is None or (part.is_contiguous() and not part.is_neg()) for part in parts):
         return weight
-    contiguous: dict[str, Any] = {name: None if part is None else part.contiguous() for name, part in named}
-    return replace(weight, packed=weight.packed.contiguous(), absmax=weight.absmax.contiguous(), **contiguous)
+    readable: dict[str, Any] = {name: None if part is None else validate.readable(part) for name, part in named}
+    packed, absmax = validate.readable(weight.packed), validate.readable(weight.absmax)
+    return replace(weight, packed=packed, absmax=absmax, **readable)
 
 
 def weight_arguments(weight: Weight4bit) -> tuple[Any, ...]:

@@ -88,6 +88,12 @@ def test_parts_of_a_weight_need_not_be_contiguous() -> None:
     assert torch.equal(dequantize_4bit(strided, torch.float32), dequantize_4bit(weight, torch.float32))
 
 
+def test_scales_may_wait_for_their_negation() -> None:
+    weight = weight_of(random(16, 64), "nf4", 64)
+    waiting, negated = (replace(weight, absmax=absmax) for absmax in (torch._neg_view(weight.absmax), -weight.absmax))
+    assert torch.equal(dequantize_4bit(waiting, torch.float32), dequantize_4bit(negated, torch.float32))
+
+
 def test_empty_tensors_give_empty_results_and_a_zero_offset() -> None:
     packed, absmax = quantize_4bit(torch.empty(0, 8), "fp4", 64)
     assert packed.shape == (0, 1)
