@@ -7,6 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from torch import Tensor, device
@@ -56,10 +57,15 @@ class Description:
     declarations: Mapping[str, Any] = field(default_factory=dict)  # see describe() in qcore_backend.h
 
 
-# (A[M,K], bias[N] or None, out[M,N]) -> None; everything about the weight was checked and packed when it was made.
+# (A[...,K], bias[N] or None, out[...,N]) -> None; everything about the weight was checked and packed when it was made.
 PreparedGemm = Callable[[Tensor, "Tensor | None", Tensor], None]
 PreparedTransposed = Callable[[Tensor, Tensor], None]  # (A[...,N], out[...,K]), likewise
 PreparedInt8 = Callable[[Tensor, float, "Tensor | None", Tensor, "Tensor | None"], None]
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Ops take ``(M, K)``, prepared calls any number of leading dimensions."""
+    return tensor if tensor.dim() == 2 else tensor.view(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 class Backend(ABC):
@@ -103,14 +109,14 @@ class Backend(ABC):
 
     def prepare_gemm_4bit(self, weight: Weight4bit) -> PreparedGemm:
         """Pack a weight once; the result costs one short call per forward pass."""
-        return lambda A, bias, out: self.gemm_4bit(A, weight, bias, out=out)
+        return lambda A, bias, out: self.gemm_4bit(_matrix(A), weight, bias, out=_matrix(out))
 
     def gemm_4bit_transposed(self, A: Tensor, weight: Weight4bit, *, out: Tensor) -> None:
         raise self._unsupported("gemm_4bit_transposed")
 
     def prepare_gemm_4bit_transposed(self, weight: Weight4bit) -> PreparedTransposed:
         """As :meth:`prepare_gemm_4bit`."""
-        return lambda A, out: self.gemm_4bit_transposed(A, weight, out=out)
+        return lambda A, out: self.gemm_4bit_transposed(_matrix(A), weight, out=_matrix(out))
 
     def int8_quantize_rows(
         self, A: Tensor, threshold: float, *, out: Tensor, row_stats: Tensor, outlier_cols: Tensor | None
@@ -143,21 +149,21 @@ class Backend(ABC):
 
     def prepare_int8_linear(self, W: Weight8bit) -> PreparedInt8:
         """As :meth:`prepare_gemm_4bit`; the result takes ``(A, threshold, bias, out, outliers)``."""
-        return lambda A, t, bias, out, found: self.int8_linear(A, W, t, bias, out=out, outliers=found)
+        return lambda A, t, bias, out, found: self.int8_linear(_matrix(A), W, t, bias, out=_matrix(out), outliers=found)
 
     def int8_linear_transposed(self, A: Tensor, W: Weight8bit, *, out: Tensor) -> None:
         raise self._unsupported("int8_linear_transposed")
 
     def prepare_int8_linear_transposed(self, W: Weight8bit) -> PreparedTransposed:
         """As :meth:`prepare_gemm_4bit`."""
-        return lambda A, out: self.int8_linear_transposed(A, W, out=out)
+        return lambda A, out: self.int8_linear_transposed(_matrix(A), W, out=_matrix(out))
 
     def gemm_int4(self, A: Tensor, weight: WeightInt4, bias: Tensor | None, *, out: Tensor) -> None:
         raise self._unsupported("gemm_int4")
 
     def prepare_gemm_int4(self, weight: WeightInt4) -> PreparedGemm:
         """As :meth:`prepare_gemm_4bit`."""
-        return lambda A, bias, out: self.gemm_int4(A, weight, bias, out=out)
+        return lambda A, bias, out: self.gemm_int4(_matrix(A), weight, bias, out=_matrix(out))
 
     def optimizer_step(self, rule: OptimizerRule, tensors: OptimizerTensors) -> None:
         raise self._unsupported("optimizer_step")

@@ -7,12 +7,13 @@ conformance suite calls backends directly and never sees one.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from qcore.backend.interface import Backend, PreparedGemm, Weight4bit, Weight8bit, WeightInt4
+from qcore.backend.interface import Backend, PreparedGemm, PreparedInt8, Weight4bit, Weight8bit, WeightInt4
 from qcore.errors import Unsupported
 
 log = logging.getLogger("qcore")
@@ -103,6 +104,19 @@ def int8_linear(
     out.copy_(t)
 
 
+def prepare_int8_linear(backend: Backend, W: Weight8bit) -> PreparedInt8:
+    """The backend's call; where it has none, :func:`int8_linear`."""
+    if backend.supports("int8_linear"):
+        return backend.prepare_int8_linear(W)
+    n, k = W.codes.shape
+
+    def linear(A: Tensor, threshold: float, bias: Tensor | None, out: Tensor, outliers: Tensor | None) -> None:
+        rows = math.prod(A.shape[:-1])
+        int8_linear(backend, A.view(rows, k), W, threshold, bias, out=out.view(rows, n), outliers=outliers)
+
+    return linear
+
+
 def dequantize_absmax(
     backend: Backend, A: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, blocksize: int, *, out: Tensor
 ) -> None:
@@ -139,7 +153,12 @@ def dequantize_4bit(backend: Backend, weight: Weight4bit, *, out: Tensor) -> Non
 
 
 def prepare_gemm_4bit(backend: Backend, weight: Weight4bit) -> PreparedGemm:
-    """The product over weights decoded to float32 once a call; exact in the sense of QC-GEMM4-001 to -006."""
+    """The backend's call; where it has none, the product over weights decoded to float32 once a call.
+
+    Exact in the sense of QC-GEMM4-001 to -006.
+    """
+    if backend.supports("gemm_4bit"):
+        return backend.prepare_gemm_4bit(weight)
     _announce(backend, "gemm_4bit")
 
     def gemm(A: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.backend.interface import Weight4bit
+from qcore.backend.interface import PreparedGemm, Weight4bit
 from qcore.backend.registry import backend_for
 from qcore.ops import compose, registered, validate
 from qcore.ops.gradient import Factor, bias_gradient, product
@@ -122,14 +122,38 @@ def prepare_gemm_4bit(
 def _gemm(A: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     weight = checked_weight_values("gemm_4bit", weight)
     out = planned_product(A, weight, bias)
-    backend = backend_for(A.device)
-    A = validate.readable(A)
     bias = None if bias is None else validate.readable(bias)
-    if backend.supports("gemm_4bit"):
-        backend.gemm_4bit(A, weight, bias, out=out)
-    else:
-        compose.prepare_gemm_4bit(backend, weight)(A, bias, out)
+    compose.prepare_gemm_4bit(backend_for(A.device), weight)(validate.readable(A), bias, out)
     return out
+
+
+def _weight_of_parts(absmax: Tensor, packed: Tensor, *parts: Any) -> Weight4bit:
+    *nested, quant_type, blocksize, shape, nested_blocksize = parts
+    arguments = (packed, absmax, quant_type, blocksize, shape, *nested, nested_blocksize)
+    return checked_weight_values("gemm_4bit", weight_from_arguments(*arguments))
+
+
+_weights: registered.KnownWeights[Weight4bit, PreparedGemm] = registered.KnownWeights(
+    _weight_of_parts, compose.prepare_gemm_4bit
+)
+
+
+def _gemm_kernel(
+    A: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: tuple[int, ...],
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    others = (packed, nested_absmax, nested_code, nested_offset)
+    known = _weights.find(absmax, others, (quant_type, blocksize, tuple(shape), nested_blocksize))
+    return registered.product(known, A, bias, planned_product)
 
 
 def _gemm_fake(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
@@ -141,7 +165,7 @@ def _gemm_transposed(A: Tensor, weight: Weight4bit) -> Tensor:
     out = planned_transposed(A, weight)
     backend, A = backend_for(A.device), validate.readable(A)
     if backend.supports("gemm_4bit_transposed"):
-        backend.gemm_4bit_transposed(A, weight, out=out)
+        backend.prepare_gemm_4bit_transposed(weight)(A, out)
     else:
         compose.gemm_4bit_transposed(backend, A, weight, out=out)
     return out
@@ -190,7 +214,7 @@ def _gemm_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return d_A, d_bias, *([None] * 9)
 
 
-register("gemm_4bit", f"(Tensor A, Tensor? bias, {SCHEMA}) -> Tensor", registered.gemm_4bit, _gemm_fake)
+register("gemm_4bit", f"(Tensor A, Tensor? bias, {SCHEMA}) -> Tensor", _gemm_kernel, _gemm_fake)
 register_autograd("gemm_4bit", _gemm_setup, _gemm_backward)
 register("gemm_4bit_transposed", f"(Tensor A, {SCHEMA}) -> Tensor", _gemm_transposed_kernel, _gemm_transposed_fake)
 register_autograd("gemm_4bit_transposed", _gemm_transposed_setup, _gemm_transposed_backward)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from qcore.backend.interface import Backend, PreparedGemm
 from qcore.backend.registry import backend_for
 from qcore.backend.weights import WeightInt4
 from qcore.errors import InvalidArgument
-from qcore.ops import compose, validate
+from qcore.ops import compose, registered, validate
 from qcore.ops.gradient import bias_gradient
 from qcore.ops.library import register, register_autograd, traced
 
@@ -139,14 +138,40 @@ def prepare(backend: Backend, weight: WeightInt4) -> PreparedGemm:
 def _gemm(A: Tensor, weight: WeightInt4, bias: Tensor | None) -> Tensor:
     weight = checked_order(checked_weight(weight))
     out = planned_product(A, weight, bias)
-    flat = validate.readable(A).reshape(prod(A.shape[:-1]), weight.shape[1])
     bias = None if bias is None else validate.readable(bias)
-    prepare(backend_for(A.device), weight)(flat, bias, out.view(len(flat), weight.shape[0]))
+    prepare(backend_for(A.device), weight)(validate.readable(A), bias, out)
     return out
 
 
-def _kernel(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
-    return _gemm(A, _from_arguments(*parts), bias)
+def _weight_of_parts(
+    scales: Tensor,
+    packed: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    group_size: int,
+    shape: tuple[int, int],
+    _version: int,
+) -> WeightInt4:
+    return checked_order(checked_weight(WeightInt4(packed, scales, zeros, group_size, shape, perm)))
+
+
+_weights: registered.KnownWeights[WeightInt4, PreparedGemm] = registered.KnownWeights(_weight_of_parts, prepare)
+
+
+def _kernel(
+    A: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    shape: tuple[int, int],
+    perm: Tensor | None,
+) -> Tensor:
+    # An order that was changed in place may be none any more. Tensors of inference mode do not count changes.
+    version = 0 if perm is None or perm.is_inference() else perm._version
+    known = _weights.find(scales, (packed, zeros, perm), (group_size, tuple(shape), version))
+    return registered.product(known, A, bias, planned_product)
 
 
 def _fake(A: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.backend.interface import Weight8bit
+from qcore.backend.interface import PreparedInt8, Weight8bit
 from qcore.backend.registry import backend_for
 from qcore.errors import InvalidArgument
-from qcore.ops import compose, validate
+from qcore.ops import compose, registered, validate
 from qcore.ops.gradient import bias_gradient
 from qcore.ops.int8 import int8_dequantize_rows, int8_quantize_rows
 from qcore.ops.library import register, register_autograd, traced
@@ -125,18 +125,9 @@ record: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, In
 def _plan(A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
     op = "int8_linear"
     validate.floats(op, "A", A)
-    if scales is None:
-        validate.floats(op, "B", B)
-    else:
-        validate.dtype(op, "B", B, torch.int8)
-        validate.dtype(op, "scales", scales, torch.float32)
-    if B.dim() != 2:
-        raise InvalidArgument(f"{op}: B has shape {tuple(B.shape)}, needs (out_features, in_features)")
-    n, k = B.shape
+    n, k = _checked_shape(op, B, scales)
     if A.dim() == 0 or A.shape[-1] != k:
         raise InvalidArgument(f"{op}: A has shape {tuple(A.shape)}, weight of shape {(n, k)} needs (..., {k})")
-    if scales is not None:
-        validate.length(op, "scales", scales, n, f"weight of shape {(n, k)}")
     validate.bias(op, bias, n, A.dtype)
     validate.device(op, "A", A.device, [("B", B), ("scales", scales), ("bias", bias)])
     validate.threshold(op, threshold)
@@ -146,18 +137,58 @@ def _plan(A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, thre
     return out, torch.empty(k if threshold > 0.0 else 0, dtype=torch.uint8, device=A.device)
 
 
+def _checked_shape(op: str, B: Tensor, scales: Tensor | None) -> tuple[int, int]:
+    """``(N, K)`` of a weight whose parts have the right dtypes and lengths."""
+    if scales is None:
+        validate.floats(op, "B", B)
+    else:
+        validate.dtype(op, "B", B, torch.int8)
+        validate.dtype(op, "scales", scales, torch.float32)
+    if B.dim() != 2:
+        raise InvalidArgument(f"{op}: B has shape {tuple(B.shape)}, needs (out_features, in_features)")
+    n, k = B.shape
+    if scales is not None:
+        validate.length(op, "scales", scales, n, f"weight of shape {(n, k)}")
+    return n, k
+
+
 def _forward(
     A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     out, outliers = _plan(A, B, scales, bias, threshold)
     weight, stats = _codes(B, scales)
-    backend = backend_for(A.device)
-    step = backend.int8_linear if backend.supports("int8_linear") else partial(compose.int8_linear, backend)
-    flat = validate.readable(A).reshape(math.prod(A.shape[:-1]), A.shape[-1])
     W = Weight8bit(validate.readable(weight), validate.readable(stats))
+    call = compose.prepare_int8_linear(backend_for(A.device), W)
     addend = None if bias is None else validate.readable(bias)
-    found = outliers if threshold > 0.0 else None
-    step(flat, W, threshold, addend, out=out.view(len(flat), len(weight)), outliers=found)
+    call(validate.readable(A), threshold, addend, out, outliers if threshold > 0.0 else None)
+    return out, outliers
+
+
+def _weight_of_parts(scales: Tensor, codes: Tensor) -> Weight8bit:
+    _checked_shape("int8_linear", codes, scales)
+    return Weight8bit(validate.readable(codes), validate.readable(scales))
+
+
+_weights: registered.KnownWeights[Weight8bit, PreparedInt8] = registered.KnownWeights(
+    _weight_of_parts, compose.prepare_int8_linear
+)
+
+
+def _kernel(
+    A: Tensor, B: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
+    if scales is None:  # numbers, which are quantized in each call
+        return _forward(A, B, None, bias, threshold)
+    known = _weights.find(scales, (B,), ())
+    shape = known.shape_of_result(A, bias)
+    if shape is not None and 0.0 <= threshold < 1e38:
+        out = A.new_empty(shape)
+        outliers = A.new_empty(A.shape[-1] if threshold > 0.0 else 0, dtype=torch.uint8)
+    else:
+        out, outliers = _plan(A, known.weight.codes, known.weight.scales, bias, threshold)
+        known.keep_fit(A, out)
+        A, bias = validate.readable(A), None if bias is None else validate.readable(bias)
+    known.call(A, threshold, bias, out, outliers if threshold > 0.0 else None)
     return out, outliers
 
 
@@ -202,14 +233,9 @@ def int8_linear_transposed(A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
 def _plan_transposed(A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
     op = "int8_linear_transposed"
     validate.floats(op, "A", A)
-    validate.dtype(op, "B", B, torch.int8)
-    validate.dtype(op, "scales", scales, torch.float32)
-    if B.dim() != 2:
-        raise InvalidArgument(f"{op}: B has shape {tuple(B.shape)}, needs (out_features, in_features)")
-    n, k = B.shape
+    n, k = _checked_shape(op, B, scales)
     if A.dim() == 0 or A.shape[-1] != n:
         raise InvalidArgument(f"{op}: A has shape {tuple(A.shape)}, weight of shape {(n, k)} needs (..., {n})")
-    validate.length(op, "scales", scales, n, f"weight of shape {(n, k)}")
     validate.device(op, "A", A.device, [("B", B), ("scales", scales)])
     return torch.empty((*A.shape[:-1], k), dtype=A.dtype, device=A.device)
 
@@ -257,7 +283,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
 register(
     "int8_linear",
     "(Tensor A, Tensor B, Tensor? scales, Tensor? bias, float threshold) -> (Tensor, Tensor)",
-    _forward,
+    _kernel,
     _plan,
 )
 register_autograd("int8_linear", _setup, _backward)

@@ -95,12 +95,10 @@ class PreparedGemm4bit:
         require_matrix(weight)
         device = weight.packed.device
         selected, backend = selection(), backend_for(device)
-        prepare = (
-            backend.prepare_gemm_4bit if backend.supports("gemm_4bit") else partial(compose.prepare_gemm_4bit, backend)
-        )
         addresses = (self._packed_address(), self._state.absmax.data_ptr())
         factor = Factor(weight, self._run_any, _back(backend, weight, self._back))
-        return _Ready(selected, backend, prepare(weight), *addresses, device, factor, None, None, (), None, 0)
+        call = compose.prepare_gemm_4bit(backend, weight)
+        return _Ready(selected, backend, call, *addresses, device, factor, None, None, (), None, 0)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._traced(x, bias) if is_compiling() else self.eager(x, bias)

@@ -10,11 +10,14 @@ import torch
 
 from expected import assert_close, random, weight_of
 from qcore.backend import OPS, Backend
+from qcore.backend.interface import WeightInt4
 from qcore.backend.registry import get_backend, use_backend
 from qcore.errors import Unsupported
 from qcore.ops import fourbit, int8
 from qcore.ops.compose import composed_ops
-from qcore.ops.int8_linear import int8_linear
+from qcore.ops.int4 import gemm_int4, weight_arguments
+from qcore.ops.int8_linear import int8_linear, int8_linear_transposed
+from qcore.ops.prepared_int8 import PreparedInt8Linear
 
 REFERENCE = get_backend("cpu_reference")
 
@@ -72,8 +75,12 @@ def test_int8_linear_is_bit_for_bit_its_steps(threshold: float) -> None:
     assert bool(columns.any()) == (threshold > 0)
     with use_backend(Partial("int8_linear")):
         out, found = int8_linear(*arguments)
+        again = [torch.ops.qcore.int8_linear(A.bfloat16().view(7, 1, 64), *arguments[1:]) for _ in range(2)]
     assert torch.equal(out, expected)
     assert torch.equal(found, columns)
+    for out, found in again:
+        assert torch.equal(out, expected.view(7, 1, 12))
+        assert torch.equal(found, columns)
 
 
 @pytest.mark.parametrize("missing", [(), ("dequantize_absmax",)])
@@ -126,3 +133,51 @@ def test_composed_ops_are_listed() -> None:
         "int8_scaled_gemm",
     }
     assert composed_ops(Partial("gemm_4bit", "dequantize_4bit")) == {}
+
+
+class Matrices(Partial):
+    """Its products take what the interface says, and nothing else."""
+
+
+def _checked(op: str) -> Any:
+    def method(self: Matrices, A: torch.Tensor, *arguments: Any, out: torch.Tensor, **outputs: Any) -> None:
+        assert (A.dim(), out.dim()) == (2, 2)
+        getattr(REFERENCE, op)(A, *arguments, out=out, **outputs)
+
+    return method
+
+
+for _op in ("gemm_4bit", "gemm_4bit_transposed", "gemm_int4", "int8_linear", "int8_linear_transposed"):
+    setattr(Matrices, _op, _checked(_op))
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (0, 2, 64)])
+def test_a_backend_sees_matrices_whatever_the_activations_are(shape: tuple[int, ...]) -> None:
+    codes = torch.randint(-127, 128, (64, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    packed, scales = codes[:, :32].contiguous().view(torch.uint8), torch.ones(64)
+    with use_backend("cpu_reference"):
+        four, ints = weight_of(64, 64), WeightInt4(packed, scales.view(64, 1), None, 64, (64, 64))
+    A = random(*shape)
+
+    def results() -> list[torch.Tensor]:
+        handle, prepared = fourbit.prepare_gemm_4bit(four), PreparedInt8Linear(codes, scales)
+        ways = (
+            lambda: fourbit.gemm_4bit(A, four),
+            lambda: handle(A),
+            lambda: handle.transposed(A),
+            lambda: fourbit.gemm_4bit_transposed(A, four),
+            lambda: gemm_int4(A, ints),
+            lambda: torch.ops.qcore.gemm_int4(A, None, *weight_arguments(ints)),
+            lambda: int8_linear(A, codes, scales, None, 2.0)[0],
+            lambda: prepared.eager(A, None, 2.0)[0],
+            lambda: torch.ops.qcore.int8_linear(A, codes, scales, None, 2.0)[0],
+            lambda: int8_linear_transposed(A, codes, scales),
+        )
+        return [way() for way in ways for _ in range(2)]
+
+    with use_backend("cpu_reference"):
+        expected = results()
+    with use_backend(Matrices()):
+        for got, want in zip(results(), expected, strict=True):
+            assert torch.equal(got, want)
+            assert got.shape == shape
