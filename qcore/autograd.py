@@ -182,12 +182,18 @@ def matmul(
     if threshold != 0.0:
         validate.threshold("matmul", threshold)
         state.threshold = threshold
+    return _into(out, multiply_int8(A, *int8_weight(B, state), bias, state), "matmul")
+
+
+def multiply_int8(
+    A: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, state: MatmulLtState
+) -> Tensor:
+    """``A @ W.T + bias`` of a weight as :func:`int8_weight` gives it; outlier columns are left in ``state``."""
     dtype = compute_dtype_of(A)
-    weight, scales = int8_weight(B, state)
     result, outlier_cols = int8_linear(A.to(dtype), weight, scales, bias_for(bias, dtype), state.threshold)
     if not is_compiling():
         state._outlier_cols = outlier_cols if state.threshold > 0.0 else None
-    return _into(out, result, "matmul")
+    return result
 
 
 def int8_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]:

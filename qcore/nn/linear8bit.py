@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_compiling
 
-from qcore.autograd import MatmulLtState, matmul
+from qcore.autograd import MatmulLtState, matmul, multiply_int8
 from qcore.errors import InvalidArgument
 from qcore.nn.int8_params import Int8Params
 from qcore.nn.quantized import Quantized8bit
@@ -101,7 +101,11 @@ class Linear8bitLt(Quantized8bit, nn.Linear):
 
     def _forward_any(self, x: Tensor) -> Tensor:
         state, weight = self.state, self.weight
-        if not is_compiling():
+        if is_compiling():
+            scales = self._scales()
+            if scales is not None:  # what eager calls leave in `state` is the same, but to read it is to depend on it
+                return multiply_int8(x, weight, scales, self.bias, state)
+        else:
             state.is_training = self.training
             if weight.dtype == torch.int8:
                 state.CB, state.SCB = weight, self._scales()

@@ -123,8 +123,17 @@ def test_a_changed_weight_is_seen_by_compiled_code():
         assert torch.equal(fast(x), other(x))
 
 
-def test_eager_calls_between_compiled_ones_compile_nothing_again():
-    layer, graphs = Linear4bit(64, 32).to("cpu"), []
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Linear4bit(64, 32),
+        lambda: Linear8bitLt(64, 32, has_fp16_weights=False),
+        lambda: Linear8bitLt(64, 32, has_fp16_weights=False, threshold=1.0),
+    ],
+    ids=["4 bits", "8 bits", "8 bits with outliers"],
+)
+def test_eager_calls_between_compiled_ones_compile_nothing_again(make):
+    layer, graphs = make().to("cpu"), []
 
     def count(graph, _inputs):
         graphs.append(graph)
