@@ -6,9 +6,10 @@
 
 ``cpu.json`` and ``cpu-avx512.json`` are written by ``qcore bench cpu``, ``optimizers.json`` and
 ``optimizers-avx512.json`` by ``benchmarks/optimizers.py``, ``demo.json`` by
-``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` by ``benchmarks/transformers_models.py``,
-``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by ``examples/qlora.py``, ``load-memory.json`` by
-``benchmarks/load_memory.py``, ``quantize-memory.json`` by ``benchmarks/quantize_memory.py``.
+``make demo ARGS="--json docs/results/demo.json"``, ``transformers.json`` and ``transformers-avx512.json`` by
+``benchmarks/transformers_models.py``, ``int4.json`` by ``benchmarks/int4_perplexity.py``, ``qlora.json`` by
+``examples/qlora.py``, ``load-memory.json`` by ``benchmarks/load_memory.py``, ``quantize-memory.json`` by
+``benchmarks/quantize_memory.py``.
 """
 
 from __future__ import annotations
@@ -311,6 +312,7 @@ TABLES = {
     "optimizers-avx512": optimizers_table,
     "train-gpt": training_table,
     "transformers": models_table,
+    "transformers-avx512": models_table,
     "int4": int4_table,
     "qlora": qlora_table,
     "load-memory": load_memory_table,
