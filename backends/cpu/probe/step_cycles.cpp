@@ -1,4 +1,5 @@
-// What bounds a step of AdamW8bit: cycles of its two loops and of their parts, everything in the first cache.
+// What bounds a step of AdamW8bit and of AdEMAMix8bit: cycles of its two loops and of their parts, everything in the
+// first cache.
 //
 //     cmake -S backends/cpu -B build/cycles -DQCORE_CPU_CYCLES=ON
 //     cmake --build build/cycles
@@ -16,13 +17,14 @@
 namespace qcore::cpu::QC_ISA {
 namespace {
 
+template <int kStates>
 struct Arrays {
     alignas(64) float param[kOptimizerBlock];
     alignas(64) float grad[kOptimizerBlock];
-    alignas(64) uint8_t codes[2][kOptimizerBlock];
-    alignas(64) uint8_t encoded[2][kOptimizerBlock];
-    float absmax[2];
-    float encoded_absmax[2];
+    alignas(64) uint8_t codes[kStates][kOptimizerBlock];
+    alignas(64) uint8_t encoded[kStates][kOptimizerBlock];
+    float absmax[kStates];
+    float encoded_absmax[kStates];
 };
 
 template <class Function>
@@ -38,18 +40,19 @@ void print(const char *what, const Function &function) {
     std::printf("%-44s %6.1f %8.1f\n", what, took.least / unit, took.median / unit);
 }
 
-void print_parts() {
-    static Arrays a;
+template <class Rule>
+void print_parts(const char *name, int32_t algorithm) {
+    constexpr int kStates = Rule::kStates;
+    static Arrays<kStates> a;
     for (int64_t i = 0; i < kOptimizerBlock; ++i) {
         a.param[i] = static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX);
         a.grad[i] = 0.01f * (static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f);
-        a.codes[0][i] = static_cast<uint8_t>(std::rand());
-        a.codes[1][i] = static_cast<uint8_t>(std::rand());
+        for (int s = 0; s < kStates; ++s) {
+            a.codes[s][i] = static_cast<uint8_t>(std::rand());
+        }
     }
-    a.absmax[0] = 1e-2f;
-    a.absmax[1] = 1e-4f;
     qc_optimizer o = {};
-    o.algorithm = QC_ADAM;
+    o.algorithm = algorithm;
     o.state_bits = 8;
     o.step_size = -1e-8f;
     o.decay = 1.0f;
@@ -58,10 +61,13 @@ void print_parts() {
     o.gain1 = 0.1f;
     o.beta2 = 0.999f;
     o.gain2 = 0.001f;
-    const DynamicCodebook &first = signed_dynamic_codebook();
-    const DynamicCodebook &second = unsigned_dynamic_codebook();
-    const OptimizerJob job = {
-        &o, {{first.table, &first.codes, &first.lines}, {second.table, &second.codes, &second.lines}, {}}};
+    o.beta3 = 0.9999f;
+    o.gain3 = 0.0001f;
+    o.alpha = 5.0f;
+    o.correction1 = 1.1f;
+    o.correction2 = 1.2f;
+    OptimizerJob job = {};
+    job.rule = &o;
     OptimizerTensor t = {};
     t.n = kOptimizerBlock;
     t.param = a.param;
@@ -69,34 +75,38 @@ void print_parts() {
     t.grad_scale = 1.0f;
     t.step_size = o.step_size;
     OptimizerTensor target = t;  // new codes go to other arrays, so that every run is the same step
-    for (int s = 0; s < 2; ++s) {
+    for (int s = 0; s < kStates; ++s) {
+        const DynamicCodebook &book = Rule::kSquares[s] ? unsigned_dynamic_codebook() : signed_dynamic_codebook();
+        job.book[s] = {book.table, &book.codes, &book.lines};
+        a.absmax[s] = Rule::kSquares[s] ? 1e-4f : 1e-2f;
         t.state[s] = a.codes[s];
         t.absmax[s] = &a.absmax[s];
         target.state[s] = a.encoded[s];
         target.absmax[s] = &a.encoded_absmax[s];
     }
-    const Adam rule(o);
+    const Rule rule(o);
     static Scratch scratch;
     Block b;
-    open_block(job, t, 2, 0, true, scratch, b);
+    open_block(job, t, kStates, 0, true, scratch, b);
     Block to = b;
-    to.codes[0] = a.encoded[0];
-    to.codes[1] = a.encoded[1];
-    int32_t largest[2];
-    Encoding<Adam> encoding(job);
+    for (int s = 0; s < kStates; ++s) {
+        to.codes[s] = a.encoded[s];
+    }
+    int32_t largest[kStates];
+    Encoding<Rule> encoding(job);
     NoEncoding nothing;
     NoSums none;
-    const auto first_loop = [&] { apply<Adam, true, true>(rule, job, t, 0, b, scratch, largest, none); };
+    const auto first_loop = [&] { apply<Rule, true, true>(rule, job, t, 0, b, scratch, largest, none); };
     const auto begin = [&] { encoding.begin(target, 0, to, largest); };
 
-    std::printf("%.2f GHz\n%-44s %6s %8s\n", 1e-9 / cycle_seconds(), "cycles for 64 elements", "least", "median");
-    print("decode both states", [&] {
+    std::printf("%s, %.2f GHz\n%-44s %6s %8s\n", name, 1e-9 / cycle_seconds(), "cycles for 64 elements", "least",
+                "median");
+    print("decode the states", [&] {
         for (int64_t i = 0; i < kOptimizerBlock; i += kGroup) {
-            Float old[2][kVectors];
-            decode<Adam, 0>(job, b, i, old);
-            for (int v = 0; v < kVectors; ++v) {
-                store(scratch.before[0] + i + v * kLanes, old[0][v]);
-                store(scratch.before[1] + i + v * kLanes, old[1][v]);
+            Float old[kStates][kVectors];
+            decode<Rule, 0>(job, b, i, old);
+            for (int v = 0; v < kStates * kVectors; ++v) {
+                store(scratch.before[v / kVectors] + i + v % kVectors * kLanes, old[v / kVectors][v % kVectors]);
             }
         }
     });
@@ -107,17 +117,17 @@ void print_parts() {
     });
     print("first loop: both, new states", first_loop);
     begin();
-    print("encode both states", [&] {
+    print("encode the states", [&] {
         for (int64_t i = 0; i < kOptimizerBlock; i += kGroup) {
             encoding.group(i);
         }
     });
-    print("quotient, new parameter", [&] { move<Adam, true>(rule, job, o.step_size, b, scratch, nothing); });
-    print("second loop: both", [&] { move<Adam, true>(rule, job, o.step_size, b, scratch, encoding); });
+    print("quotient, new parameter", [&] { move<Rule, true>(rule, job, o.step_size, b, scratch, nothing); });
+    print("second loop: both", [&] { move<Rule, true>(rule, job, o.step_size, b, scratch, encoding); });
     print("a block: both loops, and what is beside them", [&] {
         first_loop();
         begin();
-        move<Adam, true>(rule, job, o.step_size, b, scratch, encoding);
+        move<Rule, true>(rule, job, o.step_size, b, scratch, encoding);
         encoding.finish();
     });
 }
@@ -131,6 +141,7 @@ int main() {
         std::fprintf(stderr, "qcore_cpu_step_cycles: this processor has no %s\n", isa_name(Isa::QC_ISA));
         return 1;
     }
-    QC_ISA::print_parts();
+    QC_ISA::print_parts<QC_ISA::Adam>("AdamW8bit", QC_ADAM);
+    QC_ISA::print_parts<QC_ISA::Ademamix>("AdEMAMix8bit", QC_ADEMAMIX);
     return 0;
 }
